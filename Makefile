@@ -1,0 +1,47 @@
+# Every target that needs the environment makes it first, so `make train` works on a fresh machine.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.squall-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the whole stack, pinned
+
+train: $(STAMP) ## train DQN on CartPole-v1; SEED=1, ARGS="--actors 4"
+	$(BIN)/squall train dqn CartPole-v1 $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+test: $(STAMP) ## run all tests; FAST=1 leaves out the slow ones; ARGS="-k replay"
+	$(BIN)/python -m pytest $(if $(filter 1,$(FAST)),-m "not slow") $(ARGS)
+
+lint: $(STAMP) ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint ## lint, then the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: $(STAMP) ## compare with peers, in tests/benchmarks; ARGS go to it
+	@test -f tests/benchmarks/__main__.py || \
+		{ echo "bench: there are no benchmarks yet: tests/benchmarks/__main__.py does not exist" >&2; exit 1; }
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean: ## remove caches and build output; .venv and runs stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo "setup: Squall needs Python 3.11 or newer, and there is no $(PYTHON)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "setup: Squall needs Python 3.11 or newer, got $$("$(PYTHON)" -V 2>&1); name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "setup: $(PYTHON) cannot make virtual environments; install its venv package (python3-venv on Debian and Ubuntu)" >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[dev]'
+	@touch $@
