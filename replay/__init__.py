@@ -1,0 +1,1 @@
+"""What was experienced: segments, tables, samplers and the replay server. NumPy only, except `server`."""

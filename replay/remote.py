@@ -1,0 +1,109 @@
+"""How one process calls another: named Ray actors that may be replaced, and waits that end.
+
+An actor that died is made anew by the coordinator under the same name. A caller holds a `RemoteActor`, which
+looks the name up again when the actor it knew is gone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, OwnerDiedError, RayTaskError
+
+from replay.types import DeadlineExceeded
+
+NAMESPACE = "squall"
+GONE = (ActorDiedError, ActorUnavailableError, OwnerDiedError)
+_LOOK_AT_STOP_EVERY = 0.2
+_ASK_AGAIN_AFTER = 0.2
+
+
+class RemoteActor:
+    """A named Ray actor; safe to pickle, and to use from several threads."""
+
+    def __init__(self, name: str) -> None:
+        """Name the actor; it is looked up at the first call."""
+        self.name = name
+        self._handle: Any = None
+
+    def __reduce__(self) -> tuple[type[RemoteActor], tuple[str]]:
+        """Pickle the name alone."""
+        return RemoteActor, (self.name,)
+
+    def later(self, method: str, *arguments: Any) -> Any:
+        """Call without waiting and return the reference to the answer.
+
+        Raises:
+            ValueError: no actor of this name lives now.
+        """
+        handle = self._handle
+        if handle is None:
+            handle = self._handle = ray.get_actor(self.name, namespace=NAMESPACE)
+        return getattr(handle, method).remote(*arguments)
+
+    def forget(self) -> None:
+        """Look the name up again at the next call, because the actor is gone."""
+        self._handle = None
+
+    def call(self, method: str, *arguments: Any, seconds: float, stop: threading.Event | None = None) -> Any:
+        """Call and wait for the answer, through deaths and replacements of the actor.
+
+        Args:
+            method: name of the actor's method; it may run twice if the actor dies meanwhile.
+            arguments: its arguments.
+            seconds: deadline.
+            stop: an event that ends the wait; the answer is then None.
+
+        Raises:
+            DeadlineExceeded: no answer in time; says whether the actor was alive.
+            Exception: what the method raised, as itself.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                reference = self.later(method, *arguments)
+            except ValueError:
+                reason = "no process of that name is up"
+            else:
+                try:
+                    return fetch(reference, end - time.monotonic(), stop)
+                except GONE as error:
+                    reason = f"it is gone ({type(error).__name__})"
+                except GetTimeoutError:
+                    reason = "it did not answer"
+            if time.monotonic() >= end:
+                raise DeadlineExceeded(f"waited {seconds:.0f} s for {self.name} to answer {method}: {reason}")
+            self.forget()
+            if stop is None:
+                time.sleep(_ASK_AGAIN_AFTER)
+            elif stop.wait(_ASK_AGAIN_AFTER):
+                return None
+
+
+def fetch(reference: Any, seconds: float, stop: threading.Event | None = None) -> Any:
+    """Return the value behind a reference, looking at `stop` meanwhile; None if it was set.
+
+    Raises:
+        GetTimeoutError: nothing came within `seconds`.
+        Exception: what the remote method raised, as itself rather than wrapped.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            left = max(end - time.monotonic(), 0.0)
+            return ray.get(reference, timeout=left if stop is None else min(left, _LOOK_AT_STOP_EVERY))
+        except GetTimeoutError:
+            if stop is not None and stop.is_set():
+                return None
+            if time.monotonic() >= end:
+                raise
+        except RayTaskError as error:
+            raise error.cause from error
+
+
+def is_ready(reference: Any) -> bool:
+    """Return whether the value behind a reference can be fetched without waiting."""
+    return bool(ray.wait([reference], timeout=0)[0])

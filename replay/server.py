@@ -1,0 +1,345 @@
+"""ReplayServer: the process that holds a table; ReplayClient: what everyone else holds.
+
+The server never parks a call: one that may not proceed is answered at once with the reason to wait, and the
+client asks again until its deadline. A parked call would occupy the very actor whose other calls release it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import ray
+
+from replay.rate_limiter import RateLimiter
+from replay.remote import GONE, RemoteActor
+from replay.seeds import spawn_seed
+from replay.table import TableSpec, TransitionTable
+from replay.types import (
+    Array,
+    ConfigurationError,
+    DeadlineExceeded,
+    EpisodeResult,
+    InsertReply,
+    Push,
+    SampleReply,
+)
+
+_WAITING_EXPIRES = 5.0
+_MOST_EPISODES_KEPT = 10_000
+_LONGEST_PAUSE = 0.05
+
+
+@dataclass(frozen=True)
+class ReplaySpec:
+    """What a `ReplayServer` is made from.
+
+    Attributes:
+        table: the table it holds.
+        samples_per_insert: see `RateLimiter`.
+        minimum_size: transitions inserted before the first sample.
+        largest_push: transitions in the largest push.
+        batch_size: transitions in a batch.
+        batches_per_sample: the largest k of a sample call.
+    """
+
+    table: TableSpec
+    samples_per_insert: float
+    minimum_size: int
+    largest_push: int
+    batch_size: int
+    batches_per_sample: int
+
+    def __post_init__(self) -> None:
+        capacity = self.table.capacity
+        for name in ("minimum_size", "largest_push", "batch_size", "batches_per_sample"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.batch_size > capacity:
+            raise ConfigurationError(f"a replay of {capacity} transitions is smaller than a batch of {self.batch_size}")
+        if self.largest_push > capacity:
+            raise ConfigurationError(
+                f"a replay of {capacity} transitions is smaller than one push of {self.largest_push}"
+            )
+        if self.minimum_size > capacity:
+            raise ConfigurationError(
+                f"the first sample waits for {self.minimum_size} transitions, but the replay holds only {capacity}: "
+                f"the learner could never start"
+            )
+        self.limiter()
+
+    def limiter(self) -> RateLimiter:
+        """Make the run's rate limiter, with the least tolerance that cannot deadlock."""
+        return RateLimiter.for_calls(
+            self.samples_per_insert, self.minimum_size, self.largest_push, self.batch_size * self.batches_per_sample
+        )
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Totals of a run that outlive one replay server.
+
+    Attributes:
+        env_steps: environment steps accepted.
+        samples: transitions drawn.
+        counted_inserts: transitions inserted beyond each server's minimum size.
+    """
+
+    env_steps: int = 0
+    samples: int = 0
+    counted_inserts: int = 0
+
+    @property
+    def samples_per_insert(self) -> float:
+        """samples / (inserts - minimum size); 0 before anything counts."""
+        return self.samples / self.counted_inserts if self.counted_inserts else 0.0
+
+
+@dataclass(frozen=True)
+class ReplayStats:
+    """What a replay server says of itself.
+
+    Attributes:
+        counters: the run's totals, earlier servers included.
+        size: transitions held.
+        capacity: transitions it can hold.
+        bytes: memory of what is held.
+        due: samples that the learner has yet to draw, negative when it is ahead.
+        evicted: transitions evicted.
+        stale_updates: priority updates ignored because their item was gone.
+        repeated_pushes: pushes that arrived a second time.
+        waiting: caller -> what it waits for.
+        highest_priority: highest priority seen.
+        pid: of the server's process.
+        resident_bytes: resident memory of the server's process.
+    """
+
+    counters: Counters
+    size: int
+    capacity: int
+    bytes: int
+    due: float
+    evicted: int
+    stale_updates: int
+    repeated_pushes: int
+    waiting: dict[str, str]
+    highest_priority: float
+    pid: int
+    resident_bytes: int
+
+
+class ReplayServer:
+    """A table behind a rate limiter. Every call is short; calls are served one at a time."""
+
+    def __init__(
+        self,
+        spec: ReplaySpec,
+        *,
+        run_seed: int,
+        incarnation: int = 0,
+        carried: Counters | None = None,
+        highest_priority: float = 1.0,
+        max_env_steps: int | None = None,
+    ) -> None:
+        """Allocate the table.
+
+        Args:
+            spec: what to hold and at which rate.
+            run_seed: the run's seed.
+            incarnation: how often this server was recreated.
+            carried: totals of the run before this server. The limiter starts anew beside them: the table
+                refills to its minimum size first, and nothing is owed, so there is no burst.
+            highest_priority: the highest priority seen since the run began.
+            max_env_steps: once this many steps are accepted the run is finished: later pushes are turned
+                away, and samples are handed out only as far as they are due.
+
+        Raises:
+            NotEnoughMemory: the machine cannot hold the table.
+        """
+        self.spec = spec
+        self._table = TransitionTable(
+            spec.table, seed=spawn_seed(run_seed, "replay", 0, incarnation), incarnation=incarnation
+        )
+        self._table.highest_priority = highest_priority
+        self._limiter = spec.limiter()
+        self._carried = carried or Counters()
+        self._max_env_steps = max_env_steps
+        self._last_sequence: dict[int, tuple[int, int]] = {}
+        self._episodes: deque[EpisodeResult] = deque(maxlen=_MOST_EPISODES_KEPT)
+        self._waiting: dict[str, tuple[float, str]] = {}
+        self._repeated = 0
+
+    @property
+    def _counters(self) -> Counters:
+        carried, limiter = self._carried, self._limiter
+        return Counters(
+            carried.env_steps + limiter.inserts,
+            carried.samples + limiter.samples,
+            carried.counted_inserts + limiter.counted_inserts,
+        )
+
+    @property
+    def _finished(self) -> bool:
+        return self._max_env_steps is not None and self._counters.env_steps >= self._max_env_steps
+
+    def finish(self) -> None:
+        """Accept no more experience; samples go on as far as they are due."""
+        self._max_env_steps = 0
+
+    def insert(self, push: Push) -> InsertReply:
+        """Add a push's segments, once; a repeat is acknowledged and ignored.
+
+        Raises:
+            LayoutMismatch: a segment does not fit; none of the push is inserted.
+            ValueError: the push is larger than the largest there should be, so it might wait for ever.
+        """
+        caller = f"worker-{push.worker}"
+        if self._finished:
+            return self._reply(caller, finished=True)
+        address = (push.incarnation, push.sequence)
+        if address <= self._last_sequence.get(push.worker, (-1, -1)):
+            self._repeated += 1
+            return self._reply(caller, repeated=True)
+        if push.steps > self.spec.largest_push:
+            raise ValueError(f"a push holds at most {self.spec.largest_push} transitions, got {push.steps}")
+        wait = self._limiter.insert_waits_for(push.steps)
+        if wait is not None:
+            return self._reply(caller, wait=wait)
+        for segment in push.segments:
+            segment.check(self.spec.table.layout)
+        for segment in push.segments:
+            self._table.insert(segment)
+        self._last_sequence[push.worker] = address
+        self._limiter.record_insert(push.steps)
+        self._episodes.extend(push.episodes)
+        return self._reply(caller, accepted=True)
+
+    def _reply(self, caller: str, **answer: Any) -> InsertReply:
+        self._note(caller, answer.get("wait"))
+        return InsertReply(env_steps=self._counters.env_steps, **answer)
+
+    def _note(self, caller: str, wait: str | None) -> None:
+        if wait is None:
+            self._waiting.pop(caller, None)
+        else:
+            self._waiting[caller] = (time.monotonic(), wait)
+
+    def sample(self, k: int, batch_size: int) -> SampleReply:
+        """Draw k batches, or say what to wait for.
+
+        Raises:
+            ValueError: k or batch_size is not positive, or they ask for more than the largest sample there
+                should be, so that it might wait for ever.
+        """
+        count, largest = k * batch_size, self.spec.batches_per_sample * self.spec.batch_size
+        if min(k, batch_size) < 1 or count > largest:
+            raise ValueError(f"a sample call draws 1 to {largest} transitions, got {k} x {batch_size}")
+        if self._finished and (self._limiter.due < count or not self._table.size):
+            self._note("learner", None)
+            return SampleReply(finished=True)
+        wait = self._limiter.sample_waits_for(count)
+        self._note("learner", wait)
+        if wait is not None:
+            return SampleReply(wait=wait)
+        self._limiter.record_sample(count)
+        return SampleReply(batch=self._table.sample(k, batch_size))
+
+    def update_priorities(self, ids: Array, priorities: Array) -> int:
+        """See `TransitionTable.update_priorities`."""
+        return self._table.update_priorities(ids, priorities)
+
+    def drain_episodes(self) -> tuple[EpisodeResult, ...]:
+        """Return and forget the episodes that ended since the last call."""
+        episodes = tuple(self._episodes)
+        self._episodes.clear()
+        return episodes
+
+    def stats(self) -> ReplayStats:
+        """Return what `squall status` shows."""
+        now, table = time.monotonic(), self._table
+        return ReplayStats(
+            counters=self._counters,
+            size=table.size,
+            capacity=table.spec.capacity,
+            bytes=table.bytes,
+            due=self._limiter.due,
+            evicted=table.evicted,
+            stale_updates=table.stale_updates,
+            repeated_pushes=self._repeated,
+            waiting={who: why for who, (at, why) in self._waiting.items() if now - at < _WAITING_EXPIRES},
+            highest_priority=table.highest_priority,
+            pid=os.getpid(),
+            resident_bytes=psutil.Process().memory_info().rss,
+        )
+
+
+class ReplayClient:
+    """Thin client of a replay actor. Every wait has a deadline and raises with the reason it waited for."""
+
+    def __init__(self, actor: RemoteActor, *, deadline_seconds: float = 300.0) -> None:
+        """Hold `actor`, the name of a `ReplayServer`."""
+        self._actor = actor
+        self._deadline = deadline_seconds
+        self.waiting_for: str | None = None
+        self.seconds_waited = 0.0
+
+    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
+        """Insert, waiting as long as the limiter says so; None if `stop` was set meanwhile.
+
+        Raises:
+            DeadlineExceeded: the limiter did not let the push in before the deadline.
+            LayoutMismatch: the push does not fit the table.
+        """
+        # One copy in the object store, however often the limiter says "wait".
+        reply: InsertReply | None = self._until("insert", (ray.put(push),), stop)
+        return reply
+
+    def sample(self, k: int, batch_size: int, *, stop: threading.Event | None = None) -> SampleReply | None:
+        """Sample, waiting as long as the limiter says so; None if `stop` was set meanwhile.
+
+        Raises:
+            DeadlineExceeded: no batch could be drawn before the deadline.
+        """
+        reply: SampleReply | None = self._until("sample", (k, batch_size), stop)
+        return reply
+
+    def _until(self, method: str, arguments: tuple[Any, ...], stop: threading.Event | None) -> Any:
+        begun, pause = time.monotonic(), 0.001
+        try:
+            while True:
+                remaining = begun + self._deadline - time.monotonic()
+                reply = self._actor.call(method, *arguments, seconds=max(remaining, 0.1), stop=stop)
+                if reply is None or reply.wait is None:
+                    return reply
+                self.waiting_for = reply.wait
+                if remaining <= 0:
+                    raise DeadlineExceeded(f"{method} waited {self._deadline:.0f} s for {reply.wait}")
+                if stop is None:
+                    time.sleep(pause)
+                elif stop.wait(pause):
+                    return None
+                pause = min(pause * 1.5, _LONGEST_PAUSE)
+        finally:
+            self.waiting_for = None
+            self.seconds_waited += time.monotonic() - begun
+
+    def update_priorities(self, ids: Array, priorities: Array) -> None:
+        """Send new priorities without waiting; a server that is gone has nothing left to prioritize."""
+        try:
+            self._actor.later("update_priorities", ids, priorities)
+        except (*GONE, ValueError):
+            self._actor.forget()
+
+
+def describe(stats: ReplayStats) -> dict[str, Any]:
+    """Return stats as plain JSON values."""
+    return {**asdict(stats), "samples_per_insert": stats.counters.samples_per_insert}
+
+
+ReplayActor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(ReplayServer)
+

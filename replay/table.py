@@ -1,0 +1,308 @@
+"""TransitionTable: a preallocated ring of segments, drawn from uniformly or by priority.
+
+Two rings, each addressed by a counter that only grows: frames (every row's frame once) and transitions (one
+per start position, pointing at frames). The slot of a counter is its remainder by the ring's size, so a
+segment may lie across a ring's end, and "is this item still here?" is one comparison: the counter carries
+slot and generation at once. Eviction removes the oldest segment, whole; it searches nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from replay.sum_tree import SumTree
+from replay.types import Array, Batch, ConfigurationError, Layout, NotEnoughMemory, Segment
+
+_SEQUENCE_BITS = 43
+_INCARNATION_BITS = 12
+_SHARD_BITS = 8
+
+# Frames that belong to no transition: the row after each episode's end. Vectors have short episodes, and small
+# frames; images have long episodes, and this much keeps 64 rows with n <= 5 below 1.15 frames a transition.
+# A table whose episodes are shorter still evicts a little early.
+_SLACK_SMALL, _SLACK_LARGE = 0.30, 0.0125
+_LARGE_FRAME_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What a `TransitionTable` is made from.
+
+    Attributes:
+        layout: shapes and dtypes of what it holds.
+        capacity: transitions it holds.
+        priority_exponent: alpha of prioritized replay; None draws uniformly.
+    """
+
+    layout: Layout
+    capacity: int
+    priority_exponent: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ConfigurationError(f"replay capacity must be positive, got {self.capacity}")
+        if self.capacity < self.layout.segment_length:
+            raise ConfigurationError(
+                f"a replay of {self.capacity} transitions cannot hold one segment of {self.layout.segment_length}"
+            )
+        if self.frame_capacity >= 2**31:
+            raise ConfigurationError(f"a replay must hold fewer than 2**31 frames, got {self.frame_capacity:,}")
+        alpha = self.priority_exponent
+        if alpha is not None and not 0.0 <= alpha <= 1.0:
+            raise ConfigurationError(f"the priority exponent must lie in [0, 1], got {alpha}")
+
+    @property
+    def frame_capacity(self) -> int:
+        """Frames the table has room for."""
+        layout = self.layout
+        overhead = layout.max_segment_frames / layout.segment_length
+        slack = _SLACK_LARGE if layout.frame_bytes >= _LARGE_FRAME_BYTES else _SLACK_SMALL
+        return int(self.capacity * (overhead + slack)) + layout.max_segment_frames
+
+    @property
+    def expected_bytes(self) -> int:
+        """Memory that a full table takes, known before any of it is allocated."""
+        layout = self.layout
+        action = np.dtype(layout.action_dtype).itemsize * int(np.prod(layout.action_shape, dtype=np.int64))
+        per_transition = 4 + 1 + 4 + 1 + action + 4 + 4
+        total = self.frame_capacity * layout.frame_bytes + self.capacity * per_transition
+        if self.priority_exponent is not None:
+            total += 16 * (1 << (self.capacity - 1).bit_length())
+        return total
+
+    def check_memory(self, available: int | None = None) -> None:
+        """Raise `NotEnoughMemory`, with both figures, if the machine lacks the memory for this table.
+
+        Args:
+            available: bytes; None asks the machine, within the container's limit where there is one.
+        """
+        available = available_memory() if available is None else available
+        if self.expected_bytes > available:
+            raise NotEnoughMemory(
+                f"a replay of {self.capacity:,} transitions needs {_gigabytes(self.expected_bytes)}, but "
+                f"{_gigabytes(available)} are available here; {self._advice(available)}"
+            )
+
+    def _advice(self, available: int) -> str:
+        sizes = range(self.layout.segment_length, self.capacity)
+        # A tenth is left, so that the next start is not refused for what the machine took meanwhile.
+        fit = bisect_right(sizes, 0.9 * available, key=lambda size: replace(self, capacity=size).expected_bytes)
+        return f"a replay_size of {sizes[fit - 1]:,} would fit" if fit else "none would fit"
+
+
+def available_memory(control_group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes this process may still take: the machine's, or its control group's where that is less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        ceiling = (control_group / "memory.max").read_text().strip()
+        if ceiling != "max":
+            used = int((control_group / "memory.current").read_text())
+            # Files cached and not in use count as used, but give way.
+            rows = (control_group / "memory.stat").read_text().splitlines()
+            used -= int(dict(row.split() for row in rows).get("inactive_file", 0))
+            available = min(available, int(ceiling) - used)
+    except OSError:
+        pass
+    return max(available, 0)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB"
+
+
+@dataclass
+class _Ring:
+    """Bookkeeping of the segments in order of age: `(transitions, frames)` of each."""
+
+    segments: deque[tuple[int, int]] = field(default_factory=deque)
+    oldest: int = 0
+    newest: int = 0
+    oldest_frame: int = 0
+    newest_frame: int = 0
+
+
+class TransitionTable:
+    """Holds segments and answers with batches of transitions; a plain object, one caller at a time.
+
+    Uniform means uniform over the transitions, not over segments. Prioritized draws proportionally to
+    `priority ** alpha`, each batch stratified by itself (Schaul et al. 2016, section 3.3 and appendix B.2.1).
+    """
+
+    def __init__(self, spec: TableSpec, *, seed: np.random.SeedSequence, shard: int = 0, incarnation: int = 0) -> None:
+        """Allocate the table.
+
+        Args:
+            spec: what to hold.
+            seed: of the sampler.
+            shard: which of several tables this is, below 256; part of every id.
+            incarnation: how often this table was recreated; ids of an earlier one are stale here.
+
+        Raises:
+            NotEnoughMemory: the machine lacks `spec.expected_bytes`.
+            ConfigurationError: shard or incarnation does not fit an id.
+        """
+        if not (0 <= shard < 1 << _SHARD_BITS and 0 <= incarnation):
+            raise ConfigurationError(f"shard must lie in [0, 256) and incarnation not be negative, got {shard}, {incarnation}")
+        spec.check_memory()
+        self.spec = spec
+        layout, capacity = spec.layout, spec.capacity
+        self._frames = np.empty((spec.frame_capacity, *layout.frame_shape), layout.frame_dtype)
+        self._row = np.empty(capacity, np.int32)
+        self._age = np.empty(capacity, np.uint8)
+        self._bootstrap_row = np.empty(capacity, np.int32)
+        self._bootstrap_age = np.empty(capacity, np.uint8)
+        self._action = np.empty((capacity, *layout.action_shape), layout.action_dtype)
+        self._reward = np.empty(capacity, np.float32)
+        self._discount = np.empty(capacity, np.float32)
+        self._ring = _Ring()
+        self._rng = np.random.default_rng(seed)
+        self._tag = shard << _INCARNATION_BITS | incarnation % (1 << _INCARNATION_BITS)
+        self._tree = None if spec.priority_exponent is None else SumTree(capacity)
+        self.highest_priority = 1.0
+        self.stale_updates = 0
+        self.evicted = 0
+
+    @property
+    def size(self) -> int:
+        """Transitions held."""
+        return self._ring.newest - self._ring.oldest
+
+    @property
+    def bytes(self) -> int:
+        """Memory of what is held: frames and transitions written and not yet evicted."""
+        ring, row = self._ring, self.spec.expected_bytes - self.spec.frame_capacity * self.spec.layout.frame_bytes
+        frames = (ring.newest_frame - ring.oldest_frame) * self.spec.layout.frame_bytes
+        return frames + row * self.size // self.spec.capacity
+
+    def insert(self, segment: Segment) -> None:
+        """Add a segment, evicting the oldest ones as far as needed.
+
+        Raises:
+            LayoutMismatch: the segment does not fit the layout; the table is unchanged.
+        """
+        segment.check(self.spec.layout)
+        steps, frames = segment.steps, len(segment.frames)
+        if not steps:
+            return
+        ring = self._ring
+        while self.size + steps > self.spec.capacity or (
+            ring.newest_frame - ring.oldest_frame + frames > self.spec.frame_capacity
+        ):
+            self._evict_oldest()
+        _write(self._frames, ring.newest_frame, segment.frames)
+        at = ring.newest
+        for store, rows in ((self._row, segment.row), (self._bootstrap_row, segment.bootstrap_row)):
+            _write(store, at, (ring.newest_frame + rows.astype(np.int64)) % self.spec.frame_capacity)
+        _write(self._age, at, segment.age)
+        _write(self._bootstrap_age, at, segment.bootstrap_age)
+        _write(self._action, at, segment.action)
+        _write(self._reward, at, segment.reward)
+        _write(self._discount, at, segment.discount)
+        if self._tree is not None:
+            slots = np.arange(at, at + steps) % self.spec.capacity
+            self._tree.set(slots, np.full(steps, self._weight(self.highest_priority)))
+        ring.segments.append((steps, frames))
+        ring.newest += steps
+        ring.newest_frame += frames
+
+    def _evict_oldest(self) -> None:
+        ring = self._ring
+        steps, frames = ring.segments.popleft()
+        if self._tree is not None:
+            self._tree.set(np.arange(ring.oldest, ring.oldest + steps) % self.spec.capacity, np.zeros(steps))
+        ring.oldest += steps
+        ring.oldest_frame += frames
+        self.evicted += steps
+
+    def _weight(self, priority: float) -> float:
+        assert self.spec.priority_exponent is not None
+        return float(priority**self.spec.priority_exponent)
+
+    def sample(self, k: int, batch_size: int) -> Batch:
+        """Draw k batches of `batch_size` transitions, with replacement.
+
+        Raises:
+            ValueError: the table is empty, or k or batch_size is not positive.
+        """
+        if k < 1 or batch_size < 1:
+            raise ValueError(f"k and batch_size must be positive, got {k} and {batch_size}")
+        if not self.size:
+            raise ValueError("cannot sample from an empty table")
+        ring, shape = self._ring, (k, batch_size)
+        if self._tree is None:
+            sequence = self._rng.integers(ring.oldest, ring.newest, shape)
+            probability = np.full(shape, 1.0 / self.size)
+        else:
+            total = self._tree.total
+            strata = (np.arange(batch_size) + self._rng.random(shape)) * (total / batch_size)
+            slots = self._tree.find(strata.ravel()).reshape(shape)
+            probability = self._tree.get(slots) / total
+            sequence = ring.oldest + (slots - ring.oldest) % self.spec.capacity
+        return self._gather(sequence, probability)
+
+    def _gather(self, sequence: Array, probability: Array) -> Batch:
+        slots = sequence % self.spec.capacity
+        return Batch(
+            observation=self._observations(self._row[slots], self._age[slots]),
+            action=self._action[slots],
+            reward=self._reward[slots],
+            discount=self._discount[slots],
+            next_observation=self._observations(self._bootstrap_row[slots], self._bootstrap_age[slots]),
+            ids=sequence | self._tag << _SEQUENCE_BITS,
+            probability=probability,
+            size=self.size,
+        )
+
+    def _observations(self, rows: Array, ages: Array) -> Array:
+        stack = self.spec.layout.stack
+        if stack == 1:
+            return self._frames.take(rows, axis=0)
+        back = np.arange(stack - 1, -1, -1)
+        observations = self._frames.take(rows[..., None].astype(np.int64) - back, axis=0, mode="wrap")
+        observations[back > ages[..., None]] = 0
+        return observations
+
+    def update_priorities(self, ids: Array, priorities: Array) -> int:
+        """Set new priorities; of an id named twice the last one wins.
+
+        Args:
+            ids: any shape, int64, from a batch.
+            priorities: same shape, `|TD error| + epsilon`, finite and positive.
+
+        Returns:
+            How many ids were stale: evicted since, or of another shard or incarnation. They are ignored.
+
+        Raises:
+            ValueError: the table is uniform, shapes differ, or a priority is not positive and finite.
+        """
+        if self._tree is None:
+            raise ValueError("a uniform table has no priorities to update")
+        ids = np.asarray(ids, np.int64).ravel()
+        priorities = np.asarray(priorities, np.float64).ravel()
+        if ids.shape != priorities.shape:
+            raise ValueError(f"ids and priorities must have one shape, got {ids.shape} and {priorities.shape}")
+        if len(priorities) and not (np.isfinite(priorities).all() and priorities.min() > 0.0):
+            raise ValueError("priorities must be positive and finite")
+        sequence = ids & (1 << _SEQUENCE_BITS) - 1
+        live = (ids >> _SEQUENCE_BITS == self._tag) & (sequence >= self._ring.oldest) & (sequence < self._ring.newest)
+        if live.any():
+            kept = priorities[live]
+            self.highest_priority = max(self.highest_priority, float(kept.max()))
+            self._tree.set(sequence[live] % self.spec.capacity, kept**self.spec.priority_exponent)
+        stale = int(len(ids) - live.sum())
+        self.stale_updates += stale
+        return stale
+
+
+def _write(store: Array, counter: int, values: Array) -> None:
+    """Write `values` at a growing counter's place in the ring `store`, in at most two pieces."""
+    start = counter % len(store)
+    head = min(len(values), len(store) - start)
+    store[start : start + head] = values[:head]
+    store[: len(values) - head] = values[head:]

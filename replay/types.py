@@ -1,0 +1,275 @@
+"""What crosses processes: frozen dataclasses with their shapes, dtypes and units, and the error classes.
+
+One convention of time, everywhere: in `observation` the agent took `action`; then came `reward` and
+`next_observation`. `discount` is gamma if the episode goes on or was truncated, 0 if it terminated; over n
+steps it is the product. Bootstrapping stops at termination only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class SquallError(Exception):
+    """Base of every error Squall raises on purpose; its text is one line that says what would be right."""
+
+
+class ConfigurationError(SquallError, ValueError):
+    """A value that cannot work, found before anything starts."""
+
+
+class LayoutMismatch(SquallError, ValueError):
+    """Experience whose shapes or dtypes differ from what the table was made for."""
+
+
+class NotEnoughMemory(SquallError):
+    """A replay table that the machine cannot hold; the text carries both figures."""
+
+
+class DeadlineExceeded(SquallError, TimeoutError):
+    """A wait that reached its deadline; the text carries the reason it was waiting for."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes and dtypes of one environment lane's experience.
+
+    Attributes:
+        frame_shape: shape of one stored frame. Without stacking the frame is the whole observation.
+        frame_dtype: NumPy name of the frame's dtype, such as `"uint8"`.
+        stack: number of frames in an observation. 1 means "not stacked": the observation is `[*frame_shape]`;
+            more means `[stack, *frame_shape]`, oldest first, zero frames before the episode's first.
+        action_shape: shape of one action, `()` for a discrete one.
+        action_dtype: NumPy name of the action's dtype.
+        segment_length: rows in a full segment.
+        n_steps: steps summed into each stored reward.
+    """
+
+    frame_shape: tuple[int, ...]
+    frame_dtype: str
+    stack: int
+    action_shape: tuple[int, ...]
+    action_dtype: str
+    segment_length: int
+    n_steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("stack", "segment_length", "n_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stack > 256:
+            raise ConfigurationError(f"stack must be at most 256 frames, got {self.stack}")
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """Shape of one observation as a network sees it."""
+        return self.frame_shape if self.stack == 1 else (self.stack, *self.frame_shape)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one stored frame."""
+        return math.prod(self.frame_shape) * np.dtype(self.frame_dtype).itemsize
+
+    @property
+    def max_segment_frames(self) -> int:
+        """Frames in a full segment: the stack's predecessors, its rows, and the n-step tail."""
+        return self.stack - 1 + self.segment_length + self.n_steps
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A contiguous run of rows of one environment lane, self-contained and immutable once made.
+
+    Every row's observation is here once; S start positions point at the rows they start and bootstrap from.
+    A row that ended an episode is in `frames` (its predecessor bootstraps from it) but is no start.
+
+    Attributes:
+        frames: `[F, *frame_shape]`, oldest first.
+        row: `[S]` int32, index into `frames` of the start's newest frame.
+        age: `[S]` uint8, frames since the reset at that row, at most `stack - 1`: how many predecessors are real.
+        bootstrap_row: `[S]` int32, index into `frames` of the row to bootstrap from.
+        bootstrap_age: `[S]` uint8, as `age`, for that row.
+        action: `[S, *action_shape]`.
+        reward: `[S]` float32, the discounted sum of up to n rewards.
+        discount: `[S]` float32, the product of up to n discounts.
+    """
+
+    frames: Array
+    row: Array
+    age: Array
+    bootstrap_row: Array
+    bootstrap_age: Array
+    action: Array
+    reward: Array
+    discount: Array
+
+    @property
+    def steps(self) -> int:
+        """Environment steps in here: each step is a start of exactly one segment."""
+        return len(self.row)
+
+    def check(self, layout: Layout) -> None:
+        """Raise `LayoutMismatch`, naming both sides, unless this segment fits `layout`."""
+        steps = self.steps
+        if steps > layout.segment_length:
+            raise LayoutMismatch(f"a segment holds at most {layout.segment_length} steps, got {steps}")
+        _expect("frames", self.frames, (len(self.frames), *layout.frame_shape), layout.frame_dtype)
+        if len(self.frames) > layout.max_segment_frames:
+            raise LayoutMismatch(
+                f"a segment holds at most {layout.max_segment_frames} frames, got {len(self.frames)}"
+            )
+        _expect("action", self.action, (steps, *layout.action_shape), layout.action_dtype)
+        for name in ("reward", "discount"):
+            _expect(name, getattr(self, name), (steps,), "float32")
+        for name in ("row", "bootstrap_row"):
+            rows = getattr(self, name)
+            _expect(name, rows, (steps,), "int32")
+            if steps and not (0 <= rows.min() and rows.max() < len(self.frames)):
+                raise LayoutMismatch(f"{name} must lie in [0, {len(self.frames)}), got {rows.min()}..{rows.max()}")
+        for name, rows in (("age", self.row), ("bootstrap_age", self.bootstrap_row)):
+            ages = getattr(self, name)
+            _expect(name, ages, (steps,), "uint8")
+            if steps and ages.max() > layout.stack - 1:
+                raise LayoutMismatch(f"{name} must be at most {layout.stack - 1}, got {ages.max()}")
+            if steps and (ages.astype(np.int32) > rows).any():
+                raise LayoutMismatch(f"{name} points before the segment's first frame")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """T consecutive rows of one lane for on-policy learning, all under one version of the weights.
+
+    Attributes:
+        observation: `[T + 1, *observation_shape]`; the last is for bootstrapping.
+        action: `[T, *action_shape]`.
+        reward: `[T]` float32.
+        discount: `[T]` float32, gamma, or 0 where the step terminated.
+        valid: `[T]` bool. False marks a row that is no step: the one after an episode's end, whose action
+            was ignored. A step whose successor is invalid bootstraps from the successor's observation,
+            weighted by its own discount; nothing flows further back.
+        log_probability: `[T]` float32, of `action` under the behaviour policy.
+        version: version of the weights that chose every action.
+        episodic: True if this is one whole episode.
+    """
+
+    observation: Array
+    action: Array
+    reward: Array
+    discount: Array
+    valid: Array
+    log_probability: Array
+    version: int
+    episodic: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Environment steps in here."""
+        return int(self.valid.sum())
+
+    def check(self, layout: Layout) -> None:
+        """Raise `LayoutMismatch`, naming both sides, unless this trajectory fits `layout`."""
+        rows = len(self.action)
+        _expect("observation", self.observation, (rows + 1, *layout.observation_shape), layout.frame_dtype)
+        _expect("action", self.action, (rows, *layout.action_shape), layout.action_dtype)
+        _expect("valid", self.valid, (rows,), "bool")
+        for name in ("reward", "discount", "log_probability"):
+            _expect(name, getattr(self, name), (rows,), "float32")
+
+
+def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
+    if array.shape != shape or array.dtype != np.dtype(dtype):
+        raise LayoutMismatch(
+            f"{name} must have shape {shape} and dtype {dtype}, got {array.shape} and {array.dtype}"
+        )
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One finished episode: its true, unclipped, undiscounted return and its length in steps."""
+
+    episode_return: float
+    length: int
+
+
+@dataclass(frozen=True)
+class Push:
+    """What a worker sends at once. (worker, incarnation, sequence) makes a repeat recognisable.
+
+    Attributes:
+        worker: index of the sending worker.
+        incarnation: how often that worker was recreated.
+        sequence: 0, 1, 2, ... within one incarnation.
+        segments: off-policy experience.
+        episodes: episodes that ended since the last push.
+    """
+
+    worker: int
+    incarnation: int
+    sequence: int
+    segments: tuple[Segment, ...] = ()
+    episodes: tuple[EpisodeResult, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Environment steps in here."""
+        return sum(segment.steps for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """k batches of B sampled transitions.
+
+    Attributes:
+        observation: `[k, B, *observation_shape]`.
+        action: `[k, B, *action_shape]`.
+        reward: `[k, B]` float32, n-step.
+        discount: `[k, B]` float32, n-step.
+        next_observation: `[k, B, *observation_shape]`, the observation to bootstrap from.
+        ids: `[k, B]` int64, to be handed back with new priorities.
+        probability: `[k, B]` float64, with which each item was drawn.
+        size: transitions in the table when the batch was drawn.
+    """
+
+    observation: Array
+    action: Array
+    reward: Array
+    discount: Array
+    next_observation: Array
+    ids: Array
+    probability: Array
+    size: int
+
+
+@dataclass(frozen=True)
+class InsertReply:
+    """Answer to an insert. Exactly one of accepted, repeated, `wait` holds, unless the run is finished.
+
+    Attributes:
+        env_steps: environment steps accepted in this run so far, from all workers.
+        accepted: the push is in the table.
+        repeated: the push had been accepted before and was ignored.
+        finished: the run has all the steps it wants; send nothing more.
+        wait: why the insert may not proceed now, or None.
+    """
+
+    env_steps: int
+    accepted: bool = False
+    repeated: bool = False
+    finished: bool = False
+    wait: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleReply:
+    """Answer to a sample: a batch, or the reason to wait, or the word that nothing more will come."""
+
+    batch: Batch | None = None
+    wait: str | None = None
+    finished: bool = False
