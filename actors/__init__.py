@@ -1,0 +1,1 @@
+"""How experience is made: environments, acting modules, versioned weights, rollouts and evaluation."""

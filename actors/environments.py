@@ -1,0 +1,370 @@
+"""Environment id -> vector environment and `EnvironmentSpec`.
+
+Atari ids get ale-py's native vector environment with the standard DQN preprocessing; ids with a registered
+vector implementation get that; all others a `SyncVectorEnv` whose lanes are rebuilt when they fail. All follow
+Gymnasium's NEXT_STEP autoreset: the row after an episode's end is a reset whose action was ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, SupportsFloat
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+
+from replay.types import Array, ConfigurationError, Layout, SquallError
+
+gym.register_envs(ale_py)
+
+ATARI_FRAME_SKIP = 4
+ATARI_STACK = 4
+FAILURE = "squall_failure"  # in a step's info: what a lane failed with; a user's own keys may be called anything
+
+
+class EnvironmentFailed(SquallError):
+    """An environment that fails again and again; the text carries the last failure."""
+
+
+@dataclass(frozen=True)
+class DiscreteActions:
+    """Actions 0 .. count - 1; the environment is given `start + action`."""
+
+    count: int
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class ContinuousActions:
+    """Actions in a box; `low` and `high` are flat, in the order of the flattened action."""
+
+    shape: tuple[int, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """What workers, learner, evaluation and serving need to know of an environment.
+
+    Attributes:
+        id: Gymnasium id, or None for an outside simulator, which cannot be made here.
+        observation_shape: shape of one observation, `()` for a Discrete one.
+        observation_dtype: NumPy name of the dtype observations are kept in; float64 is narrowed to float32.
+        frame_stack: frames stacked in an observation, 1 if it is no stack.
+        actions: the action space.
+        observation_count: n of a Discrete observation space, else None.
+        arguments: keyword arguments for the environment's constructor.
+        search_path: folders appended to `sys.path` before the id's module is imported.
+        description: the spaces as the environment prints them.
+    """
+
+    id: str | None
+    observation_shape: tuple[int, ...]
+    observation_dtype: str
+    frame_stack: int
+    actions: DiscreteActions | ContinuousActions
+    observation_count: int | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    search_path: tuple[str, ...] = ()
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if 0 in self.observation_shape:
+            raise ConfigurationError(f"observations must not be empty, got shape {self.observation_shape}")
+
+    @property
+    def is_image(self) -> bool:
+        """Whether observations are images: three uint8 axes."""
+        return len(self.observation_shape) == 3 and self.observation_dtype == "uint8"
+
+    def plain(self) -> dict[str, Any]:
+        """Return this specification as plain values, from which `specify` makes it again."""
+        return {**asdict(self), "arguments": dict(self.arguments)}
+
+    def layout(self, *, segment_length: int, n_steps: int) -> Layout:
+        """Return the layout of this environment's experience."""
+        discrete = isinstance(self.actions, DiscreteActions)
+        return Layout(
+            frame_shape=self.observation_shape if self.frame_stack == 1 else self.observation_shape[1:],
+            frame_dtype=self.observation_dtype,
+            stack=self.frame_stack,
+            action_shape=() if isinstance(self.actions, DiscreteActions) else self.actions.shape,
+            action_dtype="int64" if discrete else "float32",
+            segment_length=segment_length,
+            n_steps=n_steps,
+        )
+
+    def make(self, num_envs: int) -> VectorEnv[Any, Any, Any]:
+        """Make a vector environment of `num_envs` lanes.
+
+        Raises:
+            ConfigurationError: num_envs is not positive, or the spec has no id.
+        """
+        if num_envs < 1:
+            raise ConfigurationError(f"the number of environments must be positive, got {num_envs}")
+        if self.id is None:
+            raise ConfigurationError("this specification is of an outside simulator: there is no id to make it from")
+        return _make_vector(self.id, num_envs, self.arguments, self.search_path)
+
+    def observe(self, observation: Array) -> Array:
+        """Return a batch of raw observations in the dtype they are kept in."""
+        return np.asarray(observation, self.observation_dtype)
+
+    def to_environment(self, action: Array) -> Array:
+        """Return a batch of actions in the environment's own numbering and range."""
+        if isinstance(self.actions, DiscreteActions):
+            return action + self.actions.start if self.actions.start else action
+        low = np.reshape(self.actions.low, self.actions.shape)
+        return np.clip(action, low, np.reshape(self.actions.high, self.actions.shape)).astype(np.float32)
+
+
+def specify(
+    environment: str | EnvironmentSpec | Mapping[str, Any], arguments: Mapping[str, Any] | None = None
+) -> EnvironmentSpec:
+    """Return the specification of an environment id, by making the environment once.
+
+    Args:
+        environment: a Gymnasium id, also in the form `module:EnvId-v0`; a specification is returned as it is,
+            and one in plain values is made again.
+        arguments: keyword arguments for the environment's constructor.
+
+    Raises:
+        ConfigurationError: an unknown id (with the nearest ones), a module that cannot be imported, arguments
+            that the environment does not take, or spaces that nothing here can use.
+    """
+    if isinstance(environment, EnvironmentSpec):
+        return environment
+    if isinstance(environment, Mapping):
+        kind = DiscreteActions if "count" in environment["actions"] else ContinuousActions
+        return EnvironmentSpec(**{**environment, "actions": kind(**environment["actions"])})
+    search_path = (os.getcwd(),) if ":" in environment else ()
+    arguments = dict(arguments or {})
+    env = _make_vector(environment, 1, arguments, search_path)
+    try:
+        return _describe(environment, env, arguments, search_path)
+    finally:
+        env.close()
+
+
+def _describe(
+    name: str, env: VectorEnv[Any, Any, Any], arguments: Mapping[str, Any], search_path: tuple[str, ...]
+) -> EnvironmentSpec:
+    observations, actions = env.single_observation_space, env.single_action_space
+    count = None
+    if isinstance(observations, spaces.Discrete):
+        if observations.start != 0:
+            raise ConfigurationError(f"{name} has Discrete observations that start at {observations.start}, not at 0")
+        count, shape, dtype = int(observations.n), (), "int64"
+    elif isinstance(observations, spaces.Box):
+        shape, dtype = observations.shape, "float32" if observations.dtype.kind == "f" else str(observations.dtype)
+    else:
+        raise ConfigurationError(
+            f"Squall needs Box or Discrete observations; {name} has {observations}. "
+            f"Flatten it with gymnasium.wrappers.FlattenObservation in an environment of your own"
+        )
+    described: DiscreteActions | ContinuousActions
+    if isinstance(actions, spaces.Discrete):
+        described = DiscreteActions(int(actions.n), int(actions.start))
+    elif isinstance(actions, spaces.Box) and np.dtype(actions.dtype).kind == "f":
+        low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (actions.low, actions.high))
+        described = ContinuousActions(actions.shape, low, high)
+    else:
+        raise ConfigurationError(f"Squall needs Discrete or floating-point Box actions; {name} has {actions}")
+    return EnvironmentSpec(
+        id=name,
+        observation_shape=tuple(shape),
+        observation_dtype=dtype,
+        frame_stack=shape[0] if isinstance(env, AtariVectorEnv) and len(shape) == 3 and shape[0] > 1 else 1,
+        actions=described,
+        observation_count=count,
+        arguments=arguments,
+        search_path=search_path,
+        description=f"observations {observations}, actions {actions}",
+    )
+
+
+def _find(name: str, search_path: tuple[str, ...]) -> Any:
+    module, _, bare = name.rpartition(":")
+    if module:
+        # Appended, never in front: a user's folder must not replace our own packages.
+        sys.path.extend(path for path in search_path if path not in sys.path)
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise ConfigurationError(
+                f"cannot import the module of environment {name}: {type(error).__name__}: {error}"
+            ) from error
+    if bare in gym.registry:
+        return gym.spec(bare)
+    try:
+        return gym.spec(bare)
+    except gym.error.Error as error:
+        near = difflib.get_close_matches(bare, gym.registry, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigurationError(f"unknown environment {name}{hint}") from error
+
+
+def is_atari(name: str) -> bool:
+    """Return whether an id names an Atari game."""
+    spec = gym.registry.get(name)
+    return spec is not None and spec.entry_point == "ale_py.env:AtariEnv"
+
+
+def _make_vector(
+    name: str, num_envs: int, arguments: Mapping[str, Any], search_path: tuple[str, ...]
+) -> VectorEnv[Any, Any, Any]:
+    spec = _find(name, search_path)
+    atari = spec.entry_point == "ale_py.env:AtariEnv"
+    try:
+        if atari and "obs_type" not in arguments:
+            return _make_atari(name, num_envs, {**spec.kwargs, **arguments})
+        env: VectorEnv[Any, Any, Any]
+        if spec.vector_entry_point is not None and not atari:
+            env = gym.make_vec(spec, num_envs=num_envs, **arguments)
+        else:
+            lane = lambda: RebuildingEnv(lambda: gym.make(spec, disable_env_checker=True, **arguments))  # noqa: E731
+            env = SyncVectorEnv([lane] * num_envs)
+    except (TypeError, gym.error.Error, ImportError) as error:
+        raise ConfigurationError(f"cannot make environment {name}: {error}") from error
+    if env.metadata.get("autoreset_mode") is not AutoresetMode.NEXT_STEP:
+        env.close()
+        raise ConfigurationError(f"{name} must follow Gymnasium's NEXT_STEP autoreset, its vector form does not")
+    return env
+
+
+def _make_atari(name: str, num_envs: int, arguments: Mapping[str, Any]) -> AtariVectorEnv:
+    """Make a native Atari vector: 84x84 grey, max-pool, skip 4, stack 4, no-op starts, fire reset, raw rewards."""
+    arguments = dict(arguments)
+    skip = arguments.pop("frameskip", 1)
+    if not isinstance(skip, int):
+        game = name.rpartition(":")[2].rpartition("-")[0]
+        raise ConfigurationError(
+            f"{name} draws its frame skip at random from {skip}; use {game}NoFrameskip-v4 or ALE/{game}-v5"
+        )
+    arguments = {"reward_clipping": False, "stack_num": ATARI_STACK, "num_threads": 1, **arguments}
+    return AtariVectorEnv(num_envs=num_envs, frameskip=ATARI_FRAME_SKIP if skip == 1 else skip, **arguments)
+
+
+class RebuildingEnv(gym.Env[Any, Any]):
+    """One lane that is made anew when it raises, so that one failure does not end its neighbours' episodes.
+
+    The failing step comes back as a truncated one with `info[FAILURE]`; the caller drops the lane's unsent rows.
+    A failing reset is tried again and comes back with `info[FAILURE]` too.
+    """
+
+    most_failures = 5
+    within_steps = 1_000
+
+    def __init__(self, factory: Callable[[], gym.Env[Any, Any]]) -> None:
+        """Make the environment; a failure here is not caught."""
+        self._factory = factory
+        self._env = factory()
+        self._steps = 0
+        self._failures: deque[int] = deque(maxlen=self.most_failures)
+        self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
+        self.metadata, self.render_mode, self.spec = self._env.metadata, self._env.render_mode, self._env.spec
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset, on a rebuilt environment if need be.
+
+        Raises:
+            EnvironmentFailed: more than `most_failures` failures within `within_steps` steps.
+        """
+        if seed is not None:
+            super().reset(seed=seed)
+        failure: dict[str, Any] = {}
+        while True:
+            try:
+                observation, info = self._env.reset(seed=seed, options=options)
+                return observation, {**info, **failure}
+            except Exception as error:
+                failure = {FAILURE: f"{type(error).__name__}: {error}"}
+                seed = self._rebuild(error)
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Step; a failure rebuilds the environment and reads as a truncation.
+
+        Raises:
+            EnvironmentFailed: more than `most_failures` failures within `within_steps` steps.
+        """
+        self._steps += 1
+        try:
+            return self._env.step(action)
+        except Exception as error:
+            observation, _ = self.reset(seed=self._rebuild(error))
+            return observation, 0.0, False, True, {FAILURE: f"{type(error).__name__}: {error}"}
+
+    def _rebuild(self, error: Exception) -> int:
+        """Make the environment anew; return a seed for its first episode, drawn from this lane's own seed."""
+        if len(self._failures) == self.most_failures and self._steps - self._failures[0] < self.within_steps:
+            raise EnvironmentFailed(
+                f"the environment failed {self.most_failures + 1} times within {self.within_steps} steps, "
+                f"last with {type(error).__name__}: {error}"
+            ) from error
+        self._failures.append(self._steps)
+        try:
+            self._env.close()
+        except Exception:  # noqa: S110 - it is broken already; what matters is the cause reported above
+            pass
+        try:
+            self._env = self._factory()
+        except Exception as again:
+            raise EnvironmentFailed(
+                f"the environment failed with {type(error).__name__}: {error}, and cannot be made anew: "
+                f"{type(again).__name__}: {again}"
+            ) from again
+        return int(self.np_random.integers(2**31))
+
+    def render(self) -> Any:
+        """Render the environment."""
+        return self._env.render()
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._env.close()
+
+
+class OneLane(gym.Env[Any, Any]):
+    """One lane of the vector environment that workers step, as a single environment."""
+
+    def __init__(self, spec: EnvironmentSpec, seed: int | None = None) -> None:
+        """Make it; `seed` seeds the first reset that is given none."""
+        self._spec, self._seed = spec, seed
+        self._env = spec.make(1)
+        self.observation_space, self.action_space = self._env.single_observation_space, self._env.single_action_space
+        self.metadata = self._env.metadata
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode; a seed of 0 is a seed like any other."""
+        seed, self._seed = self._seed if seed is None else seed, None
+        observation, info = self._env.reset(seed=seed, options=options)
+        return self._spec.observe(observation)[0], info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Take one step with an action numbered from 0, or in the action space's box."""
+        batch = self._spec.to_environment(np.asarray(action)[None])
+        observation, reward, terminated, truncated, info = self._env.step(batch)
+        return self._spec.observe(observation)[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._env.close()
+
+
+def seeds_for(env: VectorEnv[Any, Any, Any], sequence: np.random.SeedSequence) -> Any:
+    """Return what `env.reset(seed=...)` takes so that every lane has a seed of its own."""
+    words = [int(word & 0x7FFFFFFF) for word in sequence.generate_state(env.num_envs)]
+    if isinstance(env, AtariVectorEnv):
+        return np.array(words)
+    return words if isinstance(env, SyncVectorEnv) else words[0]

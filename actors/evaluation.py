@@ -1,0 +1,103 @@
+"""Evaluation: greedy actions, whole episodes, true returns, with an episode quota for every lane."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.policies import Policy, PolicySpec
+from actors.rollout import Lanes
+from actors.weights import Weights, unpack
+from replay.seeds import spawn_seed
+from replay.types import ConfigurationError, EpisodeResult
+
+_MOST_LANES = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Greedy episodes of one version of the weights."""
+
+    version: int
+    episodes: tuple[EpisodeResult, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean([episode.episode_return for episode in self.episodes]))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns over episodes."""
+        return float(np.std([episode.episode_return for episode in self.episodes]))
+
+
+def run_episodes(
+    policy: Policy, episodes: int, seed: np.random.SeedSequence, *, lanes: int | None = None, greedy: bool = True
+) -> tuple[EpisodeResult, ...]:
+    """Play whole episodes and return their results.
+
+    Each lane has its quota of episodes from the start. Taking the first N to finish, from any lane, would favour
+    short episodes.
+
+    Args:
+        policy: acts; its environment is made anew.
+        episodes: how many, positive.
+        seed: of the environments; another seed gives other episodes.
+        lanes: lanes to play them in; None chooses.
+        greedy: take the best actions instead of exploring ones.
+
+    Raises:
+        ConfigurationError: episodes is not positive.
+    """
+    if episodes < 1:
+        raise ConfigurationError(f"the number of evaluation episodes must be positive, got {episodes}")
+    width = min(lanes or _MOST_LANES, episodes)
+    quota = np.full(width, episodes // width)
+    quota[: episodes % width] += 1
+    results: list[list[EpisodeResult]] = [[] for _ in range(width)]
+    environment_seed, policy_seed = seed.spawn(2)
+    policy.begin(policy_seed)
+    driver = Lanes(policy.spec.environment, width, environment_seed)
+    try:
+        driver.reset()
+        while any(len(done) < most for done, most in zip(results, quota, strict=True)):
+            for lane, result in driver.step(policy, step=0, greedy=greedy).episodes:
+                if len(results[lane]) < quota[lane]:
+                    results[lane].append(result)
+    finally:
+        driver.close()
+    return tuple(result for lane in results for result in lane)
+
+
+class Evaluator:
+    """Evaluates versions of the weights in a process of its own."""
+
+    def __init__(self, spec: PolicySpec, *, run_seed: int, threads: int | None = None) -> None:
+        """Build the policy; `threads` sets this process's PyTorch threads."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._policy = spec.build()
+        self._run_seed = run_seed
+
+    def evaluate(self, weights: Weights, episodes: int, role: str, index: int) -> Evaluation:
+        """Play `episodes` greedy episodes with `weights`, seeded by `role` and `index`.
+
+        Raises:
+            LayoutMismatch: the weights are of another network.
+        """
+        unpack(weights, self._policy)
+        seed = spawn_seed(self._run_seed, role, index)
+        return Evaluation(weights.version, run_episodes(self._policy, episodes, seed))
+
+    def report(self) -> dict[str, Any]:
+        """Return this process's pid."""
+        return {"pid": os.getpid()}
+
+
+EvaluatorActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=2)(Evaluator)

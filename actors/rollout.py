@@ -1,0 +1,395 @@
+"""RolloutWorker: steps a vector environment, chooses all lanes' actions in one forward pass, sends what came of it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import torch
+
+from actors.environments import FAILURE, EnvironmentSpec, seeds_for
+from actors.policies import Policy, PolicySpec
+from actors.segments import SegmentBuilder
+from actors.weights import Weights, unpack
+from replay.seeds import spawn_seed
+from replay.types import Array, DeadlineExceeded, EpisodeResult, InsertReply, Layout, Push, Segment
+
+_MOST_PUSHES_WAITING = 2
+_ROWS_BETWEEN_POLLS = 8
+_SECONDS_TO_SEND_THE_REST = 2.0
+_SECONDS_FOR_FIRST_WEIGHTS = 300.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one step of all B lanes brought.
+
+    Attributes:
+        action: `[B, *action_shape]`, as the learner sees it.
+        log_probability: `[B]` float32, or None where the policy has none.
+        reward: `[B]` float64, as the environment gave it.
+        terminated: `[B]` bool.
+        truncated: `[B]` bool.
+        observation: `[B, *observation_shape]`, of the following row.
+        failed: `[B]` bool, lanes whose step failed, so that their environment was rebuilt.
+        failures: what failed, as text, in steps and in resets.
+        steps: how many of the B were steps: all but those that failed or followed an episode's end.
+        episodes: `(lane, result)` of the episodes that ended.
+    """
+
+    action: Array
+    log_probability: Array | None
+    reward: Array
+    terminated: Array
+    truncated: Array
+    observation: Array
+    failed: Array
+    failures: tuple[str, ...]
+    steps: int
+    episodes: tuple[tuple[int, EpisodeResult], ...]
+
+
+class Lanes:
+    """A vector environment driven by a policy, with the episodes' true returns."""
+
+    def __init__(self, environment: EnvironmentSpec, lanes: int, seed: np.random.SeedSequence) -> None:
+        """Make the environment; `reset` it before the first step."""
+        self.environment, self.lanes = environment, lanes
+        self.env = environment.make(lanes)
+        self._seed = seed
+        self._observation: Array = np.empty(0)
+        self._returns = np.zeros(lanes)
+        self._lengths = np.zeros(lanes, np.int64)
+        self._after_end = np.zeros(lanes, np.bool_)
+
+    def reset(self) -> Array:
+        """Reset every lane, each time with other seeds, and return the observations."""
+        observation, _ = self.env.reset(seed=seeds_for(self.env, self._seed.spawn(1)[0]))
+        self._observation = self.environment.observe(observation)
+        self._returns[:] = 0.0
+        self._lengths[:] = 0
+        self._after_end[:] = False
+        return self._observation
+
+    def step(self, policy: Policy, *, step: int, greedy: bool = False) -> Row:
+        """Take one step in every lane.
+
+        Args:
+            policy: chooses the actions.
+            step: the global step count, which exploration follows.
+            greedy: take the best actions.
+        """
+        chosen = policy.act(self._observation, step=step, greedy=greedy)
+        observation, reward, terminated, truncated, info = self.env.step(
+            self.environment.to_environment(chosen.action)
+        )
+        reward = np.asarray(reward, np.float64)
+        was_step = ~self._after_end
+        rebuilt = np.asarray(info.get(f"_{FAILURE}", np.zeros(self.lanes, np.bool_)), np.bool_)
+        failed = rebuilt & was_step
+        self._returns += np.where(was_step, reward, 0.0)
+        self._lengths += was_step
+        ended = (terminated | truncated) & was_step
+        episodes = tuple(
+            (int(lane), EpisodeResult(float(self._returns[lane]), int(self._lengths[lane])))
+            for lane in np.flatnonzero(ended & ~failed)
+        )
+        self._returns[ended] = 0.0
+        self._lengths[ended] = 0
+        self._after_end = ended
+        self._observation = self.environment.observe(observation)
+        return Row(
+            action=chosen.action,
+            log_probability=chosen.log_probability,
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            observation=self._observation,
+            failed=failed,
+            failures=tuple(str(info[FAILURE][lane]) for lane in np.flatnonzero(rebuilt)),
+            steps=int((was_step & ~failed).sum()),
+            episodes=episodes,
+        )
+
+    def close(self) -> None:
+        """Close the environment."""
+        self.env.close()
+
+
+class Replay(Protocol):
+    """Where a worker sends its pushes: a `ReplayClient`, or a server in the same process."""
+
+    waiting_for: str | None
+
+    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
+        """See `ReplayClient.insert`."""
+        ...
+
+
+class WeightSource(Protocol):
+    """Where a worker gets its weights: a `WeightClient`."""
+
+    version: int
+
+    def poll(self) -> Weights | None:
+        """See `WeightClient.poll`."""
+        ...
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """What a `RolloutWorker` is made from.
+
+    Attributes:
+        policy: the acting module, and with it the environment.
+        num_envs: lanes of the vector environment.
+        segment_length: rows in a segment.
+        n_steps: steps in a stored reward.
+        gamma: discount of one step.
+        clip_rewards: whether the learner sees rewards clipped to [-1, 1]; returns are never clipped.
+        run_seed: the run's seed.
+    """
+
+    policy: PolicySpec
+    num_envs: int
+    segment_length: int
+    n_steps: int
+    gamma: float
+    clip_rewards: bool
+    run_seed: int
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the experience."""
+        return self.policy.environment.layout(segment_length=self.segment_length, n_steps=self.n_steps)
+
+    @property
+    def largest_push(self) -> int:
+        """Transitions in the largest push: a segment a lane, or at the end what a tail of n - 1 steps adds to one."""
+        return self.num_envs * (self.segment_length + max(self.n_steps - 2, 0))
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What a worker says of itself.
+
+    Attributes:
+        worker: its index.
+        incarnation: how often it was recreated.
+        pid: of its process.
+        node: host it runs on.
+        env_steps: steps it took in this incarnation.
+        episodes: episodes it finished.
+        weights_version: of the weights it acts with.
+        failures: environment lanes it had to rebuild.
+        waiting_for: what it waits for, or None.
+        last_word: the last thing worth telling.
+    """
+
+    worker: int
+    incarnation: int
+    pid: int
+    node: str
+    env_steps: int
+    episodes: int
+    weights_version: int
+    failures: int
+    waiting_for: str | None
+    last_word: str
+
+
+class RolloutWorker:
+    """The rollout loop. `run` returns when stopped or when the run has all its steps; other calls may come meanwhile."""
+
+    def __init__(
+        self,
+        spec: RolloutSpec,
+        *,
+        worker: int,
+        workers: int,
+        incarnation: int,
+        replay: Replay,
+        weights: WeightSource,
+        threads: int | None = None,
+    ) -> None:
+        """Make the environment and the policy.
+
+        Args:
+            spec: what to roll out.
+            worker: this worker's index, below `workers`.
+            workers: how many workers there are, for exploration that differs between them.
+            incarnation: how often this worker was recreated; each incarnation has seeds of its own.
+            replay: where experience goes.
+            weights: where weights come from.
+            threads: PyTorch threads of this process; None leaves them.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.spec, self.worker, self.incarnation = spec, worker, incarnation
+        environment_seed, policy_seed = spawn_seed(spec.run_seed, "worker", worker, incarnation).spawn(2)
+        self._lanes = Lanes(spec.policy.environment, spec.num_envs, environment_seed)
+        self._policy = spec.policy.build()
+        self._policy.begin(policy_seed, worker, workers)
+        self._weights = weights
+        self._outbox = _Outbox(replay, worker, incarnation)
+        self._stop = threading.Event()
+        self._env_steps = self._episodes = self._failures = 0
+        self._waiting_for: str | None = None
+        self._last_word = "starting"
+
+    def run(self) -> WorkerReport:
+        """Roll out until `stop` is called or the replay server says that the run is finished.
+
+        Raises:
+            DeadlineExceeded: no weights came, or the replay server took no push, in time.
+            EnvironmentFailed: an environment failed again and again.
+        """
+        try:
+            self._wait_for_weights()
+            self._last_word = "rolling out"
+            self._roll_out()
+        finally:
+            self._outbox.close(_SECONDS_TO_SEND_THE_REST)
+            self._lanes.close()
+        self._outbox.check()
+        self._last_word = "done"
+        return self.report()
+
+    def _wait_for_weights(self) -> None:
+        end = time.monotonic() + _SECONDS_FOR_FIRST_WEIGHTS
+        self._waiting_for = "the learner's first weights"
+        while not self._pull() and not self._stop.wait(0.02):
+            if time.monotonic() > end:
+                raise DeadlineExceeded(f"no weights came within {_SECONDS_FOR_FIRST_WEIGHTS:.0f} s")
+        self._waiting_for = None
+
+    def _pull(self) -> bool:
+        weights = self._weights.poll()
+        if weights is not None:
+            unpack(weights, self._policy)
+        return weights is not None
+
+    def _roll_out(self) -> None:
+        builder = SegmentBuilder(self.spec.layout, self.spec.num_envs, self.spec.gamma)
+        builder.begin(self._lanes.reset())
+        episodes: list[EpisodeResult] = []
+        rows = 0
+        while not self._stop.is_set() and not self._outbox.finished:
+            row = self._lanes.step(self._policy, step=self._outbox.env_steps)
+            episodes += (result for _, result in row.episodes)
+            self._count(row)
+            reward = np.clip(row.reward, -1.0, 1.0) if self.spec.clip_rewards else row.reward
+            segments = builder.add(row.action, reward, row.terminated, row.truncated, row.observation, row.failed)
+            if segments:
+                self._outbox.put(segments, episodes, self._stop)
+                episodes = []
+            rows += 1
+            if rows % _ROWS_BETWEEN_POLLS == 0:
+                self._pull()
+        self._outbox.put(builder.flush(), episodes, self._stop)
+
+    def _count(self, row: Row) -> None:
+        self._env_steps += row.steps
+        self._episodes += len(row.episodes)
+        if row.failures:
+            self._failures += len(row.failures)
+            self._last_word = f"rebuilt an environment after {row.failures[-1]}"
+
+    def stop(self) -> None:
+        """Ask `run` to send what it has and return."""
+        self._stop.set()
+
+    def report(self) -> WorkerReport:
+        """Return what `squall status` shows."""
+        return WorkerReport(
+            worker=self.worker,
+            incarnation=self.incarnation,
+            pid=os.getpid(),
+            node=socket.gethostname(),
+            env_steps=self._env_steps,
+            episodes=self._episodes,
+            weights_version=self._weights.version,
+            failures=self._failures,
+            waiting_for=self._waiting_for or self._outbox.waiting_for,
+            last_word=self._last_word,
+        )
+
+
+class _Outbox:
+    """Sends pushes in order from a thread of its own, a bounded number of them waiting."""
+
+    def __init__(self, replay: Replay, worker: int, incarnation: int) -> None:
+        self._replay, self._worker, self._incarnation = replay, worker, incarnation
+        self._queue: queue.Queue[Push | None] = queue.Queue(_MOST_PUSHES_WAITING)
+        self._sequence = 0
+        self._abort = threading.Event()
+        self._error: BaseException | None = None
+        self.env_steps = 0
+        self.finished = False
+        self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting_for(self) -> str | None:
+        return self._replay.waiting_for
+
+    def put(self, segments: list[Segment], episodes: list[EpisodeResult], stop: threading.Event) -> None:
+        """Hand over a push; wait while too many are waiting, once `stop` is set for a short time only.
+
+        Raises:
+            Exception: what an earlier push met.
+        """
+        if not (segments or episodes):
+            return
+        push = Push(self._worker, self._incarnation, self._sequence, tuple(segments), tuple(episodes))
+        self._sequence += 1
+        end = time.monotonic() + _SECONDS_TO_SEND_THE_REST
+        while not self.finished:
+            self.check()
+            try:
+                self._queue.put(push, timeout=0.2)
+                return
+            except queue.Full:
+                if not stop.is_set():
+                    end = time.monotonic() + _SECONDS_TO_SEND_THE_REST
+                elif time.monotonic() > end:
+                    return
+
+    def check(self) -> None:
+        """Raise what a push met."""
+        if self._error is not None:
+            raise self._error
+
+    def _send_all(self) -> None:
+        try:
+            while (push := self._queue.get()) is not None:
+                reply = self._replay.insert(push, stop=self._abort)
+                if reply is None:
+                    return
+                self.env_steps = max(self.env_steps, reply.env_steps)
+                self.finished = self.finished or reply.finished
+        except BaseException as error:
+            self._error = error
+
+    def close(self, seconds: float) -> None:
+        """Send what is waiting, for at most `seconds`; then give up."""
+        end = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < end:
+            try:
+                self._queue.put(None, timeout=0.05)
+                break
+            except queue.Full:
+                continue
+        self._thread.join(max(end - time.monotonic(), 0.0))
+        self._abort.set()
+        self._thread.join(1.0)
+
+
+RolloutActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=2)(RolloutWorker)
