@@ -1,0 +1,35 @@
+"""Tuned hyper-parameters per algorithm and environment, as data: one YAML file an algorithm.
+
+A key is an environment id, or `atari` for every Atari id without a preset of its own. Under it, `run` holds keys
+of the run configuration and `hyperparameters` those of the algorithm's constructor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from actors.environments import is_atari
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A preset's two halves."""
+
+    run: dict[str, Any] = field(default_factory=dict)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+
+def load_preset(algorithm: str, environment: str) -> Preset | None:
+    """Return the preset of an algorithm for an environment, or None if there is none."""
+    file = resources.files(__name__) / f"{algorithm}.yaml"
+    if not file.is_file():
+        return None
+    presets = yaml.safe_load(file.read_text())
+    found = presets.get(environment)
+    if found is None and is_atari(environment):
+        found = presets.get("atari")
+    return None if found is None else Preset(found.get("run", {}), found.get("hyperparameters", {}))

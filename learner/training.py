@@ -1,0 +1,349 @@
+"""Learner: runs a Trainer over an algorithm, publishes its weights, writes and resumes checkpoints.
+
+All state of the fit is touched by one thread only. Others put requests on a queue, which that thread looks at
+after each training step and while it waits for data.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import ray
+import torch
+
+from actors.weights import Weights, pack
+from learner.algorithms import ALGORITHMS
+from learner.algorithms.algorithm import Algorithm
+from learner.experience import RemoteExperience
+from replay.remote import GONE, RemoteActor, is_ready
+from replay.seeds import integer_seed, spawn_seed
+from replay.server import ReplayClient
+from replay.types import ConfigurationError
+
+LAST = "last.ckpt"
+BEST = "best.ckpt"
+_SECONDS_FOR_STORE = 60.0
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """What a `Learner` is made from.
+
+    Attributes:
+        algorithm: a name in `ALGORITHMS`.
+        hyperparameters: the constructor's arguments, `env` included, as plain values.
+        checkpoints: folder of the checkpoints.
+        checkpoint_every: updates between step-numbered checkpoints.
+        keep_checkpoints: step-numbered checkpoints kept.
+        publish_every: updates between published versions of the weights.
+        precision: Lightning's name of the precision, or "auto".
+    """
+
+    algorithm: str
+    hyperparameters: Mapping[str, Any]
+    checkpoints: str
+    checkpoint_every: int
+    keep_checkpoints: int
+    publish_every: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class LearnerReport:
+    """What a learner says of itself.
+
+    Attributes:
+        pid: of its process.
+        node: host it runs on.
+        state: "starting", "learning", "waiting", "done" or "stopped".
+        updates: updates made in the run, those before a resume included.
+        weights_version: published last.
+        metrics: what the algorithm logged last.
+        waiting_for: what it waits for, or None.
+        checkpoint_updates: updates in the newest checkpoint.
+        device: where it computes.
+    """
+
+    pid: int
+    node: str
+    state: str
+    updates: int
+    weights_version: int
+    metrics: dict[str, float]
+    waiting_for: str | None
+    checkpoint_updates: int
+    device: str
+
+
+class Learner:
+    """The learner process. `fit` returns when stopped or when the replay server has nothing more; other calls may
+    come meanwhile."""
+
+    def __init__(
+        self, spec: LearnerSpec, *, replay: ReplayClient, weights: RemoteActor, threads: int | None = None
+    ) -> None:
+        """Make the module.
+
+        Args:
+            spec: what to learn.
+            replay: where batches come from.
+            weights: the weight store.
+            threads: PyTorch threads of this process; None leaves them.
+
+        Raises:
+            ConfigurationError: the algorithm refuses its hyper-parameters.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+        self.spec = spec
+        self._module = make_algorithm(spec.algorithm, spec.hyperparameters)
+        self._weights = weights
+        self._experience = RemoteExperience(
+            replay,
+            k=self._module.hparams["updates_per_training_step"],
+            batch_size=self._module.hparams["batch_size"],
+            length=self._module.hparams["batches_per_epoch"],
+        )
+        self._experience.while_waiting = self._serve
+        self._module.experience = self._experience
+        self._requests: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
+        self._trainer: pl.Trainer | None = None
+        self._publishing: Any = None
+        self._version = -1
+        self._checkpointed = 0
+        self._stop = threading.Event()
+        self._state = "starting"
+
+    def fit(self, resume: str | None = None) -> LearnerReport:
+        """Learn until stopped, or until the run's experience is used up; write a last checkpoint.
+
+        Args:
+            resume: path of a checkpoint to go on from.
+
+        Raises:
+            Exception: what the algorithm or the replay server met.
+        """
+        checkpoints = Path(self.spec.checkpoints)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(integer_seed(spawn_seed(self._module.seed, "updates")))
+        self._trainer = pl.Trainer(
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="gpu" if torch.cuda.is_available() else "cpu",
+            devices=1,
+            precision=choose_precision(self.spec.precision),
+            callbacks=[_LearnerCallback(self)],
+        )
+        try:
+            self._trainer.fit(self._module, self._experience, ckpt_path=resume, weights_only=True)
+            self.save(checkpoints / LAST)
+            self._state = "stopped" if self._stop.is_set() else "done"
+        finally:
+            self._experience.close()
+            self._refuse_requests()
+        return self.report()
+
+    # Called by the callback and by the experience, in the thread of `fit`.
+
+    def on_start(self) -> None:
+        """Publish the first weights of this learner, numbered after whatever the store holds."""
+        held: dict[str, int] = self._weights.call("report", seconds=_SECONDS_FOR_STORE)
+        self._version = max(self._version, held["version"])
+        self._checkpointed = self._updates
+        self.publish()
+        self._state = "learning"
+
+    def on_update(self) -> None:
+        """Publish and checkpoint when their updates have come."""
+        if self._updates % self.spec.publish_every == 0:
+            self.publish()
+        if self._updates % self.spec.checkpoint_every == 0:
+            self._save_numbered()
+
+    def on_step(self) -> None:
+        """Look at what others asked for, and stop if the experience ended or somebody said so."""
+        self._serve()
+        assert self._trainer is not None
+        if self._stop.is_set() or self._experience.finished:
+            self._trainer.should_stop = True
+
+    def _serve(self) -> None:
+        while not self._requests.empty():
+            work, answer = self._requests.get()
+            try:
+                answer.set_result(work())
+            except Exception as error:
+                answer.set_exception(error)
+
+    def _refuse_requests(self) -> None:
+        self._stop.set()
+        while not self._requests.empty():
+            self._requests.get()[1].set_exception(RuntimeError("the learner has ended"))
+
+    def publish(self) -> Weights:
+        """Send the acting module's weights to the store, as a new version."""
+        self._version += 1
+        weights = pack(self._module.policy, self._version)
+        try:
+            if self._publishing is not None and is_ready(self._publishing):
+                ray.get(self._publishing)
+            self._publishing = self._weights.later("publish", weights)
+        except (*GONE, ValueError):
+            # The coordinator makes a new store and asks for these weights.
+            self._weights.forget()
+            self._publishing = None
+        return weights
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint; a reader never sees half of one."""
+        assert self._trainer is not None
+        temporary = path.with_suffix(".tmp")
+        self._trainer.save_checkpoint(temporary)
+        os.replace(temporary, path)
+        self._checkpointed = self._updates
+
+    def _save_numbered(self) -> None:
+        checkpoints = Path(self.spec.checkpoints)
+        self.save(checkpoints / f"step-{self._updates:010d}.ckpt")
+        self.save(checkpoints / LAST)
+        for old in sorted(checkpoints.glob("step-*.ckpt"))[: -self.spec.keep_checkpoints]:
+            old.unlink(missing_ok=True)
+
+    @property
+    def _updates(self) -> int:
+        return 0 if self._trainer is None else self._trainer.global_step
+
+    # Called by others, in other threads.
+
+    def _ask(self, work: Callable[[], Any], seconds: float) -> Any:
+        answer: Future[Any] = Future()
+        if self._stop.is_set():
+            raise RuntimeError("the learner is stopping")
+        self._requests.put((work, answer))
+        return answer.result(seconds)
+
+    def checkpoint(self, name: str = LAST, seconds: float = 60.0) -> Weights:
+        """Write a checkpoint now; return the weights in it, published as a version.
+
+        Raises:
+            TimeoutError: the learner did not come to it in time.
+        """
+
+        def work() -> Weights:
+            self.save(Path(self.spec.checkpoints) / name)
+            return self.publish()
+
+        weights: Weights = self._ask(work, seconds)
+        return weights
+
+    def publish_again(self, seconds: float = 60.0) -> int:
+        """Publish now, because the weight store is a new one; return the version."""
+        weights: Weights = self._ask(self.publish, seconds)
+        return weights.version
+
+    def note_progress(self, env_steps: int, progress: dict[str, Any]) -> None:
+        """Take note of how far the run is, in plain values, for the checkpoints."""
+        self._module.env_steps, self._module.run_progress = env_steps, progress
+
+    def stop(self) -> None:
+        """Ask `fit` to write its last checkpoint and return."""
+        self._stop.set()
+        self._experience.interrupt()
+
+    def report(self) -> LearnerReport:
+        """Return what `squall status` shows."""
+        waiting = self._experience.waiting_for if self._state == "learning" else None
+        metrics = {} if self._trainer is None else dict(self._trainer.callback_metrics)
+        return LearnerReport(
+            pid=os.getpid(),
+            node=socket.gethostname(),
+            state="waiting" if waiting else self._state,
+            updates=self._updates,
+            weights_version=self._version,
+            metrics={name: float(value) for name, value in metrics.items()},
+            waiting_for=waiting,
+            checkpoint_updates=self._checkpointed,
+            device=str(self._module.device),
+        )
+
+
+class _LearnerCallback(pl.Callback):
+    """The one place where a fit looks at what others asked for."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._learner.on_start()
+
+    def on_update_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._learner.on_update()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._learner.on_step()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self._learner.on_step()
+
+
+def make_algorithm(name: str, hyperparameters: Mapping[str, Any]) -> Algorithm:
+    """Return the algorithm `name`, made from its hyper-parameters, `env` among them.
+
+    Raises:
+        ConfigurationError: no algorithm of that name, or hyper-parameters it refuses.
+    """
+    if name not in ALGORITHMS:
+        raise ConfigurationError(f"unknown algorithm {name!r}; there are {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name](**hyperparameters)
+
+
+def choose_precision(name: str) -> Any:
+    """Return Lightning's name of a precision; "auto" takes bfloat16 where the device is fast at it."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return "bf16-mixed" if amx is not None and amx() else "32-true"
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's content; its part `"squall"` holds the algorithm's name and the run's progress.
+
+    Raises:
+        ConfigurationError: the file is no checkpoint of Squall's.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content["squall"]["algorithm"]
+    except (OSError, KeyError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        raise ConfigurationError(f"{path} is no checkpoint of Squall's: {error}") from error
+    return content
+
+
+def load_algorithm(path: Path) -> Algorithm:
+    """Return the algorithm in a checkpoint, with its weights.
+
+    Raises:
+        ConfigurationError: the file is no checkpoint of Squall's.
+    """
+    algorithm = ALGORITHMS[read_checkpoint(path)["squall"]["algorithm"]]
+    return algorithm.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+
+
+LearnerActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=3)(Learner)

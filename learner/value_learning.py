@@ -1,0 +1,55 @@
+"""Value learning: the published formulas as pure functions of tensors.
+
+Subscripts are of time: `q_tm1` are the values in the state where `a_tm1` was taken, `r_t` and `discount_t` came
+with the next state, whose values are `q_t`. `discount_t` is 0 after a termination, so a target needs no "done".
+No gradient flows into a target.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def q_learning(q_tm1: Tensor, a_tm1: Tensor, r_t: Tensor, discount_t: Tensor, q_t: Tensor) -> Tensor:
+    """Return the TD error `r_t + discount_t * max_a q_t - q_tm1[a_tm1]`.
+
+    Watkins & Dayan 1992; with `q_t` of a target network, Mnih et al. 2015 (https://doi.org/10.1038/nature14236),
+    algorithm 1. With n-step rewards and discounts it is the n-step target (Sutton 1988).
+
+    Args:
+        q_tm1: `[B, A]` values of the online network.
+        a_tm1: `[B]` int64 actions taken.
+        r_t: `[B]` rewards.
+        discount_t: `[B]` discounts.
+        q_t: `[B, A]` values to bootstrap from.
+
+    Returns:
+        `[B]` TD errors; their gradient reaches `q_tm1` alone.
+
+    Raises:
+        ValueError: shapes do not agree, which would otherwise broadcast silently.
+    """
+    _expect_shapes(q_tm1, a_tm1, r_t, discount_t, q_t)
+    target = r_t + discount_t * q_t.amax(1)
+    return target.detach() - _of_action(q_tm1, a_tm1)
+
+
+def _of_action(values: Tensor, action: Tensor) -> Tensor:
+    return values.gather(1, action[:, None])[:, 0]
+
+
+def _expect_shapes(q_tm1: Tensor, a_tm1: Tensor, r_t: Tensor, discount_t: Tensor, *q_t: Tensor) -> None:
+    batch = q_tm1.shape[:1]
+    wrong = [tuple(x.shape) for x in (a_tm1, r_t, discount_t) if x.shape != batch]
+    wrong += [tuple(x.shape) for x in q_t if x.shape != q_tm1.shape]
+    if q_tm1.ndim != 2 or wrong:
+        raise ValueError(f"values must be [B, A] and all else [B]; got values {tuple(q_tm1.shape)} beside {wrong}")
+
+
+def huber(error: Tensor) -> Tensor:
+    """Return `error**2 / 2` within [-1, 1] and `|error| - 1/2` outside, elementwise.
+
+    Its gradient is the error clipped to [-1, 1], which is what Mnih et al. 2015 (methods, "training details") do.
+    """
+    return torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none")
