@@ -1,0 +1,205 @@
+"""The command line. Imports what a command needs only when that command runs, so that help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+DESCRIPTION = """\
+Train reinforcement-learning agents with many rollout workers, a replay server and one learner.
+
+  squall train dqn CartPole-v1                 train, with the preset for that environment
+  squall train dqn PongNoFrameskip-v4 --actors 8 --envs-per-actor 4
+  squall train dqn CartPole-v1 --set learning_rate=0.001 --set hidden_sizes=[64,64]
+  squall train --resume dqn-CartPole-v1-1      go on where a run ended or was lost
+  squall runs                                  list runs
+  squall status dqn-CartPole-v1-1              what a run does, process by process
+  squall stop dqn-CartPole-v1-1                end it in order, with a checkpoint
+  squall evaluate dqn-CartPole-v1-1            play greedy episodes with its best weights
+
+Everything lies under SQUALL_HOME (default ./runs). With --json a command prints one JSON document on
+standard output and nothing else; progress goes to standard error."""
+
+STOP_DEADLINE = 30.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    parsed = _parser().parse_args(arguments)
+    with _clean_stdout() as out:
+        try:
+            status: int = parsed.command(parsed, out)
+            return status
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:
+            from replay.types import ConfigurationError, SquallError
+
+            if not isinstance(error, SquallError):
+                raise
+            print(f"squall: {error}", file=sys.stderr)
+            bad_input = isinstance(error, ConfigurationError | LookupError) or "InUse" in type(error).__name__
+            return 2 if bad_input else 1
+
+
+@contextmanager
+def _clean_stdout() -> Iterator[TextIO]:
+    """Yield the real standard output, and send whatever else is printed there to standard error.
+
+    Ray prints on standard output, from its own processes too, so the file descriptor itself is moved.
+    """
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    out = os.fdopen(saved, "w")
+    try:
+        yield out
+    finally:
+        out.flush()
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        out.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="squall", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train an agent", description="Train an agent, or resume a run.")
+    train.add_argument("algorithm", nargs="?", help="such as dqn")
+    train.add_argument("environment", nargs="?", help="Gymnasium id, or module:EnvId-v0 for one of your own")
+    train.add_argument("--actors", type=int, metavar="N", help="rollout workers")
+    train.add_argument("--envs-per-actor", type=int, metavar="N", dest="num_envs", help="environments in each worker")
+    train.add_argument("--steps", type=int, metavar="N", help="environment steps, over all workers")
+    train.add_argument("--seed", type=int, metavar="N", help="from which all others are spawned")
+    train.add_argument("--name", help="name of the run; chosen if left out")
+    train.add_argument("--config", type=Path, metavar="FILE", help="YAML of run keys, as saved in every run's folder")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key; may be repeated")
+    train.add_argument("--resume", metavar="RUN", help="go on from a run's last checkpoint")
+    train.add_argument("--show-config", action="store_true", help="print the resolved configuration and stop")
+    _json(train, _train)
+
+    evaluate = commands.add_parser("evaluate", help="play greedy episodes", description="Play greedy episodes.")
+    evaluate.add_argument("run", help="a run's name, or the path of a .ckpt file")
+    evaluate.add_argument("--episodes", type=int, default=20, metavar="N", help="default 20")
+    evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best")
+    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other episodes")
+    _json(evaluate, _evaluate)
+
+    runs = commands.add_parser("runs", help="list runs", description="List runs, newest first.")
+    _json(runs, _runs)
+
+    status = commands.add_parser("status", help="show what a run does", description="Show what a run does.")
+    status.add_argument("run")
+    status.add_argument("--events", type=int, default=10, metavar="N", help="how many of its last events; default 10")
+    _json(status, _status)
+
+    stop = commands.add_parser("stop", help="end a run in order", description="End a run in order, with a checkpoint.")
+    stop.add_argument("run")
+    _json(stop, _stop)
+    return parser
+
+
+def _json(parser: argparse.ArgumentParser, command: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
+    parser.set_defaults(command=command)
+
+
+def _answer(out: TextIO, as_json: bool, payload: Any, renderable: Any) -> int:
+    if as_json:
+        print(json.dumps(payload), file=out)
+    else:
+        from rich.console import Console
+
+        Console(file=out, highlight=False, soft_wrap=not out.isatty()).print(renderable)
+    return 0
+
+
+def _train(parsed: argparse.Namespace, out: TextIO) -> int:
+    from replay.types import ConfigurationError
+    from services import runs
+    from services.config import parse_assignment, resolve
+    from services.display import render_summary
+
+    flags = {key: getattr(parsed, key) for key in ("actors", "num_envs", "steps", "seed")}
+    overrides = {key: value for key, value in flags.items() if value is not None}
+    overrides |= dict(parse_assignment(text) for text in parsed.set)
+    file = parsed.config
+    if parsed.resume:
+        if parsed.algorithm or parsed.config or parsed.name:
+            raise ConfigurationError("--resume RUN takes the run's own algorithm, environment, configuration and name")
+        file = runs.folder_of(parsed.resume) / runs.CONFIG
+    config, preset = resolve(parsed.algorithm, parsed.environment, file=file, overrides=overrides)
+    if parsed.show_config:
+        return _answer(out, parsed.json, config.model_dump(), render_summary(config.model_dump()))
+    if preset is None and file is None:
+        print(f"squall: no preset of {config.algorithm} for {config.environment}; using its defaults", file=sys.stderr)
+    summary = runs.resume(config, parsed.resume) if parsed.resume else runs.train(config, name=parsed.name)
+    _answer(out, parsed.json, summary, render_summary(summary))
+    return {"interrupted": 130, "terminated": 143}.get(summary["stopped_because"], 0)
+
+
+def _evaluate(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services import runs
+    from services.display import render_summary
+
+    figures = runs.evaluate(parsed.run, episodes=parsed.episodes, which=parsed.checkpoint, seed=parsed.seed)
+    return _answer(out, parsed.json, figures, render_summary(figures))
+
+
+def _runs(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services.display import render_runs
+    from services.home import open_home_store
+
+    with open_home_store() as store:
+        records = store.list_runs()
+    keys = ("name", "algorithm", "environment", "seed", "state", "created", "stopped_because")
+    return _answer(out, parsed.json, [{key: getattr(r, key) for key in keys} for r in records], render_runs(records))
+
+
+def _status(parsed: argparse.Namespace, out: TextIO) -> int:
+    from rich.console import Group
+
+    from services.display import render_events, render_snapshot
+    from services.home import open_home_store
+
+    with open_home_store() as store:
+        record = store.get(parsed.run)
+        snapshot = store.read_snapshot(parsed.run) or {}
+        events = store.events(parsed.run, limit=parsed.events)
+    payload = {
+        **snapshot,
+        "run": record.name,
+        "algorithm": record.algorithm,
+        "environment": record.environment,
+        "seed": record.seed,
+        "state": record.state,
+        "stopped_because": record.stopped_because,
+        "heartbeat": record.heartbeat,
+        "events": [{"time": e.time, "kind": e.kind, "text": e.text} for e in events],
+    }
+    shown = [render_snapshot(record.name, payload)] if snapshot else [f"{record.name}: {record.state}"]
+    if record.stopped_because:
+        shown.append(f"{record.state}: {record.stopped_because}")
+    return _answer(out, parsed.json, payload, Group(*shown, render_events(events)))
+
+
+def _stop(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services.home import open_home_store
+
+    with open_home_store() as store:
+        command = store.send_command(parsed.run, "stop", {})
+        result = store.wait_for_acknowledgement(parsed.run, command, STOP_DEADLINE)
+    return _answer(out, parsed.json, {"run": parsed.run, **result}, f"run {parsed.run} is stopping")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""The run configuration: typed, frozen, validated once; an unknown key is an error that names the nearest.
+
+It is put together from, each over the one before: defaults, the preset of algorithm and environment, a YAML file,
+command-line flags, `--set key=value`. Keys of a run and of the algorithm's constructor have different names, so
+`--set` takes either without a prefix.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
+from learner.algorithms import ALGORITHMS
+from learner.presets import Preset, load_preset
+from replay.types import ConfigurationError
+
+
+class RunConfig(BaseModel):
+    """One run, resolved: `squall train --config` with these values repeats it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    algorithm: str = Field(description="name of the algorithm")
+    environment: str = Field(description="Gymnasium id")
+    environment_arguments: dict[str, Any] = Field({}, description="keyword arguments of the environment")
+    seed: NonNegativeInt = Field(0, description="from which all others are spawned")
+    steps: PositiveInt = Field(1_000_000, description="environment steps, over all workers")
+    actors: PositiveInt = Field(2, description="rollout workers")
+    eval_every: NonNegativeInt = Field(50_000, description="steps between evaluations; 0 evaluates at the end only")
+    eval_episodes: PositiveInt = Field(10, description="episodes of a periodic evaluation")
+    final_eval_episodes: PositiveInt = Field(20, description="fresh episodes that score the best and the last weights")
+    publish_every: PositiveInt = Field(100, description="updates between versions of the weights")
+    checkpoint_every: PositiveInt = Field(5_000, description="updates between step-numbered checkpoints")
+    keep_checkpoints: PositiveInt = Field(3, description="step-numbered checkpoints kept")
+    precision: str = Field("auto", description="auto, 32-true, bf16-mixed or 16-mixed")
+    replay_deadline: float = Field(300.0, gt=0, description="seconds a process waits for replay before it fails")
+    hyperparameters: dict[str, Any] = Field({}, description="arguments of the algorithm's constructor")
+
+    def save(self, path: Path) -> None:
+        """Write this configuration as YAML."""
+        path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False))
+
+
+RUN_KEYS = tuple(name for name in RunConfig.model_fields if name not in ("hyperparameters", "algorithm", "environment"))
+_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+_SET_BY_THE_RUN = ("seed",)
+
+
+def resolve(
+    algorithm: str | None,
+    environment: str | None,
+    *,
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[RunConfig, Preset | None]:
+    """Put a configuration together.
+
+    Args:
+        algorithm: name of the algorithm; None takes the file's.
+        environment: environment id; None takes the file's.
+        file: YAML file of run keys, with the constructor's under `hyperparameters`.
+        overrides: flat keys of either kind.
+
+    Returns:
+        The configuration, and the preset it is based on, if there is one.
+
+    Raises:
+        ConfigurationError: an unknown key, a wrong type, a value out of range, an unreadable file.
+    """
+    from_file = read_yaml(file) if file is not None else {}
+    algorithm = algorithm or from_file.get("algorithm")
+    environment = environment or from_file.get("environment")
+    if not algorithm or not environment:
+        raise ConfigurationError("name an algorithm and an environment, such as: squall train dqn CartPole-v1")
+    if algorithm not in ALGORITHMS:
+        near = _nearest(algorithm, ALGORITHMS)
+        raise ConfigurationError(f"unknown algorithm {algorithm!r}{near}; there are {', '.join(ALGORITHMS)}")
+    preset = load_preset(algorithm, environment)
+    flat: dict[str, Any] = {}
+    for layer in (
+        {**preset.run, **preset.hyperparameters} if preset else {},
+        {**{k: v for k, v in from_file.items() if k != "hyperparameters"}, **from_file.get("hyperparameters", {})},
+        overrides or {},
+    ):
+        flat.update(layer)
+    flat = {key: value for key, value in flat.items() if key not in ("algorithm", "environment")}
+    own = {name: p for name, p in ALGORITHMS[algorithm].hyperparameter_types().items() if name not in _SET_BY_THE_RUN}
+    run = {key: value for key, value in flat.items() if key in RUN_KEYS}
+    hyperparameters = {key: value for key, value in flat.items() if key not in RUN_KEYS}
+    for key, value in hyperparameters.items():
+        if key not in own:
+            raise ConfigurationError(f"unknown key {key!r}{_nearest(key, [*RUN_KEYS, *own])}")
+        hyperparameters[key] = _typed(key, own[key].annotation, value)
+    try:
+        config = RunConfig(algorithm=algorithm, environment=environment, hyperparameters=hyperparameters, **run)
+    except ValidationError as error:
+        raise _translated(error) from error
+    if config.precision not in _PRECISIONS:
+        raise ConfigurationError(f"precision must be one of {', '.join(_PRECISIONS)}, got {config.precision!r}")
+    return config, preset
+
+
+def _typed(key: str, kind: Any, value: Any) -> Any:
+    try:
+        typed = TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise _translated(error, key) from error
+    return list(typed) if isinstance(typed, tuple) else typed
+
+
+def _translated(error: ValidationError, key: str = "") -> ConfigurationError:
+    first = error.errors()[0]
+    where = key or ".".join(str(part) for part in first["loc"])
+    return ConfigurationError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("hyperparameters", {}), dict):
+        raise ConfigurationError(f"{path} must hold a mapping of keys to values")
+    return content
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Return the key and value of `key=value`; the value is read as YAML, so `[64, 64]` and `null` work.
+
+    Raises:
+        ConfigurationError: there is no `=`, or the value is no YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigurationError(f"--set takes key=value, got {text!r}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"--set {key}: {value!r} is no YAML value") from error

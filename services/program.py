@@ -1,0 +1,223 @@
+"""The topology: what a run consists of, and how each process of it is started.
+
+The driver owns every actor and none is detached, so its end ends the run. Names carry the run's, because several
+runs may share a cluster.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+
+from actors.environments import specify
+from actors.evaluation import EvaluatorActor
+from actors.policies import PolicySpec
+from actors.rollout import RolloutActor, RolloutSpec
+from actors.weights import WeightClient, WeightStoreActor
+from learner.training import LearnerActor, LearnerSpec, make_algorithm
+from replay.remote import NAMESPACE, RemoteActor
+from replay.server import Counters, ReplayActor, ReplayClient, ReplaySpec
+from replay.types import ConfigurationError, SquallError
+from services.config import RunConfig
+
+_LEAST_OBJECT_STORE = 128 * 2**20
+_MOST_LEARNER_THREADS = 4
+
+
+class RayUnavailable(SquallError):
+    """Ray could not be started or reached; the text says which, and where."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A run's processes, described but not started.
+
+    Attributes:
+        run: the run's name.
+        seed: the run's seed.
+        actors: rollout workers.
+        steps: environment steps after which the run is finished.
+        policy: the acting module.
+        rollout: what each worker does.
+        replay: what the replay server holds, at which rate.
+        learner: what the learner does.
+        replay_deadline: seconds a process waits for replay.
+    """
+
+    run: str
+    seed: int
+    actors: int
+    steps: int
+    policy: PolicySpec
+    rollout: RolloutSpec
+    replay: ReplaySpec
+    learner: LearnerSpec
+    replay_deadline: float
+
+    def start_weight_store(self) -> Any:
+        """Start the weight store and return its handle."""
+        return WeightStoreActor.options(**self._named("weights")).remote(put=ray.put)
+
+    def start_replay(self, incarnation: int, carried: Counters, highest_priority: float) -> Any:
+        """Start a replay server that goes on from the run's totals, and return its handle."""
+        return ReplayActor.options(**self._named("replay")).remote(
+            self.replay,
+            run_seed=self.seed,
+            incarnation=incarnation,
+            carried=carried,
+            highest_priority=highest_priority,
+            max_env_steps=self.steps,
+        )
+
+    def start_learner(self) -> Any:
+        """Start the learner, on a GPU where the cluster has one, and return its handle."""
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        return LearnerActor.options(num_gpus=gpus).remote(
+            self.learner, replay=self._replay_client(), weights=self._actor("weights"), threads=self._learner_threads
+        )
+
+    def start_worker(self, worker: int, incarnation: int) -> Any:
+        """Start a rollout worker and return its handle."""
+        return RolloutActor.remote(
+            self.rollout,
+            worker=worker,
+            workers=self.actors,
+            incarnation=incarnation,
+            replay=self._replay_client(),
+            weights=WeightClient(self._actor("weights")),
+            threads=1,
+        )
+
+    def start_evaluator(self) -> Any:
+        """Start the evaluator and return its handle."""
+        return EvaluatorActor.remote(self.policy, run_seed=self.seed, threads=1)
+
+    def _actor(self, role: str) -> RemoteActor:
+        return RemoteActor(f"{self.run}/{role}")
+
+    def _named(self, role: str) -> dict[str, str]:
+        return {"name": self._actor(role).name, "namespace": NAMESPACE}
+
+    def _replay_client(self) -> ReplayClient:
+        return ReplayClient(self._actor("replay"), deadline_seconds=self.replay_deadline)
+
+    @property
+    def _learner_threads(self) -> int:
+        spare = (os.cpu_count() or 1) - self.actors
+        return max(1, min(_MOST_LEARNER_THREADS, spare))
+
+    @property
+    def object_store_bytes(self) -> int:
+        """Shared memory for what is on its way: pushes, batches and weights, twice over."""
+        layout = self.replay.table.layout
+        push = layout.frame_bytes * layout.max_segment_frames * self.rollout.num_envs
+        observation = math.prod(layout.observation_shape) * np.dtype(layout.frame_dtype).itemsize
+        batch = 2 * observation * self.replay.batch_size * self.replay.batches_per_sample
+        return max(_LEAST_OBJECT_STORE, 2 * (4 * self.actors * push + 6 * batch))
+
+
+def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
+    """Check a configuration against everything it names, and describe the processes it asks for.
+
+    Raises:
+        ConfigurationError: an environment or value that cannot work.
+        NotEnoughMemory: the replay does not fit into this machine.
+    """
+    environment = specify(config.environment, config.environment_arguments)
+    hyperparameters = {**config.hyperparameters, "env": environment.plain(), "seed": config.seed}
+    try:
+        algorithm = make_algorithm(config.algorithm, hyperparameters)
+    except TypeError as error:
+        raise ConfigurationError(str(error)) from error
+    rollout = algorithm.rollout_spec()
+    replay = algorithm.replay_spec(largest_push=rollout.largest_push)
+    if config.steps <= replay.minimum_size:
+        raise ConfigurationError(
+            f"a run of {config.steps} steps ends before the first update: warm_start_size is {replay.minimum_size}"
+        )
+    replay.table.check_memory()
+    return Program(
+        run=run,
+        seed=config.seed,
+        actors=config.actors,
+        steps=config.steps,
+        policy=algorithm.policy_spec,
+        rollout=rollout,
+        replay=replay,
+        learner=LearnerSpec(
+            algorithm=config.algorithm,
+            hyperparameters=hyperparameters,
+            checkpoints=str(checkpoints),
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+            publish_every=config.publish_every,
+            precision=config.precision,
+        ),
+        replay_deadline=config.replay_deadline,
+    )
+
+
+class RaySession:
+    """A Ray cluster for as long as a `with` block lasts: one of this machine's own, or the one in RAY_ADDRESS."""
+
+    def __init__(self, object_store_bytes: int) -> None:
+        """Say how much shared memory a cluster of our own needs."""
+        self._bytes = object_store_bytes
+        self._folder: str | None = None
+
+    def __enter__(self) -> RaySession:
+        """Start or join the cluster.
+
+        Raises:
+            RayUnavailable: it could not be started or reached, or shared memory is short.
+        """
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            if address:
+                ray.init(address=address, **common)
+                return self
+            self._folder = tempfile.mkdtemp(prefix="squall-")
+            ray.init(
+                address="local",
+                num_cpus=os.cpu_count(),
+                include_dashboard=False,
+                object_store_memory=self._shared_memory(),
+                _temp_dir=self._folder,
+                **common,
+            )
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            self.__exit__()
+            where = f"the Ray cluster at {address}" if address else "a local Ray"
+            raise RayUnavailable(f"cannot use {where}: {error}") from error
+        return self
+
+    def _shared_memory(self) -> int:
+        try:
+            free = psutil.disk_usage("/dev/shm").free
+        except OSError:
+            return self._bytes
+        if free < _LEAST_OBJECT_STORE:
+            raise RayUnavailable(
+                f"/dev/shm has {free / 2**20:.0f} MiB free and Ray needs {_LEAST_OBJECT_STORE / 2**20:.0f} MiB; "
+                f"in a container raise its shm_size"
+            )
+        return min(self._bytes, int(free * 0.8))
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the cluster; one of our own ends, and its files go."""
+        ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,209 @@
+"""Runs on disk and in the store: naming, starting, resuming, evaluating. What the command line calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from actors.evaluation import run_episodes
+from learner.training import BEST, LAST, load_algorithm
+from replay.seeds import spawn_seed
+from replay.types import ConfigurationError
+from services.config import RunConfig
+from services.coordinator import Coordinator, Progress, StopSignals, Watcher, end_at_once
+from services.display import Display
+from services.home import CONFIG, SUMMARY, home, open_home_store
+from services.program import Program, RaySession, plan
+from services.store import BufferedWriter, RunNameInUse, RunRecord, RunStore, this_process
+
+def choose_name(config: RunConfig, store: RunStore) -> str:
+    """Return the first free name such as `dqn-CartPole-v1-3`."""
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{config.algorithm}-{config.environment}").strip("-.")[:80]
+    taken = {record.name for record in store.list_runs()}
+    taken |= {path.name for path in home().iterdir()} if home().is_dir() else set()
+    number = 1
+    while f"{base}-{number}" in taken:
+        number += 1
+    return f"{base}-{number}"
+
+
+class _RunWatcher(Watcher):
+    """Passes word on to the store, the display and TensorBoard, and commands back from the store."""
+
+    def __init__(self, run: str, folder: Path, writer: BufferedWriter, display: Display, signals: StopSignals) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run, self._writer, self._display, self._signals = run, writer, display, signals
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._state = "starting"
+        self._next_look = 0.0
+        self._wanted: str | None = None
+
+    def snapshot(self, snapshot: dict[str, Any]) -> None:
+        state = {"starting": "starting", "stopping": "stopping"}.get(snapshot["state"], "running")
+        if state != self._state:
+            self._state = state
+            self._writer.update_state(state)
+        self._writer.write_snapshot({"run": self._run, **snapshot}, time.time())
+        self._display.snapshot(snapshot)
+
+    def event(self, kind: str, text: str) -> None:
+        self._writer.add_event(kind, text, time.time())
+        self._display.event(kind, text)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._writer.add_metrics(step, values, time.time())
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+        self._board.flush()  # type: ignore[no-untyped-call]
+
+    def stop_wanted(self) -> str | None:
+        if self._signals.wanted is not None:
+            return self._signals.wanted
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + 0.5
+            for command in self._writer.pending_commands():
+                if command.kind == "stop":
+                    self._wanted = "stopped"
+                    self._writer.acknowledge(command.id, {"ok": True})
+                else:
+                    self._writer.acknowledge(command.id, {"error": f"unknown command {command.kind!r}"})
+        return self._wanted
+
+    def close(self) -> None:
+        self._board.close()  # type: ignore[no-untyped-call]
+
+
+def train(config: RunConfig, *, name: str | None) -> dict[str, Any]:
+    """Start a new run and see it to its end; return its summary.
+
+    Raises:
+        ConfigurationError: something in the configuration cannot work; nothing was started.
+        RunNameInUse: `name` is taken.
+        RunFailed: the run could not go on.
+    """
+    with open_home_store(create=True) as store:
+        run = name or choose_name(config, store)
+        folder = home() / run
+        program = plan(config, run, folder / "checkpoints")
+        if folder.exists() and any(folder.iterdir()):
+            raise RunNameInUse(f"there is a folder for run {run!r} already: {folder}")
+        now = time.time()
+        store.register(
+            RunRecord(
+                run, now, config.algorithm, config.environment, config.seed, *this_process(),
+                state="starting", heartbeat=now, stopped_because=None, config=config.model_dump(),
+            )  # fmt: skip
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder / CONFIG)
+        return _supervise(config, program, folder, store, None)
+
+
+def resume(config: RunConfig, run: str) -> dict[str, Any]:
+    """Go on with a run that ended or was lost; return its summary.
+
+    Raises:
+        UnknownRun: there is no such run.
+        RunIsLive: its coordinator is at work.
+        ConfigurationError: it has all its steps already.
+    """
+    with open_home_store() as store:
+        store.get(run)
+        folder = home() / run
+        program = plan(config, run, folder / "checkpoints")
+        progress = Progress.resumed(folder / "checkpoints" / LAST)
+        if progress.counters.env_steps >= config.steps:
+            raise ConfigurationError(
+                f"run {run!r} has its {progress.counters.env_steps:,} steps already; give it more with --steps"
+            )
+        store.adopt(run, *this_process())
+        config.save(folder / CONFIG)
+        return _supervise(config, program, folder, store, progress)
+
+
+def _supervise(
+    config: RunConfig, program: Program, folder: Path, store: RunStore, progress: Progress | None
+) -> dict[str, Any]:
+    run = program.run
+    writer = BufferedWriter(store, run)
+    pids: list[int] = []
+    with StopSignals(lambda: end_at_once(pids)) as signals, Display(run) as display:
+        watcher = _RunWatcher(run, folder, writer, display, signals)
+        try:
+            watcher.event("start" if progress is None else "resume", f"run {run} in {folder}")
+            _say_if_oversubscribed(config, watcher)
+            with RaySession(program.object_store_bytes):
+                coordinator = Coordinator(program, config, folder, watcher, progress)
+                summary = {"run": run, **coordinator.run()}
+            (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+            watcher.event("end", f"run {run} ended: {summary['stopped_because']}")
+            writer.update_state("finished", summary["stopped_because"])
+        except BaseException as error:
+            watcher.event("failed", f"{type(error).__name__}: {error}")
+            writer.update_state("failed", f"{error}".splitlines()[0] if f"{error}" else type(error).__name__)
+            raise
+        finally:
+            watcher.close()
+            writer.close()
+    return summary
+
+
+def _say_if_oversubscribed(config: RunConfig, watcher: Watcher) -> None:
+    cpus = os.cpu_count() or 1
+    if "RAY_ADDRESS" not in os.environ and config.actors > cpus:
+        watcher.event("oversubscribed", f"{config.actors} actors share {cpus} CPUs: it works, each is slower")
+
+
+def folder_of(run: str) -> Path:
+    """Return a run's folder.
+
+    Raises:
+        UnknownRun: there is no such run.
+    """
+    with open_home_store() as store:
+        store.get(run)
+    return home() / run
+
+
+def find_checkpoint(what: str, which: str) -> Path:
+    """Return the checkpoint of a run, by name, or of a path.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    path = Path(what)
+    if path.suffix == ".ckpt":
+        if not path.is_file():
+            raise ConfigurationError(f"there is no checkpoint {path}")
+        return path
+    checkpoints = folder_of(what) / "checkpoints"
+    for name in (BEST, LAST) if which == "best" else (LAST,):
+        if (checkpoints / name).is_file():
+            return checkpoints / name
+    raise ConfigurationError(f"run {what!r} has no checkpoint yet")
+
+
+def evaluate(what: str, *, episodes: int, which: str, seed: int) -> dict[str, Any]:
+    """Play greedy episodes with a run's checkpoint; return the figures."""
+    path = find_checkpoint(what, which)
+    algorithm = load_algorithm(path)
+    results = run_episodes(algorithm.policy, episodes, spawn_seed(seed, "evaluate"))
+    returns = [result.episode_return for result in results]
+    mean = sum(returns) / len(returns)
+    return {
+        "checkpoint": str(path),
+        "algorithm": algorithm.name,
+        "environment": algorithm.environment.id,
+        "episodes": len(returns),
+        "return_mean": mean,
+        "return_std": (sum((value - mean) ** 2 for value in returns) / len(returns)) ** 0.5,
+        "return_min": min(returns),
+        "return_max": max(returns),
+        "length_mean": sum(result.length for result in results) / len(results),
+    }
+
