@@ -7,6 +7,7 @@ Gymnasium's NEXT_STEP autoreset: the row after an episode's end is a reset whose
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -161,11 +162,12 @@ def _describe(
     name: str, env: VectorEnv[Any, Any, Any], arguments: Mapping[str, Any], search_path: tuple[str, ...]
 ) -> EnvironmentSpec:
     observations, actions = env.single_observation_space, env.single_action_space
-    count = None
+    count: int | None = None
+    shape: tuple[int, ...] = ()
     if isinstance(observations, spaces.Discrete):
         if observations.start != 0:
             raise ConfigurationError(f"{name} has Discrete observations that start at {observations.start}, not at 0")
-        count, shape, dtype = int(observations.n), (), "int64"
+        count, dtype = int(observations.n), "int64"
     elif isinstance(observations, spaces.Box):
         shape, dtype = observations.shape, "float32" if observations.dtype.kind == "f" else str(observations.dtype)
     else:
@@ -313,10 +315,8 @@ class RebuildingEnv(gym.Env[Any, Any]):
                 f"last with {type(error).__name__}: {error}"
             ) from error
         self._failures.append(self._steps)
-        try:
+        with contextlib.suppress(Exception):
             self._env.close()
-        except Exception:  # noqa: S110 - it is broken already; what matters is the cause reported above
-            pass
         try:
             self._env = self._factory()
         except Exception as again:

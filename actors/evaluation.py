@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from actors.policies import Policy, PolicySpec
 from actors.rollout import Lanes
 from actors.weights import Weights, unpack
+from replay.remote import actor_class
 from replay.seeds import spawn_seed
 from replay.types import ConfigurationError, EpisodeResult
 
@@ -100,4 +100,4 @@ class Evaluator:
         return {"pid": os.getpid()}
 
 
-EvaluatorActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=2)(Evaluator)
+EvaluatorActor = actor_class(Evaluator, max_concurrency=2)

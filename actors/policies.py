@@ -118,7 +118,7 @@ class EpsilonGreedyPolicy(Policy):
         if not isinstance(spec.environment.actions, DiscreteActions):
             raise ConfigurationError(f"epsilon-greedy needs a Discrete action space, got {spec.environment.actions}")
         self.actions = spec.environment.actions.count
-        self.q_network = QNetwork(spec.environment, self.actions, spec.hidden_sizes)
+        self.q_network: QNetwork = QNetwork(spec.environment, self.actions, spec.hidden_sizes)
 
     def forward(self, observation: Tensor) -> Tensor:
         """Return action values `[B, actions]`."""

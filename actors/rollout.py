@@ -8,16 +8,16 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import ray
 import torch
 
 from actors.environments import FAILURE, EnvironmentSpec, seeds_for
 from actors.policies import Policy, PolicySpec
 from actors.segments import SegmentBuilder
 from actors.weights import Weights, unpack
+from replay.remote import actor_class
 from replay.seeds import spawn_seed
 from replay.types import Array, DeadlineExceeded, EpisodeResult, InsertReply, Layout, Push, Segment
 
@@ -87,9 +87,7 @@ class Lanes:
             greedy: take the best actions.
         """
         chosen = policy.act(self._observation, step=step, greedy=greedy)
-        observation, reward, terminated, truncated, info = self.env.step(
-            self.environment.to_environment(chosen.action)
-        )
+        observation, reward, terminated, truncated, info = self.env.step(self.environment.to_environment(chosen.action))
         reward = np.asarray(reward, np.float64)
         was_step = ~self._after_end
         rebuilt = np.asarray(info.get(f"_{FAILURE}", np.zeros(self.lanes, np.bool_)), np.bool_)
@@ -206,7 +204,10 @@ class WorkerReport:
 
 
 class RolloutWorker:
-    """The rollout loop. `run` returns when stopped or when the run has all its steps; other calls may come meanwhile."""
+    """The rollout loop: `run` returns when stopped, or when the run has all its steps.
+
+    The other calls may come from another thread meanwhile.
+    """
 
     def __init__(
         self,
@@ -392,4 +393,4 @@ class _Outbox:
         self._thread.join(1.0)
 
 
-RolloutActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=2)(RolloutWorker)
+RolloutActor = actor_class(RolloutWorker, max_concurrency=2)

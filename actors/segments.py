@@ -74,7 +74,7 @@ class SegmentBuilder:
         self._append(observation, np.where(after_end, 0, age).astype(np.uint8))
         if failed is not None:
             # Before anything is cut: the failing step bootstraps from an episode that is not its own.
-            self._is_step[self._lead : row + 1, failed] = False
+            self._is_step[:, failed] = False
         if self._rows < self.layout.max_segment_frames:
             return []
         segments = self._cut(self._lead, self._lead + self.layout.segment_length)
@@ -83,7 +83,15 @@ class SegmentBuilder:
 
     def _keep_tail(self) -> None:
         kept = self._lead + self.layout.n_steps
-        for block in (self._frames, self._age, self._action, self._reward, self._terminated, self._ended, self._is_step):
+        for block in (
+            self._frames,
+            self._age,
+            self._action,
+            self._reward,
+            self._terminated,
+            self._ended,
+            self._is_step,
+        ):
             block[:kept] = block[self._rows - kept : self._rows]
         self._rows = kept
 

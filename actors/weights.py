@@ -17,7 +17,7 @@ import ray
 import torch
 from torch import nn
 
-from replay.remote import RemoteActor, is_ready
+from replay.remote import RemoteActor, actor_class, is_ready
 from replay.types import Array, LayoutMismatch
 
 
@@ -63,6 +63,8 @@ def unpack(weights: Weights, module: nn.Module) -> None:
     with torch.no_grad():
         for value in module.state_dict().values():
             size = value.numel() * value.element_size()
+            if not size:
+                continue
             # A copy: the array may be a read-only view into the object store.
             part = torch.from_numpy(weights.data[offset : offset + size].copy())
             value.copy_(part.view(value.dtype).view(value.shape))
@@ -134,4 +136,4 @@ class WeightClient:
         return weights
 
 
-WeightStoreActor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(WeightStore)
+WeightStoreActor = actor_class(WeightStore)

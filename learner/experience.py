@@ -6,10 +6,11 @@ Both have a length, because Lightning prefetches from an iterable without one, a
 from __future__ import annotations
 
 import math
+import operator
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,18 +42,41 @@ class TransitionBatch(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> TransitionBatch:
         """Copy a batch into tensors of their own: its arrays may be views that pin the object store."""
-        fields = (batch.observation, batch.action, batch.reward, batch.discount, batch.next_observation)
-        return cls(*map(torch.tensor, fields), torch.tensor(batch.ids), torch.tensor(batch.probability), batch.size)
+        return cls(
+            observation=torch.tensor(batch.observation),
+            action=torch.tensor(batch.action),
+            reward=torch.tensor(batch.reward),
+            discount=torch.tensor(batch.discount),
+            next_observation=torch.tensor(batch.next_observation),
+            ids=torch.tensor(batch.ids),
+            probability=torch.tensor(batch.probability, dtype=torch.float32),
+            size=batch.size,
+        )
 
     def split(self) -> list[TransitionBatch]:
         """Return the k batches in here, each `[B, ...]`."""
         if self.reward.ndim == 1:
             return [self]
-        tensors = self[:-1]
-        return [TransitionBatch(*(tensor[i] for tensor in tensors), self.size) for i in range(len(self.reward))]
+        return [self.map(operator.itemgetter(i)) for i in range(len(self.reward))]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TransitionBatch:
+        """Return a batch with `function` applied to every tensor in it."""
+        changed: dict[str, Any] = {k: v if k == "size" else function(v) for k, v in self._asdict().items()}
+        return TransitionBatch(**changed)
 
 
-class LocalExperience:
+class _Stream:
+    """A stream has no place to go back to; with these two methods Lightning lets it go on in the middle of an epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing back."""
+
+
+class LocalExperience(_Stream):
     """Rolls out, stores and samples in this process, in turn, at the ratio of the rate limiter."""
 
     def __init__(self, policy: Policy, rollout: RolloutSpec, replay: ReplaySpec, *, length: int) -> None:
@@ -111,7 +135,7 @@ class LocalExperience:
         self._table.update_priorities(ids, priorities)
 
 
-class RemoteExperience:
+class RemoteExperience(_Stream):
     """Batches from a replay server, fetched ahead by a thread, until the server says that nothing more will come."""
 
     def __init__(self, replay: ReplayClient, *, k: int, batch_size: int, length: int) -> None:
@@ -124,7 +148,8 @@ class RemoteExperience:
             length: batches in an epoch.
         """
         self._replay, self._k, self._batch_size, self._length = replay, k, batch_size, length
-        self._ahead: queue.Queue[TransitionBatch | BaseException | None] = queue.Queue(_SAMPLES_AHEAD)
+        # One more waits in the thread's hand.
+        self._ahead: queue.Queue[TransitionBatch | BaseException | None] = queue.Queue(_SAMPLES_AHEAD - 1)
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.while_waiting: Callable[[], None] = lambda: None

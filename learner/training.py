@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import queue
 import socket
 import threading
@@ -26,7 +25,7 @@ from actors.weights import Weights, pack
 from learner.algorithms import ALGORITHMS
 from learner.algorithms.algorithm import Algorithm
 from learner.experience import RemoteExperience
-from replay.remote import GONE, RemoteActor, is_ready
+from replay.remote import GONE, RemoteActor, actor_class, is_ready
 from replay.seeds import integer_seed, spawn_seed
 from replay.server import ReplayClient
 from replay.types import ConfigurationError
@@ -87,8 +86,10 @@ class LearnerReport:
 
 
 class Learner:
-    """The learner process. `fit` returns when stopped or when the replay server has nothing more; other calls may
-    come meanwhile."""
+    """The learner process: `fit` returns when stopped, or when the replay server has nothing more.
+
+    The other calls may come from another thread meanwhile.
+    """
 
     def __init__(
         self, spec: LearnerSpec, *, replay: ReplayClient, weights: RemoteActor, threads: int | None = None
@@ -268,14 +269,13 @@ class Learner:
     def report(self) -> LearnerReport:
         """Return what `squall status` shows."""
         waiting = self._experience.waiting_for if self._state == "learning" else None
-        metrics = {} if self._trainer is None else dict(self._trainer.callback_metrics)
         return LearnerReport(
             pid=os.getpid(),
             node=socket.gethostname(),
             state="waiting" if waiting else self._state,
             updates=self._updates,
             weights_version=self._version,
-            metrics={name: float(value) for name, value in metrics.items()},
+            metrics={name: float(value) for name, value in self._module.latest_metrics.items()},
             waiting_for=waiting,
             checkpoint_updates=self._checkpointed,
             device=str(self._module.device),
@@ -307,9 +307,13 @@ def make_algorithm(name: str, hyperparameters: Mapping[str, Any]) -> Algorithm:
     Raises:
         ConfigurationError: no algorithm of that name, or hyper-parameters it refuses.
     """
+    return _algorithm_class(name)(**hyperparameters)
+
+
+def _algorithm_class(name: str) -> type[Algorithm]:
     if name not in ALGORITHMS:
         raise ConfigurationError(f"unknown algorithm {name!r}; there are {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[name](**hyperparameters)
+    return ALGORITHMS[name]
 
 
 def choose_precision(name: str) -> Any:
@@ -329,10 +333,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ConfigurationError: the file is no checkpoint of Squall's.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        content["squall"]["algorithm"]
-    except (OSError, KeyError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # an unpickler raises whatever its input makes of it
         raise ConfigurationError(f"{path} is no checkpoint of Squall's: {error}") from error
+    if not (isinstance(content, dict) and "algorithm" in content.get("squall", ())):
+        raise ConfigurationError(f"{path} is no checkpoint of Squall's")
     return content
 
 
@@ -340,10 +345,10 @@ def load_algorithm(path: Path) -> Algorithm:
     """Return the algorithm in a checkpoint, with its weights.
 
     Raises:
-        ConfigurationError: the file is no checkpoint of Squall's.
+        ConfigurationError: the file is no checkpoint of Squall's, or of an algorithm unknown here.
     """
-    algorithm = ALGORITHMS[read_checkpoint(path)["squall"]["algorithm"]]
+    algorithm = _algorithm_class(read_checkpoint(path)["squall"]["algorithm"])
     return algorithm.load_from_checkpoint(path, map_location="cpu", weights_only=True)
 
 
-LearnerActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=3)(Learner)
+LearnerActor = actor_class(Learner, max_concurrency=3)

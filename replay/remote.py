@@ -83,6 +83,12 @@ class RemoteActor:
                 return None
 
 
+def actor_class(cls: type, *, max_concurrency: int = 1) -> Any:
+    """Return `cls` as a Ray actor that takes no CPU slot, and that the coordinator, not Ray, recreates."""
+    remote: Any = ray.remote
+    return remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=max_concurrency)(cls)
+
+
 def fetch(reference: Any, seconds: float, stop: threading.Event | None = None) -> Any:
     """Return the value behind a reference, looking at `stop` meanwhile; None if it was set.
 

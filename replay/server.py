@@ -10,14 +10,14 @@ import os
 import threading
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
 
 from replay.rate_limiter import RateLimiter
-from replay.remote import GONE, RemoteActor
+from replay.remote import GONE, RemoteActor, actor_class
 from replay.seeds import spawn_seed
 from replay.table import TableSpec, TransitionTable
 from replay.types import (
@@ -96,7 +96,7 @@ class Counters:
 
     @property
     def samples_per_insert(self) -> float:
-        """samples / (inserts - minimum size); 0 before anything counts."""
+        """Samples / (inserts - minimum size); 0 before anything counts."""
         return self.samples / self.counted_inserts if self.counted_inserts else 0.0
 
 
@@ -336,10 +336,4 @@ class ReplayClient:
             self._actor.forget()
 
 
-def describe(stats: ReplayStats) -> dict[str, Any]:
-    """Return stats as plain JSON values."""
-    return {**asdict(stats), "samples_per_insert": stats.counters.samples_per_insert}
-
-
-ReplayActor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(ReplayServer)
-
+ReplayActor = actor_class(ReplayServer)

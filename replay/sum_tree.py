@@ -83,7 +83,7 @@ class SumTree:
         return found
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _set(nodes: Array, first: int, leaves: Array, weights: Array) -> None:
     for i in range(len(leaves)):
         node = first + leaves[i]
@@ -94,7 +94,7 @@ def _set(nodes: Array, first: int, leaves: Array, weights: Array) -> None:
             node >>= 1
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _find(nodes: Array, first: int, targets: Array) -> Array:
     found = np.empty(len(targets), np.int64)
     for i in range(len(targets)):

@@ -147,8 +147,10 @@ class TransitionTable:
             NotEnoughMemory: the machine lacks `spec.expected_bytes`.
             ConfigurationError: shard or incarnation does not fit an id.
         """
-        if not (0 <= shard < 1 << _SHARD_BITS and 0 <= incarnation):
-            raise ConfigurationError(f"shard must lie in [0, 256) and incarnation not be negative, got {shard}, {incarnation}")
+        if not (0 <= shard < 1 << _SHARD_BITS and incarnation >= 0):
+            raise ConfigurationError(
+                f"shard must lie in [0, 256) and incarnation not be negative, got {shard}, {incarnation}"
+            )
         spec.check_memory()
         self.spec = spec
         layout, capacity = spec.layout, spec.capacity

@@ -66,9 +66,7 @@ class TrajectoryQueue:
     def _fill(self) -> None:
         while len(self._batches) < 1 + self.max_policy_lag:
             unissued = deque(range(self.units_per_batch))
-            self._batches.append(
-                _OpenBatch(self._opened, self.version, [None] * self.units_per_batch, unissued)
-            )
+            self._batches.append(_OpenBatch(self._opened, self.version, [None] * self.units_per_batch, unissued))
             self._opened += 1
 
     @property
@@ -101,7 +99,8 @@ class TrajectoryQueue:
         """Accept a unit, or discard it and count its steps.
 
         Returns:
-            False if the permit is spent, revoked or of a batch given up, or the trajectory's version is not the permit's.
+            False if the permit is spent or revoked, its batch is given up, or the trajectory's version is not
+            the permit's.
         """
         for batch in self._batches:
             if batch.number != permit.batch:

@@ -122,16 +122,14 @@ class Segment:
             raise LayoutMismatch(f"a segment holds at most {layout.segment_length} steps, got {steps}")
         _expect("frames", self.frames, (len(self.frames), *layout.frame_shape), layout.frame_dtype)
         if len(self.frames) > layout.max_segment_frames:
-            raise LayoutMismatch(
-                f"a segment holds at most {layout.max_segment_frames} frames, got {len(self.frames)}"
-            )
+            raise LayoutMismatch(f"a segment holds at most {layout.max_segment_frames} frames, got {len(self.frames)}")
         _expect("action", self.action, (steps, *layout.action_shape), layout.action_dtype)
         for name in ("reward", "discount"):
             _expect(name, getattr(self, name), (steps,), "float32")
         for name in ("row", "bootstrap_row"):
             rows = getattr(self, name)
             _expect(name, rows, (steps,), "int32")
-            if steps and not (0 <= rows.min() and rows.max() < len(self.frames)):
+            if steps and not (rows.min() >= 0 and rows.max() < len(self.frames)):
                 raise LayoutMismatch(f"{name} must lie in [0, {len(self.frames)}), got {rows.min()}..{rows.max()}")
         for name, rows in (("age", self.row), ("bootstrap_age", self.bootstrap_row)):
             ages = getattr(self, name)
@@ -185,9 +183,7 @@ class Trajectory:
 
 def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
     if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise LayoutMismatch(
-            f"{name} must have shape {shape} and dtype {dtype}, got {array.shape} and {array.dtype}"
-        )
+        raise LayoutMismatch(f"{name} must have shape {shape} and dtype {dtype}, got {array.shape} and {array.dtype}")
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,14 @@ def _answer(out: TextIO, as_json: bool, payload: Any, renderable: Any) -> int:
 
 
 def _train(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services.ray_environment import settle
+
+    settle()
     from replay.types import ConfigurationError
     from services import runs
     from services.config import parse_assignment, resolve
     from services.display import render_summary
+    from services.home import CONFIG
 
     flags = {key: getattr(parsed, key) for key in ("actors", "num_envs", "steps", "seed")}
     overrides = {key: value for key, value in flags.items() if value is not None}
@@ -136,13 +140,14 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
     if parsed.resume:
         if parsed.algorithm or parsed.config or parsed.name:
             raise ConfigurationError("--resume RUN takes the run's own algorithm, environment, configuration and name")
-        file = runs.folder_of(parsed.resume) / runs.CONFIG
+        file = runs.folder_of(parsed.resume) / CONFIG
     config, preset = resolve(parsed.algorithm, parsed.environment, file=file, overrides=overrides)
     if parsed.show_config:
         return _answer(out, parsed.json, config.model_dump(), render_summary(config.model_dump()))
-    if preset is None and file is None:
-        print(f"squall: no preset of {config.algorithm} for {config.environment}; using its defaults", file=sys.stderr)
-    summary = runs.resume(config, parsed.resume) if parsed.resume else runs.train(config, name=parsed.name)
+    notes = []
+    if preset is None:
+        notes.append(f"no preset of {config.algorithm} for {config.environment}: the algorithm's defaults are used")
+    summary = runs.resume(config, parsed.resume, notes) if parsed.resume else runs.train(config, parsed.name, notes)
     _answer(out, parsed.json, summary, render_summary(summary))
     return {"interrupted": 130, "terminated": 143}.get(summary["stopped_because"], 0)
 
@@ -186,7 +191,7 @@ def _status(parsed: argparse.Namespace, out: TextIO) -> int:
         "heartbeat": record.heartbeat,
         "events": [{"time": e.time, "kind": e.kind, "text": e.text} for e in events],
     }
-    shown = [render_snapshot(record.name, payload)] if snapshot else [f"{record.name}: {record.state}"]
+    shown: list[Any] = [render_snapshot(record.name, payload)] if snapshot else [f"{record.name}: {record.state}"]
     if record.stopped_because:
         shown.append(f"{record.state}: {record.stopped_because}")
     return _answer(out, parsed.json, payload, Group(*shown, render_events(events)))

@@ -23,7 +23,9 @@ class Display:
         """Show nothing yet; use as a `with` block."""
         self.console = Console(stderr=True, highlight=False)
         self._run = run
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self._live = (
+            Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        )
 
     def __enter__(self) -> Display:
         """Begin to show."""
@@ -53,9 +55,13 @@ def render_snapshot(run: str, snapshot: dict[str, Any], *, processes: bool = Tru
     done, total = snapshot["env_steps"], snapshot["steps"]
     grid = Table.grid(padding=(0, 2))
     grid.add_row("steps", f"{done:,} of {total:,}", ProgressBar(total=total, completed=min(done, total), width=24))
-    grid.add_row("rates", f"{snapshot['env_steps_per_second']:,.0f} steps/s", f"{snapshot['updates_per_second']:,.0f} updates/s")
+    grid.add_row(
+        "rates", f"{snapshot['env_steps_per_second']:,.0f} steps/s", f"{snapshot['updates_per_second']:,.0f} updates/s"
+    )
     grid.add_row("updates", f"{snapshot['updates']:,}", f"weights version {snapshot['weights_version']}")
-    grid.add_row("return", _number(snapshot["train_return_mean"]), f"best evaluation {_number(snapshot['best_return'])}")
+    grid.add_row(
+        "return", _number(snapshot["train_return_mean"]), f"best evaluation {_number(snapshot['best_return'])}"
+    )
     if replay:
         fill = f"{replay['size']:,} of {replay['capacity']:,}"
         grid.add_row("replay", fill, f"{replay['bytes'] / 2**20:,.0f} MiB")
@@ -93,7 +99,9 @@ def render_events(events: list[Event]) -> Table:
     """Return events as a table, oldest first."""
     table = Table("time", "event", "", box=None, pad_edge=False, show_header=False)
     for event in events:
-        table.add_row(time.strftime("%H:%M:%S", time.localtime(event.time)), event.kind, Text(event.text.splitlines()[0]))
+        table.add_row(
+            time.strftime("%H:%M:%S", time.localtime(event.time)), event.kind, Text(event.text.splitlines()[0])
+        )
     return table
 
 

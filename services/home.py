@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from services.store import RunStore, open_store
+from services.sqlite_store import open_store
+from services.store import RunStore
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,11 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from replay.remote import is_ready
 from replay.types import SquallError
 
-MOST_DEATHS = 5
-WITHIN_SECONDS = 60.0
+MOST_FRUITLESS_DEATHS = 5
 
 
 class CrashLoop(SquallError):
-    """A process that dies again and again; the text carries the last reason."""
+    """A process that dies again and again before it gets to work; the text carries the last reason."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,8 @@ class Process:
         *,
         run: Callable[[Any], Any] | None = None,
         first_incarnation: int = 0,
+        report_method: str = "report",
+        is_at_work: Callable[[Any, Any], bool] = lambda first, now: True,
     ) -> None:
         """Describe the process; `start` brings it up.
 
@@ -72,9 +72,12 @@ class Process:
             start: takes an incarnation and returns the actor's handle.
             run: calls the actor's loop and returns the reference to its result; None if it has none.
             first_incarnation: number of the first incarnation.
+            report_method: the actor's method that says how it goes.
+            is_at_work: takes an incarnation's first report and a later one, and says whether it got to work.
         """
         self.role, self.index = role, index
         self._start, self._run = start, run
+        self._report_method, self._is_at_work = report_method, is_at_work
         self.incarnation = first_incarnation - 1
         self.restarts = 0
         self.handle: Any = None
@@ -84,7 +87,8 @@ class Process:
         self.last_death: Death | None = None
         self._reporting: Any = None
         self._running: Any = None
-        self._deaths: deque[float] = deque(maxlen=MOST_DEATHS)
+        self._first_report: Any = None
+        self._fruitless_deaths = 0
 
     @property
     def name(self) -> str:
@@ -99,7 +103,7 @@ class Process:
     def start(self) -> None:
         """Start the next incarnation, and its loop if it has one."""
         self.incarnation += 1
-        self.report = self._reporting = None
+        self.report = self._first_report = self._reporting = None
         self.handle = self._start(self.incarnation)
         if self._run is not None:
             self._running = self._run(self.handle)
@@ -114,37 +118,40 @@ class Process:
                 self.done = True
                 return None
             if self._reporting is not None and is_ready(self._reporting):
-                self.report, self._reporting = ray.get(self._reporting), None
+                self._take(ray.get(self._reporting))
         except (RayError, GetTimeoutError) as error:
             return self._bury(describe_death(error))
         return None
 
+    def _take(self, report: Any) -> None:
+        self.report, self._reporting = report, None
+        if self._first_report is None:
+            self._first_report = report
+        elif self._is_at_work(self._first_report, report):
+            self._fruitless_deaths = 0
+
     def ask_for_report(self) -> None:
         """Ask for a report unless one is on its way."""
         if self.handle is not None and self._reporting is None and not self.done:
-            self._reporting = self._call(self.report_method)
-
-    report_method = "report"
-
-    def _call(self, method: str) -> Any:
-        return getattr(self.handle, method).remote()
+            self._reporting = getattr(self.handle, self._report_method).remote()
 
     def _bury(self, death: Death) -> Death:
         self.kill()
         self.last_death = death
-        self._deaths.append(time.monotonic())
+        self._fruitless_deaths += 1
         return death
 
     def restart(self) -> None:
         """Start again after a death.
 
         Raises:
-            CrashLoop: it died too often in a short time.
+            CrashLoop: it died too often in a row before it got to work.
         """
-        if len(self._deaths) == MOST_DEATHS and self._deaths[-1] - self._deaths[0] < WITHIN_SECONDS:
+        if self._fruitless_deaths >= MOST_FRUITLESS_DEATHS:
             assert self.last_death is not None
             raise CrashLoop(
-                f"{self.name} died {MOST_DEATHS} times within {WITHIN_SECONDS:.0f} s, last: {self.last_death.line}"
+                f"{self.name} died {self._fruitless_deaths} times in a row before it got to work, "
+                f"last: {self.last_death.line}"
             )
         self.restarts += 1
         self.start()
@@ -160,3 +167,19 @@ class Process:
         report = self.report
         pid = report.get("pid") if isinstance(report, dict) else getattr(report, "pid", None)
         return None if pid is None else int(pid)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `squall status` shows, as plain JSON values."""
+        report = self.report
+        state = getattr(report, "state", None) or self.state
+        return {
+            "role": self.role,
+            "index": self.index,
+            "node": getattr(report, "node", socket.gethostname()),
+            "pid": self.pid(),
+            "state": "done" if self.done else state,
+            "incarnation": self.incarnation,
+            "restarts": self.restarts,
+            "last_word": getattr(report, "last_word", ""),
+            "last_death": None if self.last_death is None else self.last_death.line,
+        }

@@ -80,7 +80,7 @@ class Program:
 
     def start_learner(self) -> Any:
         """Start the learner, on a GPU where the cluster has one, and return its handle."""
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0  # type: ignore[no-untyped-call]
         return LearnerActor.options(num_gpus=gpus).remote(
             self.learner, replay=self._replay_client(), weights=self._actor("weights"), threads=self._learner_threads
         )
@@ -180,9 +180,6 @@ class RaySession:
         Raises:
             RayUnavailable: it could not be started or reached, or shared memory is short.
         """
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
         address = os.environ.get("RAY_ADDRESS")
         try:

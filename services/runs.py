@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,16 @@ from actors.evaluation import run_episodes
 from learner.training import BEST, LAST, load_algorithm
 from replay.seeds import spawn_seed
 from replay.types import ConfigurationError
+from services.buffered_writer import BufferedWriter
 from services.config import RunConfig
-from services.coordinator import Coordinator, Progress, StopSignals, Watcher, end_at_once
+from services.coordinator import Coordinator
 from services.display import Display
 from services.home import CONFIG, SUMMARY, home, open_home_store
 from services.program import Program, RaySession, plan
-from services.store import BufferedWriter, RunNameInUse, RunRecord, RunStore, this_process
+from services.progress import Progress, Watcher
+from services.signals import StopSignals, end_at_once
+from services.store import RunNameInUse, RunRecord, RunStore, this_process
+
 
 def choose_name(config: RunConfig, store: RunStore) -> str:
     """Return the first free name such as `dqn-CartPole-v1-3`."""
@@ -42,13 +49,32 @@ class _RunWatcher(Watcher):
         self._state = "starting"
         self._next_look = 0.0
         self._wanted: str | None = None
+        self._last: dict[str, Any] = {"run": run, "state": "starting", "processes": []}
+
+    @contextmanager
+    def still_alive(self) -> Iterator[None]:
+        """Keep the run's heart beating in a `with` block that may take longer than a reader waits for a beat."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(1.0):
+                self._writer.write_snapshot(self._last, time.time())
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def snapshot(self, snapshot: dict[str, Any]) -> None:
         state = {"starting": "starting", "stopping": "stopping"}.get(snapshot["state"], "running")
         if state != self._state:
             self._state = state
             self._writer.update_state(state)
-        self._writer.write_snapshot({"run": self._run, **snapshot}, time.time())
+        self._last = {"run": self._run, **snapshot}
+        self._writer.write_snapshot(self._last, time.time())
         self._display.snapshot(snapshot)
 
     def event(self, kind: str, text: str) -> None:
@@ -58,8 +84,8 @@ class _RunWatcher(Watcher):
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._writer.add_metrics(step, values, time.time())
         for tag, value in values.items():
-            self._board.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
-        self._board.flush()  # type: ignore[no-untyped-call]
+            self._board.add_scalar(tag, value, step)
+        self._board.flush()
 
     def stop_wanted(self) -> str | None:
         if self._signals.wanted is not None:
@@ -75,10 +101,10 @@ class _RunWatcher(Watcher):
         return self._wanted
 
     def close(self) -> None:
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
-def train(config: RunConfig, *, name: str | None) -> dict[str, Any]:
+def train(config: RunConfig, name: str | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Start a new run and see it to its end; return its summary.
 
     Raises:
@@ -95,16 +121,24 @@ def train(config: RunConfig, *, name: str | None) -> dict[str, Any]:
         now = time.time()
         store.register(
             RunRecord(
-                run, now, config.algorithm, config.environment, config.seed, *this_process(),
-                state="starting", heartbeat=now, stopped_because=None, config=config.model_dump(),
-            )  # fmt: skip
+                run,
+                now,
+                config.algorithm,
+                config.environment,
+                config.seed,
+                *this_process(),
+                state="starting",
+                heartbeat=now,
+                stopped_because=None,
+                config=config.model_dump(),
+            )
         )
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / CONFIG)
-        return _supervise(config, program, folder, store, None)
+        return _supervise(config, program, folder, store, None, notes)
 
 
-def resume(config: RunConfig, run: str) -> dict[str, Any]:
+def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Go on with a run that ended or was lost; return its summary.
 
     Raises:
@@ -123,21 +157,23 @@ def resume(config: RunConfig, run: str) -> dict[str, Any]:
             )
         store.adopt(run, *this_process())
         config.save(folder / CONFIG)
-        return _supervise(config, program, folder, store, progress)
+        return _supervise(config, program, folder, store, progress, notes)
 
 
 def _supervise(
-    config: RunConfig, program: Program, folder: Path, store: RunStore, progress: Progress | None
+    config: RunConfig, program: Program, folder: Path, store: RunStore, progress: Progress | None, notes: Sequence[str]
 ) -> dict[str, Any]:
     run = program.run
     writer = BufferedWriter(store, run)
-    pids: list[int] = []
-    with StopSignals(lambda: end_at_once(pids)) as signals, Display(run) as display:
+    with StopSignals(end_at_once) as signals, Display(run) as display:
         watcher = _RunWatcher(run, folder, writer, display, signals)
         try:
             watcher.event("start" if progress is None else "resume", f"run {run} in {folder}")
-            _say_if_oversubscribed(config, watcher)
-            with RaySession(program.object_store_bytes):
+            for note in [*notes, *_oversubscription(config)]:
+                watcher.event("note", note)
+            with ExitStack() as stack:
+                with watcher.still_alive():
+                    stack.enter_context(RaySession(program.object_store_bytes))
                 coordinator = Coordinator(program, config, folder, watcher, progress)
                 summary = {"run": run, **coordinator.run()}
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
@@ -153,10 +189,11 @@ def _supervise(
     return summary
 
 
-def _say_if_oversubscribed(config: RunConfig, watcher: Watcher) -> None:
+def _oversubscription(config: RunConfig) -> list[str]:
     cpus = os.cpu_count() or 1
-    if "RAY_ADDRESS" not in os.environ and config.actors > cpus:
-        watcher.event("oversubscribed", f"{config.actors} actors share {cpus} CPUs: it works, each is slower")
+    if "RAY_ADDRESS" in os.environ or config.actors <= cpus:
+        return []
+    return [f"{config.actors} actors share {cpus} CPUs: it works, each is slower"]
 
 
 def folder_of(run: str) -> Path:
@@ -206,4 +243,3 @@ def evaluate(what: str, *, episodes: int, which: str, seed: int) -> dict[str, An
         "return_max": max(returns),
         "length_mean": sum(result.length for result in results) / len(results),
     }
-

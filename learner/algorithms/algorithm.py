@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 import numpy as np
 import pytorch_lightning as pl
@@ -36,9 +37,24 @@ class Algorithm(pl.LightningModule):
     name: ClassVar[str]
     policy: Policy
 
-    def __init__(self, env: str | EnvironmentSpec | Mapping[str, Any], *, seed: int, avg_reward_len: int) -> None:
-        """Set up what every algorithm has; a subclass saves its hyper-parameters and makes its networks."""
+    def __init__(
+        self,
+        env: str | EnvironmentSpec | Mapping[str, Any],
+        *,
+        seed: int,
+        avg_reward_len: int,
+        min_episode_reward: float | None = None,
+    ) -> None:
+        """Set up what every algorithm has; a subclass saves its hyper-parameters and makes its networks.
+
+        Raises:
+            ConfigurationError: an environment that cannot be specified, a negative seed, no episodes to average over.
+        """
         super().__init__()
+        if seed < 0:
+            raise ConfigurationError(f"seed must not be negative, got {seed}")
+        if avg_reward_len < 1:
+            raise ConfigurationError(f"avg_reward_len must be positive, got {avg_reward_len}")
         self.automatic_optimization = False
         self.environment = specify(env)
         self.seed = seed
@@ -46,6 +62,8 @@ class Algorithm(pl.LightningModule):
         self.env_steps = 0
         self.run_progress: dict[str, Any] = {}
         self.recent_returns: deque[float] = deque(maxlen=avg_reward_len)
+        self.return_before_episodes = min_episode_reward
+        self.latest_metrics: dict[str, Tensor] = {}
 
     @classmethod
     def from_preset(cls, env: str, **overrides: Any) -> Self:
@@ -71,11 +89,7 @@ class Algorithm(pl.LightningModule):
         group = arg_parser.add_argument_group(cls.__name__)
         group.add_argument("--env", required=True, help="environment id")
         for name, parameter in cls.hyperparameter_types().items():
-            kind = type(parameter.default) if isinstance(parameter.default, int | float | str) else None
-            if kind is bool:
-                group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=parameter.default)
-            elif kind is not None:
-                group.add_argument(f"--{name}", type=kind, default=parameter.default)
+            group.add_argument(f"--{name}", default=parameter.default, **_reading(parameter.annotation))
         return arg_parser
 
     @classmethod
@@ -88,6 +102,11 @@ class Algorithm(pl.LightningModule):
         """Save the constructor's arguments as plain values, so that a checkpoint loads with `weights_only=True`."""
         self.save_hyperparameters(ignore=["env"], frame=inspect.currentframe().f_back)  # type: ignore[union-attr]
         self.save_hyperparameters({"env": self.environment.plain()})
+
+    @property
+    def mean_return(self) -> float | None:
+        """Mean return of the last `avg_reward_len` episodes; before the first has ended `min_episode_reward`."""
+        return float(np.mean(self.recent_returns)) if self.recent_returns else self.return_before_episodes
 
     @property
     def policy_spec(self) -> PolicySpec:
@@ -136,18 +155,18 @@ class Algorithm(pl.LightningModule):
             self.experience.episodes.clear()
             rate = self.policy.exploration_rate(self.env_steps)
             rates["step"] = torch.tensor(float(self.env_steps))
-            if self.recent_returns:
-                rates["rollout/ep_rew_mean"] = torch.tensor(float(np.mean(self.recent_returns)))
+            if self.mean_return is not None:
+                rates["rollout/ep_rew_mean"] = torch.tensor(float(self.mean_return))
             if rate is not None:
                 rates["rollout/exploration_rate"] = torch.tensor(rate)
+        self.latest_metrics = rates
         self.log_dict(rates, batch_size=1)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; uint8 observations stay uint8 until the network reads them."""
         if not isinstance(batch, TransitionBatch):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        moved = (tensor.to(device, non_blocking=True) for tensor in batch[:5])
-        return TransitionBatch(*moved, batch.ids, batch.probability.to(device, torch.float32), batch.size)
+        return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def train_dataloader(self) -> LocalExperience:
         """Return experience made in this process."""
@@ -193,9 +212,18 @@ class Algorithm(pl.LightningModule):
         """Take the counters back."""
         saved = checkpoint.get("squall", {})
         self.env_steps = saved.get("env_steps", 0)
-        self.recent_returns.extend(saved.get("recent_returns", ()))
+        self.recent_returns = deque(saved.get("recent_returns", ()), self.recent_returns.maxlen)
         self.run_progress = saved.get("run", {})
 
     def seed_networks(self) -> None:
         """Seed PyTorch for the networks about to be made, from this algorithm's seed."""
         torch.manual_seed(integer_seed(spawn_seed(self.seed, "learner")))
+
+
+def _reading(annotation: Any) -> dict[str, Any]:
+    """Return how argparse reads an argument annotated as `int`, `bool | None` or `Sequence[int] | None`."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kind = next(kind for kind in kinds if kind is not NoneType)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": get_args(kind)[0], "nargs": "+"} if get_origin(kind) is Sequence else {"type": kind}

@@ -37,11 +37,13 @@ from replay.types import ConfigurationError
 class DQN(Algorithm):
     """Deep Q-network.
 
+    Example:
         trainer = Trainer(max_steps=30_000)
         trainer.fit(DQN.from_preset("CartPole-v1"))
     """
 
     name: ClassVar[str] = "dqn"
+    policy: EpsilonGreedyPolicy
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class DQN(Algorithm):
         Raises:
             ConfigurationError: a value that cannot work, or an action space that is not Discrete.
         """
-        super().__init__(env, seed=seed, avg_reward_len=avg_reward_len)
+        super().__init__(env, seed=seed, avg_reward_len=avg_reward_len, min_episode_reward=min_episode_reward)
         self.save_all_hyperparameters()
         _check(self.environment, self.hparams)
         image = self.environment.is_image
@@ -112,13 +114,13 @@ class DQN(Algorithm):
         self.seed_networks()
         self.policy = EpsilonGreedyPolicy(PolicySpec("epsilon_greedy", self.environment, sizes, exploration))
         self.target_network = copy.deepcopy(self.policy.q_network).requires_grad_(False)
-        self.recent_returns.append(float(min_episode_reward))
+        # Sizes that do not fit each other are refused here, not at the first batch.
+        self.replay_spec(largest_push=self.rollout_spec().largest_push)
 
     @property
     def q_network(self) -> nn.Module:
         """The online network, which also acts."""
-        network: nn.Module = self.policy.q_network
-        return network
+        return self.policy.q_network
 
     def rollout_spec(self, *, num_envs: int | None = None) -> RolloutSpec:
         """See `Algorithm.rollout_spec`."""
@@ -189,12 +191,11 @@ class DQN(Algorithm):
 
 def _check(environment: EnvironmentSpec, hparams: Mapping[str, Any]) -> None:
     if not isinstance(environment.actions, DiscreteActions):
-        space = environment.description.partition("actions ")[2]
-        raise ConfigurationError(f"DQN needs a Discrete action space; {environment.id} has {space}")
+        space = environment.description.partition("actions ")[2] or environment.actions
+        raise ConfigurationError(f"DQN needs a Discrete action space; {environment.id or 'env'} has {space}")
     for name in (
-        "sync_rate", "learning_rate", "batch_size", "replay_size", "warm_start_size", "avg_reward_len",
-        "batches_per_epoch", "n_steps", "updates_per_step", "updates_per_training_step", "num_envs",
-        "segment_length", "max_grad_norm",
+        "sync_rate", "learning_rate", "batch_size", "replay_size", "warm_start_size", "batches_per_epoch",
+        "n_steps", "updates_per_step", "updates_per_training_step", "num_envs", "segment_length", "max_grad_norm",
     ):  # fmt: skip
         value = hparams[name]
         if value is not None and not (value > 0 and np.isfinite(value)):

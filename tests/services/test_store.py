@@ -24,23 +24,22 @@ import psutil
 import pytest
 
 from replay.types import ConfigurationError, SquallError
+from services.buffered_writer import BufferedWriter
+from services.sqlite_store import SQLiteRunStore, open_store
 from services.store import (
     HISTORY,
     LOST_AFTER,
-    BufferedWriter,
     NotStorable,
     RunIsLive,
     RunIsNotLive,
     RunNameInUse,
     RunRecord,
     RunStore,
-    SQLiteRunStore,
     StoreIncompatible,
     StoreTimeout,
     StoreUnavailable,
     UnknownCommand,
     UnknownRun,
-    open_store,
     this_process,
 )
 
@@ -316,7 +315,8 @@ def _sent(store: RunStore, kind: str) -> list[Any]:
 RACE = """
 import json, sys, time
 from pathlib import Path
-from services.store import RunNameInUse, RunIsLive, RunRecord, open_store, this_process
+from services.sqlite_store import open_store
+from services.store import RunIsLive, RunNameInUse, RunRecord, this_process
 store = open_store(sys.argv[1], Path("."))
 host, pid, started = this_process()
 sys.stdin.readline()
@@ -582,7 +582,7 @@ def test_histories_are_bounded_for_each_run(backend: SQLiteBackend) -> None:
 COORDINATOR = """
 import sys, time
 from pathlib import Path
-from services.store import open_store
+from services.sqlite_store import open_store
 store = open_store(sys.argv[1], Path("."))
 done = False
 for step in range(1, 10_000):
@@ -974,7 +974,7 @@ def test_two_processes_may_make_the_file_at_once(tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
-from services.store import open_store
+from services.sqlite_store import open_store
 sys.stdin.readline()
 for index in range(20):
     with open_store(None, Path(sys.argv[1]) / str(index)) as store:

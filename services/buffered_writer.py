@@ -1,0 +1,171 @@
+"""BufferedWriter: the coordinator's pen. A store that is away stops no training."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from replay.types import SquallError
+from services.store import (
+    Command,
+    RunStore,
+    StoreUnavailable,
+    check_state,
+    check_time,
+    check_whole,
+    clean_text,
+    plain_metrics,
+    plain_payload,
+)
+
+
+class BufferedWriter:
+    """Writes one run's word to a store; while the store is away, keeps it and catches up later.
+
+    No call raises `StoreUnavailable`, and none but `flush` and `close` takes much longer than twice
+    `patience_seconds`. There is no thread: each call also delivers what had to wait, `retry_seconds` after
+    the last failure at the earliest. Of snapshots only the newest waits. Of the rest at most `capacity`
+    wait; beyond that the oldest metrics are dropped first, then the oldest events, and counted.
+
+    Bad values raise at once, as in `RunStore`. What the store refuses for another reason (the run was
+    deleted) is dropped and counted, and the reason kept: training goes on.
+
+    Attributes:
+        name: the run.
+        problem: why the last write did not reach the store, None if it did.
+        dropped: how many of `metrics`, `event`, `state`, `acknowledgement` and `snapshot` were dropped.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        name: str,
+        *,
+        capacity: int = 10_000,
+        patience_seconds: float = 0.25,
+        retry_seconds: float = 1.0,
+    ) -> None:
+        check_whole("a writer's capacity", capacity, least=1)
+        self.name = name
+        self.problem: str | None = None
+        self.dropped: Counter[str] = Counter()
+        self._store = store.with_timeout(patience_seconds)
+        self._capacity = capacity
+        self._patience = patience_seconds
+        self._retry = retry_seconds
+        self._retry_at = -math.inf
+        self._lock = threading.Lock()
+        self._answered: set[int] = set()
+        # In the order in which they are delivered: who waits for an answer first, bulk last.
+        self._queues: dict[str, deque[Callable[[], object]]] = {
+            "acknowledgement": deque(),
+            "snapshot": deque(maxlen=1),
+            "event": deque(),
+            "state": deque(),
+            "metrics": deque(),
+        }
+
+    @property
+    def waiting(self) -> int:
+        """Writes that have not reached the store yet."""
+        return sum(len(queue) for queue in self._queues.values())
+
+    def write_snapshot(self, snapshot: Mapping[str, Any], heartbeat: float) -> None:
+        """As `RunStore.write_snapshot`."""
+        check_time("heartbeat", heartbeat)
+        payload = plain_payload("snapshot", snapshot)
+        self._write("snapshot", partial(self._store.write_snapshot, self.name, payload, heartbeat))
+
+    def update_state(self, state: str, stopped_because: str | None = None) -> None:
+        """As `RunStore.update_state`."""
+        check_state(state)
+        self._write("state", partial(self._store.update_state, self.name, state, stopped_because))
+
+    def add_event(self, kind: str, text: str, time: float) -> None:
+        """As `RunStore.add_event`."""
+        check_time("an event's time", time)
+        call = partial(self._store.add_event, self.name, clean_text(kind), clean_text(text), time)
+        self._write("event", call)
+
+    def add_metrics(self, step: int, values: Mapping[str, float], time: float) -> None:
+        """As `RunStore.add_metrics`."""
+        check_whole("step", step, least=0)
+        check_time("the metrics' time", time)
+        self._write("metrics", partial(self._store.add_metrics, self.name, step, plain_metrics(values), time))
+
+    def acknowledge(self, id: int, result: Mapping[str, Any]) -> None:
+        """As `RunStore.acknowledge`; from now on `pending_commands` leaves this command out."""
+        payload = plain_payload("result", result)
+        self._answered.add(id)
+        self._write("acknowledgement", partial(self._store.acknowledge, self.name, id, payload))
+
+    def pending_commands(self) -> list[Command]:
+        """Commands not acknowledged through this writer yet; none while the store is away."""
+        with self._lock:
+            self._deliver()
+            if time.monotonic() < self._retry_at:
+                return []
+            try:
+                commands = self._store.pending_commands(self.name)
+            except SquallError as error:
+                self._failed(error)
+                return []
+        return [command for command in commands if command.id not in self._answered]
+
+    def flush(self, deadline_seconds: float) -> bool:
+        """Try to deliver everything for up to `deadline_seconds`; return whether nothing waits any more."""
+        deadline = time.monotonic() + deadline_seconds
+        while True:
+            with self._lock:
+                self._retry_at = -math.inf
+                self._deliver()
+                if not self.waiting:
+                    return True
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return False
+            if self.problem is not None:
+                time.sleep(min(0.05, remaining))
+
+    def close(self, deadline_seconds: float = 2.0) -> bool:
+        """`flush`, then let go of the store; what still waits is lost, and the answer False."""
+        delivered = self.flush(deadline_seconds)
+        self._store.close()
+        return delivered
+
+    def _write(self, kind: str, call: Callable[[], object]) -> None:
+        with self._lock:
+            self._queues[kind].append(call)
+            while self.waiting - len(self._queues["snapshot"]) > self._capacity:
+                oldest = next(kind for kind in ("metrics", "event", "state", "acknowledgement") if self._queues[kind])
+                self._queues[oldest].popleft()
+                self.dropped[oldest] += 1
+            self._deliver()
+
+    def _deliver(self) -> None:
+        now = time.monotonic()
+        if now < self._retry_at:
+            return
+        for kind, queue in self._queues.items():
+            while queue:
+                if time.monotonic() - now > self._patience:
+                    return
+                try:
+                    queue[0]()
+                    self.problem = None
+                except StoreUnavailable as error:
+                    self._failed(error)
+                    return
+                except SquallError as error:
+                    self.dropped[kind] += 1
+                    self.problem = str(error)
+                queue.popleft()
+
+    def _failed(self, error: SquallError) -> None:
+        self.problem = str(error)
+        self._retry_at = time.monotonic() + self._retry

@@ -1,0 +1,63 @@
+"""Progress: how far a run is, and what of it survives a resume. Watcher: whom the coordinator tells."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from learner.training import read_checkpoint
+from replay.server import Counters
+
+
+@dataclass
+class Progress:
+    """How far a run is; part of every checkpoint, as plain values.
+
+    Attributes:
+        counters: steps, samples and inserts.
+        episodes: episodes finished.
+        best_return: mean return of the best periodic evaluation, or None.
+        next_evaluation: step count of the next evaluation.
+        evaluations: evaluations begun.
+        seconds: time spent on it.
+        generation: how often the run was resumed.
+    """
+
+    counters: Counters = field(default_factory=Counters)
+    episodes: int = 0
+    best_return: float | None = None
+    next_evaluation: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    generation: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """Return this as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def resumed(cls, checkpoint: Path) -> Progress:
+        """Return the progress in a checkpoint, one generation later; fresh if there is none yet."""
+        if not checkpoint.exists():
+            return cls(generation=1)
+        saved = read_checkpoint(checkpoint)["squall"]["run"]
+        progress = cls(**{**saved, "counters": Counters(**saved.get("counters", {}))})
+        return replace(progress, generation=progress.generation + 1)
+
+
+class Watcher:
+    """Where a coordinator tells how it goes; every method may be called often and must not block."""
+
+    def snapshot(self, snapshot: dict[str, Any]) -> None:
+        """Take the state of the run, once a second."""
+
+    def event(self, kind: str, text: str) -> None:
+        """Take word of something that happened; the first line of `text` says it all."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Take figures, by tag, at an environment step."""
+
+    def stop_wanted(self) -> str | None:
+        """Return why somebody wants the run stopped, or None."""
+        return None

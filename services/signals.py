@@ -1,0 +1,45 @@
+"""SIGINT and SIGTERM: the first is a wish to stop in order, the second an end at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+
+class StopSignals:
+    """Takes both signals over for as long as a `with` block lasts; `wanted` says what came."""
+
+    def __init__(self, at_once: Callable[[], None]) -> None:
+        """Say what to do at the second signal."""
+        self._at_once = at_once
+        self._before: dict[signal.Signals, Any] = {}
+        self.wanted: str | None = None
+
+    def __enter__(self) -> StopSignals:
+        """Take the signals over."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _received(self, number: int, _: object) -> None:
+        if self.wanted is not None:
+            self._at_once()
+        self.wanted = "interrupted" if number == signal.SIGINT else "terminated"
+
+
+def end_at_once() -> None:
+    """Kill this process's children and theirs, and leave without another word."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(130)

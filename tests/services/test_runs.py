@@ -1,0 +1,215 @@
+"""Real runs, small: from the command line, through Ray, with processes killed and signals sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from services.sqlite_store import SQLiteRunStore
+from tests.services.running import Run, squall
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+SMALL = ("dqn", "CartPole-v1", "--set", "warm_start_size=500", "--set", "eval_episodes=2", "--set", "eval_every=1000")
+LONG = (*SMALL, "--steps", "1000000")
+
+Start = Callable[..., Run]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start runs, and leave nothing of them behind, whatever a test does."""
+    runs: list[Run] = []
+
+    def begin(name: str, *arguments: str) -> Run:
+        named = arguments if "--resume" in arguments else (*arguments, "--name", name)
+        runs.append(Run(tmp_path / "runs", name, *named))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.kill_everything()
+
+
+def test_a_run_ends_by_itself_and_says_how_it_went(start: Start, tmp_path: Path) -> None:
+    run = start("small", *SMALL, "--steps", "4000", "--actors", "3")
+    status = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+    roles = [(process["role"], process["index"]) for process in status["processes"]]
+    assert roles == [
+        ("coordinator", 0), ("weights", 0), ("replay", 0), ("learner", 0),
+        ("worker", 0), ("worker", 1), ("worker", 2), ("evaluator", 0),
+    ]  # fmt: skip
+    pids = [process["pid"] for process in status["processes"]]
+    assert None not in pids
+    assert len(set(pids)) == len(pids)
+    assert status["processes"][0]["pid"] == run.process.pid
+
+    summary = run.finish(240)
+    assert summary["stopped_because"] == "steps"
+    assert 4000 <= summary["env_steps"] <= 4000 + 3 * 64
+    wanted = 64 * 1.0
+    assert summary["samples_per_insert"] == pytest.approx(wanted, rel=0.05)
+    assert summary["updates"] * 64 == pytest.approx(wanted * (summary["env_steps"] - 500), rel=0.05)
+    assert summary["eval_episodes"] == 20
+    assert summary["eval_return_mean"] > 5
+    assert run.leftovers() == []
+
+    folder = tmp_path / "runs" / "small"
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert yaml.safe_load((folder / "config.yaml").read_text())["hyperparameters"]["warm_start_size"] == 500
+    assert list((folder / "tensorboard").glob("events*"))
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == summary["updates"]
+    assert (folder / "checkpoints" / "best.ckpt").exists()
+
+    listed = json.loads(squall(tmp_path / "runs", "runs", "--json").stdout)
+    assert [(row["name"], row["state"]) for row in listed] == [("small", "finished")]
+    figures = json.loads(squall(tmp_path / "runs", "evaluate", "small", "--episodes", "3", "--json").stdout)
+    assert figures["episodes"] == 3
+    assert figures["return_min"] <= figures["return_mean"] <= figures["return_max"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actors", [1, 4])
+def test_pong_keeps_the_ratio_and_stores_each_frame_once(start: Start, actors: int) -> None:
+    shape = ("--actors", str(actors), "--envs-per-actor", "2", "--steps", "3500")
+    sets = ("--set", "warm_start_size=1500", "--set", "final_eval_episodes=1", "--set", "eval_every=0")
+    run = start(f"pong-{actors}", "dqn", "PongNoFrameskip-v4", *shape, *sets)
+    summary = run.finish(400)
+    assert summary["samples_per_insert"] == pytest.approx(8.0, rel=0.05)
+    assert summary["updates"] == pytest.approx((summary["env_steps"] - 1500) / 4, rel=0.05)
+    assert 7056 < summary["replay_bytes"] / summary["replay_size"] < 1.15 * 7056
+    assert -21 <= summary["eval_return_mean"] <= 21
+    assert run.leftovers() == []
+
+
+@pytest.mark.slow
+def test_every_process_may_die_and_the_run_goes_on(start: Start) -> None:
+    run = start("killed", *LONG)
+    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 100 and s["best_return"] is not None)
+    for role in ("worker", "learner", "replay", "weights", "evaluator"):
+        before = run.status()
+        os.kill(run.pid_of(role), signal.SIGKILL)
+        died = time.monotonic()
+        after = run.wait_for(
+            lambda s, role=role: any(p["role"] == role and p["restarts"] == 1 and p["pid"] for p in s["processes"])
+        )
+        process = next(p for p in after["processes"] if p["role"] == role and p["index"] == 0)
+        assert "killed" in process["last_death"], process
+        if role == "worker":
+            assert time.monotonic() - died < 15
+        assert any(event["kind"] == "death" and role in event["text"] for event in after["events"])
+        # Everyone is at work again: steps and updates both grow from what they are now.
+        run.wait_for(
+            lambda s, at=after, role=role: (
+                s["env_steps"] > at["env_steps"] + 1000 and s["updates"] > at["updates"] + 100
+            )
+        )
+        assert after["env_steps"] >= before["env_steps"] - 1
+    status = run.status()
+    assert [p["restarts"] for p in status["processes"] if p["role"] == "worker"] == [1, 0]
+    assert status["samples_per_insert"] == pytest.approx(64, rel=0.1)
+    assert squall(run.home, "stop", "killed").returncode == 0
+    assert run.finish(30)["stopped_because"] == "stopped"
+    assert run.leftovers() == []
+
+
+def test_a_killed_driver_leaves_nothing_reads_lost_and_resumes(start: Start) -> None:
+    run = start("lost", *LONG, "--set", "checkpoint_every=200")
+    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 600)
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.wait(5)
+    assert run.leftovers(20) == []
+    status = run.status()
+    assert status["state"] == "lost"
+    saved = torch.load(run.home / "lost" / "checkpoints" / "last.ckpt", weights_only=True)
+    steps_then = saved["squall"]["run"]["counters"]["env_steps"]
+    assert saved["global_step"] > 200
+    assert squall(run.home, "stop", "lost").returncode != 0
+
+    again = start("lost", "--resume", "lost", "--steps", str(steps_then + 3000))
+    summary = again.finish(240)
+    assert summary["updates"] > saved["global_step"]
+    assert steps_then + 3000 <= summary["env_steps"] <= steps_then + 3200
+    # The replay refills first, and nothing is owed for that: no burst, no gap.
+    assert summary["samples_per_insert"] == pytest.approx(64, rel=0.1)
+    assert again.leftovers() == []
+    assert again.status()["state"] == "finished"
+
+
+def test_interrupt_stops_in_order_within_ten_seconds(start: Start) -> None:
+    run = start("interrupted", *LONG)
+    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+    began = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    run.process.wait(20)
+    assert time.monotonic() - began < 10
+    assert run.process.returncode == 130
+    assert json.loads(run.out.read_text())["stopped_because"] == "interrupted"
+    assert (run.home / "interrupted" / "checkpoints" / "last.ckpt").exists()
+    assert run.leftovers(2) == []
+    assert run.status()["state"] == "finished"
+
+
+def test_a_second_interrupt_stops_at_once(start: Start) -> None:
+    run = start("twice", *LONG)
+    run.wait_for(lambda s: s["state"] == "running")
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    began = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    run.process.wait(5)
+    assert time.monotonic() - began < 2
+    assert run.leftovers(5) == []
+
+
+def test_an_interrupt_while_starting_is_obeyed(start: Start) -> None:
+    run = start("early", *LONG)
+    store = SQLiteRunStore(run.home / "squall.db")
+    end = time.monotonic() + 60
+    while not any(record.name == "early" for record in store.list_runs()) and time.monotonic() < end:
+        time.sleep(0.05)
+    store.close()
+    run.process.send_signal(signal.SIGINT)
+    run.process.wait(30)
+    assert run.process.returncode != 0
+    assert run.leftovers() == []
+    assert run.status()["state"] in ("finished", "failed")
+
+
+def test_two_runs_at_once_do_not_meet(start: Start) -> None:
+    first, second = start("one", *SMALL, "--steps", "1500"), start("two", *SMALL, "--steps", "1500", "--seed", "1")
+    assert {first.finish(300)["run"], second.finish(300)["run"]} == {"one", "two"}
+    assert first.leftovers() == second.leftovers() == []
+
+
+def test_a_users_own_environment_runs_in_the_workers(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corridor_for_test.py").write_text(
+        "import gymnasium as gym\n"
+        "class Corridor(gym.Env):\n"
+        "    observation_space = gym.spaces.Discrete(5)\n"
+        "    action_space = gym.spaces.Discrete(2)\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        self.at = 0\n"
+        "        return 0, {}\n"
+        "    def step(self, action):\n"
+        "        self.at = max(0, self.at + (1 if action else -1))\n"
+        "        return self.at, float(self.at == 4), self.at == 4, False, {}\n"
+        "gym.register('Corridor-v0', Corridor, max_episode_steps=20)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    settings = ("warm_start_size=200", "updates_per_step=0.25", "eps_last_frame=1000", "batch_size=16", "eval_every=0")
+    sets = [part for setting in settings for part in ("--set", setting)]
+    run = start("own", "dqn", "corridor_for_test:Corridor-v0", "--steps", "2000", *sets)
+    assert run.finish(240)["eval_return_mean"] == 1.0
