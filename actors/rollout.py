@@ -7,6 +7,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from actors.segments import SegmentBuilder
 from actors.weights import Weights, unpack
 from replay.remote import actor_class
 from replay.seeds import spawn_seed
-from replay.types import Array, DeadlineExceeded, EpisodeResult, InsertReply, Layout, Push, Segment
+from replay.types import Array, DeadlineExceeded, EpisodeResult, InsertReply, Layout, Permit, Push, Segment, Trajectory
 
 _MOST_PUSHES_WAITING = 2
 _ROWS_BETWEEN_POLLS = 8
@@ -153,6 +154,7 @@ class RolloutSpec:
         gamma: discount of one step.
         clip_rewards: whether the learner sees rewards clipped to [-1, 1]; returns are never clipped.
         run_seed: the run's seed.
+        trajectory_rows: rows in an on-policy trajectory; None makes whole episodes.
     """
 
     policy: PolicySpec
@@ -162,6 +164,7 @@ class RolloutSpec:
     gamma: float
     clip_rewards: bool
     run_seed: int
+    trajectory_rows: int | None = None
 
     @property
     def layout(self) -> Layout:
@@ -289,12 +292,12 @@ class RolloutWorker:
             reward = np.clip(row.reward, -1.0, 1.0) if self.spec.clip_rewards else row.reward
             segments = builder.add(row.action, reward, row.terminated, row.truncated, row.observation, row.failed)
             if segments:
-                self._outbox.put(segments, episodes, self._stop)
+                self._outbox.put(self._stop, segments=segments, episodes=episodes)
                 episodes = []
             rows += 1
             if rows % _ROWS_BETWEEN_POLLS == 0:
                 self._pull()
-        self._outbox.put(builder.flush(), episodes, self._stop)
+        self._outbox.put(self._stop, segments=builder.flush(), episodes=episodes)
 
     def _count(self, row: Row) -> None:
         self._env_steps += row.steps
@@ -341,15 +344,23 @@ class _Outbox:
     def waiting_for(self) -> str | None:
         return self._replay.waiting_for
 
-    def put(self, segments: list[Segment], episodes: list[EpisodeResult], stop: threading.Event) -> None:
+    def put(
+        self,
+        stop: threading.Event,
+        *,
+        segments: Sequence[Segment] = (),
+        trajectories: Sequence[tuple[Permit, Trajectory]] = (),
+        episodes: Sequence[EpisodeResult] = (),
+    ) -> None:
         """Hand over a push; wait while too many are waiting, once `stop` is set for a short time only.
 
         Raises:
             Exception: what an earlier push met.
         """
-        if not (segments or episodes):
+        if not (segments or trajectories or episodes):
             return
-        push = Push(self._worker, self._incarnation, self._sequence, tuple(segments), tuple(episodes))
+        content = tuple(segments), tuple(episodes), tuple(trajectories)
+        push = Push(self._worker, self._incarnation, self._sequence, *content)
         self._sequence += 1
         end = time.monotonic() + _SECONDS_TO_SEND_THE_REST
         while not self.finished:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from replay.trajectory_queue import Permit
-from replay.types import Array, Layout, Segment, Trajectory
+from replay.types import Array, Layout, Permit, Segment, Trajectory
 
 
 class SegmentBuilder:
@@ -162,6 +161,11 @@ class TrajectoryBuilder:
         self._after_end[:] = False
 
     @property
+    def holding(self) -> set[int]:
+        """Lanes that hold a permit."""
+        return {lane for lane in range(self.lanes) if self._permits[lane] is not None}
+
+    @property
     def idle(self) -> list[int]:
         """Lanes that hold no permit and could begin a trajectory with the next row.
 
@@ -175,10 +179,10 @@ class TrajectoryBuilder:
     @property
     def busy(self) -> bool:
         """Whether any lane holds a permit."""
-        return any(permit is not None for permit in self._permits)
+        return bool(self.holding)
 
     def assign(self, lane: int, permit: Permit) -> None:
-        """Begin a trajectory under `permit` with the lane's next row."""
+        """Begin a trajectory under `permit` with the lane's next row, which for a whole episode follows a reset."""
         self._permits[lane] = permit
         self._begun[lane] = []
 

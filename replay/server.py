@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
 
+from replay.client import WaitingClient
+from replay.desk import Desk
 from replay.rate_limiter import RateLimiter
-from replay.remote import GONE, RemoteActor, actor_class
+from replay.remote import GONE, actor_class
 from replay.seeds import spawn_seed
 from replay.table import TableSpec, TransitionTable
 from replay.types import (
     Array,
     ConfigurationError,
-    DeadlineExceeded,
     EpisodeResult,
     InsertReply,
     Push,
     SampleReply,
 )
-
-_WAITING_EXPIRES = 5.0
-_MOST_EPISODES_KEPT = 10_000
-_LONGEST_PAUSE = 0.05
 
 
 @dataclass(frozen=True)
@@ -169,10 +164,7 @@ class ReplayServer:
         self._limiter = spec.limiter()
         self._carried = carried or Counters()
         self._max_env_steps = max_env_steps
-        self._last_sequence: dict[int, tuple[int, int]] = {}
-        self._episodes: deque[EpisodeResult] = deque(maxlen=_MOST_EPISODES_KEPT)
-        self._waiting: dict[str, tuple[float, str]] = {}
-        self._repeated = 0
+        self._desk = Desk()
 
     @property
     def _counters(self) -> Counters:
@@ -201,9 +193,7 @@ class ReplayServer:
         caller = f"worker-{push.worker}"
         if self._finished:
             return self._reply(caller, finished=True)
-        address = (push.incarnation, push.sequence)
-        if address <= self._last_sequence.get(push.worker, (-1, -1)):
-            self._repeated += 1
+        if self._desk.has_seen(push):
             return self._reply(caller, repeated=True)
         if push.steps > self.spec.largest_push:
             raise ValueError(f"a push holds at most {self.spec.largest_push} transitions, got {push.steps}")
@@ -214,20 +204,13 @@ class ReplayServer:
             segment.check(self.spec.table.layout)
         for segment in push.segments:
             self._table.insert(segment)
-        self._last_sequence[push.worker] = address
+        self._desk.accept(push)
         self._limiter.record_insert(push.steps)
-        self._episodes.extend(push.episodes)
         return self._reply(caller, accepted=True)
 
     def _reply(self, caller: str, **answer: Any) -> InsertReply:
-        self._note(caller, answer.get("wait"))
+        self._desk.note(caller, answer.get("wait"))
         return InsertReply(env_steps=self._counters.env_steps, **answer)
-
-    def _note(self, caller: str, wait: str | None) -> None:
-        if wait is None:
-            self._waiting.pop(caller, None)
-        else:
-            self._waiting[caller] = (time.monotonic(), wait)
 
     def sample(self, k: int, batch_size: int) -> SampleReply:
         """Draw k batches, or say what to wait for.
@@ -240,10 +223,10 @@ class ReplayServer:
         if min(k, batch_size) < 1 or count > largest:
             raise ValueError(f"a sample call draws 1 to {largest} transitions, got {k} x {batch_size}")
         if self._finished and (self._limiter.due < count or not self._table.size):
-            self._note("learner", None)
+            self._desk.note("learner", None)
             return SampleReply(finished=True)
         wait = self._limiter.sample_waits_for(count)
-        self._note("learner", wait)
+        self._desk.note("learner", wait)
         if wait is not None:
             return SampleReply(wait=wait)
         self._limiter.record_sample(count)
@@ -255,13 +238,11 @@ class ReplayServer:
 
     def drain_episodes(self) -> tuple[EpisodeResult, ...]:
         """Return and forget the episodes that ended since the last call."""
-        episodes = tuple(self._episodes)
-        self._episodes.clear()
-        return episodes
+        return self._desk.drain_episodes()
 
     def stats(self) -> ReplayStats:
         """Return what `squall status` shows."""
-        now, table = time.monotonic(), self._table
+        table = self._table
         return ReplayStats(
             counters=self._counters,
             size=table.size,
@@ -270,23 +251,16 @@ class ReplayServer:
             due=self._limiter.due,
             evicted=table.evicted,
             stale_updates=table.stale_updates,
-            repeated_pushes=self._repeated,
-            waiting={who: why for who, (at, why) in self._waiting.items() if now - at < _WAITING_EXPIRES},
+            repeated_pushes=self._desk.repeated_pushes,
+            waiting=self._desk.waiting(),
             highest_priority=table.highest_priority,
             pid=os.getpid(),
             resident_bytes=psutil.Process().memory_info().rss,
         )
 
 
-class ReplayClient:
+class ReplayClient(WaitingClient):
     """Thin client of a replay actor. Every wait has a deadline and raises with the reason it waited for."""
-
-    def __init__(self, actor: RemoteActor, *, deadline_seconds: float = 300.0) -> None:
-        """Hold `actor`, the name of a `ReplayServer`."""
-        self._actor = actor
-        self._deadline = deadline_seconds
-        self.waiting_for: str | None = None
-        self.seconds_waited = 0.0
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
         """Insert, waiting as long as the limiter says so; None if `stop` was set meanwhile.
@@ -296,7 +270,7 @@ class ReplayClient:
             LayoutMismatch: the push does not fit the table.
         """
         # One copy in the object store, however often the limiter says "wait".
-        reply: InsertReply | None = self._until("insert", (ray.put(push),), stop)
+        reply: InsertReply | None = self._until_served("insert", ray.put(push), stop=stop)
         return reply
 
     def sample(self, k: int, batch_size: int, *, stop: threading.Event | None = None) -> SampleReply | None:
@@ -305,28 +279,8 @@ class ReplayClient:
         Raises:
             DeadlineExceeded: no batch could be drawn before the deadline.
         """
-        reply: SampleReply | None = self._until("sample", (k, batch_size), stop)
+        reply: SampleReply | None = self._until_served("sample", k, batch_size, stop=stop)
         return reply
-
-    def _until(self, method: str, arguments: tuple[Any, ...], stop: threading.Event | None) -> Any:
-        begun, pause = time.monotonic(), 0.001
-        try:
-            while True:
-                remaining = begun + self._deadline - time.monotonic()
-                reply = self._actor.call(method, *arguments, seconds=max(remaining, 0.1), stop=stop)
-                if reply is None or reply.wait is None:
-                    return reply
-                self.waiting_for = reply.wait
-                if remaining <= 0:
-                    raise DeadlineExceeded(f"{method} waited {self._deadline:.0f} s for {reply.wait}")
-                if stop is None:
-                    time.sleep(pause)
-                elif stop.wait(pause):
-                    return None
-                pause = min(pause * 1.5, _LONGEST_PAUSE)
-        finally:
-            self.waiting_for = None
-            self.seconds_waited += time.monotonic() - begun
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """Send new priorities without waiting; a server that is gone has nothing left to prioritize."""

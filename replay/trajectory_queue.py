@@ -12,16 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from replay.types import ConfigurationError, Trajectory
-
-
-@dataclass(frozen=True)
-class Permit:
-    """Leave to produce one unit of one batch, with one version of the weights."""
-
-    batch: int
-    unit: int
-    version: int
+from replay.types import ConfigurationError, Permit, Trajectory
 
 
 @dataclass

@@ -181,6 +181,15 @@ class Trajectory:
             _expect(name, getattr(self, name), (rows,), "float32")
 
 
+@dataclass(frozen=True)
+class Permit:
+    """Leave to produce one unit of one batch of trajectories, with one version of the weights."""
+
+    batch: int
+    unit: int
+    version: int
+
+
 def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
     if array.shape != shape or array.dtype != np.dtype(dtype):
         raise LayoutMismatch(f"{name} must have shape {shape} and dtype {dtype}, got {array.shape} and {array.dtype}")
@@ -204,6 +213,7 @@ class Push:
         sequence: 0, 1, 2, ... within one incarnation.
         segments: off-policy experience.
         episodes: episodes that ended since the last push.
+        trajectories: on-policy experience, each with the permit it was produced under.
     """
 
     worker: int
@@ -211,11 +221,12 @@ class Push:
     sequence: int
     segments: tuple[Segment, ...] = ()
     episodes: tuple[EpisodeResult, ...] = ()
+    trajectories: tuple[tuple[Permit, Trajectory], ...] = ()
 
     @property
     def steps(self) -> int:
         """Environment steps in here."""
-        return sum(segment.steps for segment in self.segments)
+        return sum(segment.steps for segment in self.segments) + sum(t.steps for _, t in self.trajectories)
 
 
 @dataclass(frozen=True)
@@ -267,5 +278,23 @@ class SampleReply:
     """Answer to a sample: a batch, or the reason to wait, or the word that nothing more will come."""
 
     batch: Batch | None = None
+    wait: str | None = None
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class PermitReply:
+    """Answer to a request for permits: some, or the reason to wait, or the word that the run is finished."""
+
+    permits: tuple[Permit, ...] = ()
+    wait: str | None = None
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class TakeReply:
+    """Answer to a take: one global batch of trajectories, or the reason to wait, or that nothing more will come."""
+
+    trajectories: tuple[Trajectory, ...] | None = None
     wait: str | None = None
     finished: bool = False

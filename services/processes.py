@@ -114,7 +114,7 @@ class Process:
             return None
         try:
             if self._running is not None and is_ready(self._running):
-                self.result = ray.get(self._running)
+                self.result = self.report = ray.get(self._running)
                 self.done = True
                 return None
             if self._reporting is not None and is_ready(self._reporting):

@@ -1,0 +1,196 @@
+"""TrajectoryServer: the process that holds a `TrajectoryQueue`; TrajectoryClient: what everyone else holds.
+
+As everywhere, a call that may not proceed is answered at once with the reason to wait.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+
+from replay.client import WaitingClient
+from replay.desk import Desk
+from replay.remote import actor_class
+from replay.server import Counters
+from replay.trajectory_queue import TrajectoryQueue
+from replay.types import EpisodeResult, InsertReply, Layout, PermitReply, Push, TakeReply
+
+
+@dataclass(frozen=True)
+class QueueSpec:
+    """What a `TrajectoryServer` is made from.
+
+    Attributes:
+        layout: shapes and dtypes of what it holds.
+        units_per_batch: trajectories in a global batch.
+        max_policy_lag: versions that a trained trajectory may be older than the weights it trains.
+    """
+
+    layout: Layout
+    units_per_batch: int
+    max_policy_lag: int = 0
+
+
+@dataclass(frozen=True)
+class QueueStats:
+    """What a trajectory server says of itself.
+
+    Attributes:
+        counters: the run's totals; what was accepted counts as inserted, what was taken as sampled.
+        version: of the weights that permits are issued for.
+        complete_batches: batches that wait for the learner.
+        discarded_steps: steps of trajectories that came too late.
+        repeated_pushes: pushes that arrived a second time.
+        waiting: caller -> what it waits for.
+        pid: of the server's process.
+    """
+
+    counters: Counters
+    version: int
+    complete_batches: int
+    discarded_steps: int
+    repeated_pushes: int
+    waiting: dict[str, str]
+    pid: int
+
+
+class TrajectoryServer:
+    """A queue of global batches with permits. Every call is short; calls are served one at a time."""
+
+    def __init__(
+        self, spec: QueueSpec, *, version: int = 0, carried: Counters | None = None, max_env_steps: int | None = None
+    ) -> None:
+        """Open the first batch.
+
+        Args:
+            spec: what to hold.
+            version: of the weights now published.
+            carried: totals of the run before this server.
+            max_env_steps: once this many steps are accepted no more permits are issued.
+
+        Raises:
+            ConfigurationError: a number of units or a lag that cannot work.
+        """
+        self.spec = spec
+        self._queue = TrajectoryQueue(spec.units_per_batch, max_policy_lag=spec.max_policy_lag, version=version)
+        self._counters = carried or Counters()
+        self._max_env_steps = max_env_steps
+        self._desk = Desk()
+
+    @property
+    def _finished(self) -> bool:
+        return self._max_env_steps is not None and self._counters.env_steps >= self._max_env_steps
+
+    def finish(self) -> None:
+        """Issue no more permits; a batch that is complete can still be taken."""
+        self._max_env_steps = 0
+
+    def request_permits(self, worker: int, incarnation: int, count: int) -> PermitReply:
+        """Issue up to `count` permits, or say what to wait for."""
+        caller = f"worker-{worker}"
+        if self._finished:
+            self._desk.note(caller, None)
+            return PermitReply(finished=True)
+        issued = self._queue.request_permits(worker, incarnation, count)
+        self._desk.note(caller, issued if isinstance(issued, str) else None)
+        return PermitReply(wait=issued) if isinstance(issued, str) else PermitReply(issued)
+
+    def revoke(self, worker: int, incarnation: int) -> int:
+        """Take back the permits of a dead worker, to be issued again; return how many."""
+        return self._queue.revoke(worker, incarnation)
+
+    def insert(self, push: Push) -> InsertReply:
+        """Add a push's trajectories, once; those whose permit is void are discarded and counted.
+
+        Raises:
+            LayoutMismatch: a trajectory does not fit; none of the push is inserted.
+        """
+        if self._desk.has_seen(push):
+            return InsertReply(self._counters.env_steps, repeated=True)
+        for _, trajectory in push.trajectories:
+            trajectory.check(self.spec.layout)
+        steps = sum(
+            trajectory.steps
+            for permit, trajectory in push.trajectories
+            if self._queue.put(permit, push.worker, push.incarnation, trajectory)
+        )
+        self._desk.accept(push)
+        before = self._counters
+        self._counters = Counters(before.env_steps + steps, before.samples, before.counted_inserts + steps)
+        return InsertReply(self._counters.env_steps, accepted=True)
+
+    def take(self) -> TakeReply:
+        """Return the oldest batch and forget it, or say what to wait for."""
+        taken = self._queue.take()
+        wait = taken if isinstance(taken, str) else None
+        self._desk.note("learner", None if self._finished else wait)
+        if isinstance(taken, str):
+            return TakeReply(finished=True) if self._finished else TakeReply(wait=taken)
+        before, steps = self._counters, sum(trajectory.steps for trajectory in taken)
+        self._counters = Counters(before.env_steps, before.samples + steps, before.counted_inserts)
+        return TakeReply(taken)
+
+    def publish(self, version: int) -> None:
+        """See `TrajectoryQueue.publish`."""
+        self._queue.publish(version)
+
+    def drain_episodes(self) -> tuple[EpisodeResult, ...]:
+        """See `Desk.drain_episodes`."""
+        return self._desk.drain_episodes()
+
+    def stats(self) -> QueueStats:
+        """Return what `squall status` shows."""
+        return QueueStats(
+            counters=self._counters,
+            version=self._queue.version,
+            complete_batches=self._queue.complete_batches,
+            discarded_steps=self._queue.discarded_steps,
+            repeated_pushes=self._desk.repeated_pushes,
+            waiting=self._desk.waiting(),
+            pid=os.getpid(),
+        )
+
+
+class TrajectoryClient(WaitingClient):
+    """Thin client of a trajectory actor. Every wait has a deadline and raises with the reason it waited for."""
+
+    def request_permits(
+        self, worker: int, incarnation: int, count: int, *, stop: threading.Event | None = None
+    ) -> PermitReply | None:
+        """Ask for permits, waiting as long as there are none; None if `stop` was set meanwhile.
+
+        Raises:
+            DeadlineExceeded: none was issued before the deadline.
+        """
+        reply: PermitReply | None = self._until_served("request_permits", worker, incarnation, count, stop=stop)
+        return reply
+
+    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
+        """Send trajectories; None if `stop` was set meanwhile.
+
+        Raises:
+            LayoutMismatch: a trajectory does not fit.
+        """
+        reply: InsertReply | None = self._until_served("insert", push, stop=stop)
+        return reply
+
+    def take(self, *, stop: threading.Event | None = None) -> TakeReply | None:
+        """Take one global batch, waiting until it is complete; None if `stop` was set meanwhile.
+
+        Raises:
+            DeadlineExceeded: it was not complete before the deadline.
+        """
+        reply: TakeReply | None = self._until_served("take", stop=stop)
+        return reply
+
+    def revoke(self, worker: int, incarnation: int) -> None:
+        """Give permits back."""
+        self._actor.call("revoke", worker, incarnation, seconds=self._deadline)
+
+    def publish(self, version: int) -> None:
+        """Say that `version` is published."""
+        self._actor.call("publish", version, seconds=self._deadline)
+
+
+TrajectoryActor = actor_class(TrajectoryServer)

@@ -1,0 +1,272 @@
+"""Weights: packed and unpacked, stored once a version, fetched without waiting, through the store's death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from torch import nn
+
+from actors.weights import WeightClient, Weights, WeightStore, WeightStoreActor, layout_hash, pack, unpack
+from replay.remote import RemoteActor
+from replay.types import LayoutMismatch, SquallError
+
+
+class Assorted(nn.Module):
+    """Parameters and buffers of many dtypes and shapes; one buffer does not persist, so it does not travel."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, width)
+        self.normal = nn.BatchNorm1d(width)
+        self.transposed = nn.Parameter(torch.randn(2, 7).t())
+        for name, value in {
+            "count": torch.tensor(7, dtype=torch.int64),
+            "mask": torch.tensor([True, False, True]),
+            "real": torch.randn(2, dtype=torch.float64),
+            "brief": torch.randn(3).to(torch.bfloat16),
+            "octets": torch.arange(5, dtype=torch.uint8),
+            "nothing": torch.empty(0),
+        }.items():
+            self.register_buffer(name, value)
+        self.register_buffer("noise", torch.randn(4), persistent=False)
+
+
+def filled(seed: int) -> Assorted:
+    torch.manual_seed(seed)
+    module = Assorted()
+    module.count.fill_(seed)  # type: ignore[operator]
+    module.normal.num_batches_tracked.fill_(2**40 + seed)  # type: ignore[union-attr]
+    return module
+
+
+def states_equal(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(mine, theirs) and mine.dtype == theirs.dtype for mine, theirs in pairs)
+
+
+def test_a_round_trip_changes_no_bit() -> None:
+    sent, got = filled(1), filled(2)
+    noise = got.noise.clone()  # type: ignore[operator]
+    assert not states_equal(sent, got)
+    weights = pack(sent, 3)
+    unpack(weights, got)
+    assert states_equal(sent, got)
+    assert torch.equal(got.noise, noise)  # type: ignore[arg-type]
+    assert weights.version == 3
+    assert weights.data.dtype == np.uint8
+    assert weights.data.shape == (sum(v.numel() * v.element_size() for v in sent.state_dict().values()),)
+
+
+def test_weights_are_a_copy() -> None:
+    for module in (filled(1), nn.Linear(2, 2, bias=False)):
+        weights = pack(module, 0)
+        before = weights.data.copy()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1.0)
+        assert (weights.data == before).all()
+
+
+def test_read_only_weights_are_loaded_and_not_kept() -> None:
+    sent, got = filled(1), filled(2)
+    weights = pack(sent, 0)
+    weights.data.flags.writeable = False  # as the object store hands them out
+    unpack(weights, got)
+    with torch.no_grad():
+        got.linear.weight.add_(1.0)
+    assert not states_equal(sent, got)
+    unpack(weights, got)
+    assert states_equal(sent, got)
+
+
+@pytest.mark.parametrize("other", [Assorted(6), nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(3, 5).double()])
+def test_weights_of_another_network_are_refused(other: nn.Module) -> None:
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    weights = pack(filled(1), 0)
+    with pytest.raises(LayoutMismatch, match=f"layout {weights.layout}.*layout {layout_hash(other)}") as raised:
+        unpack(weights, other)
+    assert isinstance(raised.value, SquallError)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_the_layout_is_names_shapes_and_dtypes() -> None:
+    named = nn.ModuleDict({"a": nn.Linear(3, 5)})
+    layouts = {
+        layout_hash(module)
+        for module in (nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(3, 5).double(), nn.Linear(3, 5, bias=False), named)
+    }
+    assert len(layouts) == 5
+    assert layout_hash(filled(1)) == layout_hash(filled(2))
+
+
+def weights_of(version: int, value: int = 0) -> Weights:
+    return Weights(version, "layout", np.full(1000, value, np.uint8))
+
+
+def test_a_store_hands_out_newer_weights_only() -> None:
+    store = WeightStore()
+    assert store.newer_than(-1) is None
+    assert store.publish(weights_of(4)) == 4
+    [held] = store.newer_than(3)
+    assert held.version == 4
+    assert store.newer_than(4) is None
+    assert store.newer_than(9) is None
+    assert store.report() == {"version": 4, "pid": os.getpid()}
+
+
+def test_a_store_ignores_older_weights_and_puts_each_version_once() -> None:
+    put: list[int] = []
+
+    def remember(weights: Weights) -> Weights:
+        put.append(weights.version)
+        return weights
+
+    store = WeightStore(remember)
+    answers = [store.publish(weights_of(version)) for version in (2, 1, 2, 3, 0)]
+    assert answers == [2, 2, 2, 3, 3]
+    assert put == [2, 3]
+    assert store.newer_than(-1)[0].version == 3
+    assert store.newer_than(-1)[0].version == 3
+    assert put == [2, 3]
+
+
+class RemoteStore:
+    """A store under the name `weights-under-test`; `start` puts another in the place of one that died."""
+
+    def __init__(self) -> None:
+        self.actor: Any = None
+        self.version = 0
+        self.start()
+
+    def start(self) -> None:
+        self.stop()
+        end = time.monotonic() + 20
+        while True:
+            try:
+                self.actor = WeightStoreActor.options(name="weights-under-test").remote(ray.put)
+                break
+            except ValueError:  # The name of a killed actor is free again after about a second.
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        ray.get(self.actor.report.remote())
+
+    def stop(self) -> None:
+        if self.actor is not None:
+            # Also after a death: until then, or until its last handle is gone, Ray keeps the name.
+            ray.kill(self.actor)
+
+    def publish(self, value: int = 0) -> int:
+        """Publish the next version; return its number."""
+        self.version += 1
+        ray.get(self.actor.publish.remote(weights_of(self.version, value)))
+        return self.version
+
+
+@pytest.fixture(scope="module")
+def store(local_ray: None) -> Iterator[RemoteStore]:
+    started = RemoteStore()
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def client(store: RemoteStore) -> WeightClient:
+    return WeightClient(RemoteActor("weights-under-test"))
+
+
+def next_weights(client: WeightClient, seconds: float = 20.0) -> Weights:
+    """Poll until newer weights come."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (weights := client.poll()) is not None:
+            return weights
+        time.sleep(0.005)
+    raise AssertionError(f"still at version {client.version}, {client.failed_fetches} failed fetches")
+
+
+def poll_in_vain(client: WeightClient, seconds: float) -> float:
+    """Poll for a while; no poll may bring anything. Return the seconds that the slowest one took."""
+    end, slowest = time.monotonic() + seconds, 0.0
+    while (begun := time.monotonic()) < end:
+        assert client.poll() is None
+        slowest = max(slowest, time.monotonic() - begun)
+        time.sleep(0.002)
+    return slowest
+
+
+@pytest.mark.ray
+def test_a_client_fetches_each_version_once(store: RemoteStore, client: WeightClient) -> None:
+    assert client.version == -1
+    for value in (11, 22):
+        version = store.publish(value)
+        weights = next_weights(client)
+        assert (weights.version, client.version) == (version, version)
+        assert (weights.data == value).all()
+        poll_in_vain(client, 0.2)
+    assert client.failed_fetches == 0
+
+
+@pytest.mark.ray
+def test_a_busy_store_makes_nobody_wait(store: RemoteStore, client: WeightClient) -> None:
+    version = store.publish()
+    assert next_weights(client).version == version
+    busy = store.actor.__ray_call__.remote(lambda _: time.sleep(1.0))
+    assert poll_in_vain(client, 0.5) < 0.4
+    ray.get(busy)
+    version = store.publish()
+    assert next_weights(client).version == version
+
+
+@pytest.mark.ray
+def test_weights_outlive_the_learner(store: RemoteStore, client: WeightClient) -> None:
+    """The process that puts an object owns it: it must be the store's, not the publisher's."""
+
+    @ray.remote(num_cpus=0)
+    class Learner:
+        def publish(self, actor: Any, version: int) -> None:
+            ray.get(actor.publish.remote(Weights(version, "layout", np.full(500_000, 5, np.uint8))))
+
+    store.version += 1
+    learner = Learner.remote()
+    ray.get(learner.publish.remote(store.actor, store.version))
+    ray.kill(learner)
+    time.sleep(0.3)
+    assert (next_weights(client).data == 5).all()
+
+
+@pytest.mark.ray
+def test_a_client_without_a_store_does_not_wait(local_ray: None) -> None:
+    client = WeightClient(RemoteActor("nobody-has-this-name"))
+    assert poll_in_vain(client, 0.2) < 0.4
+    assert client.failed_fetches > 3
+
+
+@pytest.mark.ray
+def test_a_killed_store_costs_nothing_and_its_successor_is_found(store: RemoteStore, client: WeightClient) -> None:
+    version = store.publish()
+    next_weights(client)
+    os.kill(ray.get(store.actor.report.remote())["pid"], signal.SIGKILL)
+
+    # No answer, no exception, no waiting; the client stays at what it has.
+    end = time.monotonic() + 20
+    while client.failed_fetches < 3:
+        assert time.monotonic() < end
+        assert poll_in_vain(client, 0.1) < 0.5
+    assert client.version == version
+
+    store.start()
+    # The learner publishes at once what it published last: nothing new for this client.
+    store.version -= 1
+    assert store.publish() == version
+    poll_in_vain(client, 0.2)
+    store.publish(7)
+    assert (next_weights(client).data == 7).all()
+    assert client.version == version + 1

@@ -1,0 +1,35 @@
+"""A local Ray, started once, for the tests that are marked `ray`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from replay.remote import NAMESPACE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Start a Ray whose workers find this checkout, unless one is up already."""
+    if ray.is_initialized():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        yield
+        ray.shutdown()

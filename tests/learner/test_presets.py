@@ -1,0 +1,90 @@
+"""Presets: whatever stands in the files can be used, and Atari ids share one unless they have their own."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import yaml
+
+import learner.presets
+from learner import DQN
+from learner.algorithms import ALGORITHMS
+from learner.presets import Preset, load_preset
+from replay.types import ConfigurationError
+from services.config import RUN_KEYS
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(Path(learner.presets.__file__).parent.glob("*.yaml"))
+ALL = [
+    (file.stem, environment, content)
+    for file in FILES
+    for environment, content in yaml.safe_load(file.read_text()).items()
+]
+
+
+def test_there_are_presets_for_algorithms_only() -> None:
+    assert FILES
+    assert {file.stem for file in FILES} <= set(ALGORITHMS)
+
+
+@pytest.mark.parametrize(("algorithm", "environment", "content"), ALL, ids=[f"{a}-{e}" for a, e, _ in ALL])
+def test_every_preset_names_what_exists(algorithm: str, environment: str, content: dict[str, Any]) -> None:
+    assert environment == "atari" or environment in gym.registry
+    assert set(content) <= {"run", "hyperparameters"}
+    assert set(content["run"]) <= set(RUN_KEYS) - {"seed"}
+    assert set(content["hyperparameters"]) <= set(ALGORITHMS[algorithm].hyperparameter_types()) - {"seed"}
+
+
+@pytest.mark.parametrize(("algorithm", "environment", "content"), ALL, ids=[f"{a}-{e}" for a, e, _ in ALL])
+def test_every_preset_makes_an_algorithm(algorithm: str, environment: str, content: dict[str, Any]) -> None:
+    name = "PongNoFrameskip-v4" if environment == "atari" else environment
+    module = ALGORITHMS[algorithm].from_preset(name)
+    assert {key: module.hparams[key] for key in content["hyperparameters"]} == content["hyperparameters"]
+    rest = {
+        key: parameter.default
+        for key, parameter in inspect.signature(type(module)).parameters.items()
+        if key not in content["hyperparameters"] and key != "env"
+    }
+    assert {key: module.hparams[key] for key in rest} == rest
+
+
+def test_overrides_win_over_the_preset() -> None:
+    module = DQN.from_preset("CartPole-v1", learning_rate=0.5, seed=7)
+    assert (module.hparams["learning_rate"], module.seed) == (0.5, 7)
+    with pytest.raises(TypeError, match="learning_rat"):
+        DQN.from_preset("CartPole-v1", learning_rat=0.5)
+
+
+@pytest.mark.parametrize("environment", ["PongNoFrameskip-v4", "ALE/Breakout-v5"])
+def test_atari_ids_share_a_preset(environment: str) -> None:
+    preset = load_preset("dqn", environment)
+    shared = next(content for _, key, content in ALL if key == "atari")
+    assert preset == Preset(shared["run"], shared["hyperparameters"])
+
+
+def test_a_preset_of_its_own_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dqn.yaml").write_text(
+        "atari: {hyperparameters: {gamma: 0.5}}\nALE/Pong-v5: {run: {steps: 3}, hyperparameters: {gamma: 0.25}}\n"
+    )
+    monkeypatch.setattr(learner.presets.resources, "files", lambda _: tmp_path)
+    assert load_preset("dqn", "ALE/Pong-v5") == Preset({"steps": 3}, {"gamma": 0.25})
+    assert load_preset("dqn", "ALE/Breakout-v5") == Preset({}, {"gamma": 0.5})
+
+
+def test_no_preset_is_none_and_from_preset_says_so() -> None:
+    assert load_preset("dqn", "MountainCar-v0") is None
+    assert load_preset("sarsa", "CartPole-v1") is None
+    with pytest.raises(ConfigurationError, match=r"dqn has no preset for MountainCar-v0; DQN\('MountainCar-v0'\) uses"):
+        DQN.from_preset("MountainCar-v0")
+
+
+def test_presets_are_part_of_what_is_installed() -> None:
+    # An editable install finds every file, a wheel only what is listed.
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "learner.presets" in setuptools["packages"]
+    assert setuptools["package-data"]["learner.presets"] == ["*.yaml"]
