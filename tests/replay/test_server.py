@@ -327,7 +327,7 @@ def test_before_anything_counts_the_ratio_is_zero() -> None:
 
 
 def test_episodes_are_drained_once_in_order_and_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk_module, "_MOST_EPISODES_KEPT", 5)
+    monkeypatch.setattr(desk, "_MOST_EPISODES_KEPT", 5)
     server = ReplayServer(SPEC, run_seed=0)
     results = tuple(EpisodeResult(float(i), i) for i in range(8))
     server.insert(Push(0, 0, 0, episodes=results[:2]))
@@ -371,6 +371,8 @@ def test_a_spec_names_the_count_that_is_not_positive(name: str) -> None:
 def test_a_spec_refuses_what_could_never_make_progress() -> None:
     with pytest.raises(ConfigurationError, match="a replay of 64 transitions is smaller than a batch of 65"):
         replace(SPEC, batch_size=65)
+    with pytest.raises(ConfigurationError, match="a replay of 64 transitions is smaller than one push of 65"):
+        replace(SPEC, largest_push=65)
     with pytest.raises(ConfigurationError, match=r"waits for 65 transitions.* holds only 64.*could never start"):
         replace(SPEC, minimum_size=65)
     with pytest.raises(ConfigurationError, match="samples_per_insert must be positive, got 0"):
