@@ -254,6 +254,8 @@ def _make_atari(name: str, num_envs: int, arguments: Mapping[str, Any]) -> Atari
         raise ConfigurationError(
             f"{name} draws its frame skip at random from {skip}; use {game}NoFrameskip-v4 or ALE/{game}-v5"
         )
+    if not arguments.get("grayscale", True):
+        raise ConfigurationError(f"{name} is stacked in grey only: grayscale=False is not supported")
     arguments = {"reward_clipping": False, "stack_num": ATARI_STACK, "num_threads": 1, **arguments}
     return AtariVectorEnv(num_envs=num_envs, frameskip=ATARI_FRAME_SKIP if skip == 1 else skip, **arguments)
 

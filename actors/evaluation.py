@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.environments import EnvironmentFailed
 from actors.policies import Policy, PolicySpec
 from actors.rollout import Lanes
 from actors.weights import Weights, unpack
@@ -17,6 +18,7 @@ from replay.seeds import spawn_seed
 from replay.types import ConfigurationError, EpisodeResult
 
 _MOST_LANES = 8
+LONGEST_EPISODE = 200_000
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def run_episodes(
 
     Raises:
         ConfigurationError: episodes is not positive.
+        EnvironmentFailed: an episode that does not end; give such an environment a time limit.
     """
     if episodes < 1:
         raise ConfigurationError(f"the number of evaluation episodes must be positive, got {episodes}")
@@ -66,10 +69,14 @@ def run_episodes(
     driver = Lanes(policy.spec.environment, width, environment_seed)
     try:
         driver.reset()
+        rows = 0
         while any(len(done) < most for done, most in zip(results, quota, strict=True)):
             for lane, result in driver.step(policy, step=0, greedy=greedy).episodes:
                 if len(results[lane]) < quota[lane]:
                     results[lane].append(result)
+            rows += 1
+            if rows > (LONGEST_EPISODE + 1) * quota[0]:
+                raise EnvironmentFailed(f"an episode did not end within {LONGEST_EPISODE:,} steps; set a time limit")
     finally:
         driver.close()
     return tuple(result for lane in results for result in lane)

@@ -53,3 +53,53 @@ def huber(error: Tensor) -> Tensor:
     Its gradient is the error clipped to [-1, 1], which is what Mnih et al. 2015 (methods, "training details") do.
     """
     return torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none")
+
+
+def double_q_learning(
+    q_tm1: Tensor, a_tm1: Tensor, r_t: Tensor, discount_t: Tensor, q_t_value: Tensor, q_t_selector: Tensor
+) -> Tensor:
+    """Return the TD error `r_t + discount_t * q_t_value[argmax_a q_t_selector] - q_tm1[a_tm1]`.
+
+    Double Q-learning, van Hasselt et al. 2015 (https://arxiv.org/abs/1509.06461), equation 4: one network selects
+    the action, the other says what it is worth, so that noise in the values does not select itself.
+
+    Args:
+        q_tm1: `[B, A]` values of the online network.
+        a_tm1: `[B]` int64 actions taken.
+        r_t: `[B]` rewards.
+        discount_t: `[B]` discounts.
+        q_t_value: `[B, A]` values of the target network, which evaluate.
+        q_t_selector: `[B, A]` values of the online network, which select.
+
+    Returns:
+        `[B]` TD errors; their gradient reaches `q_tm1` alone.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    _expect_shapes(q_tm1, a_tm1, r_t, discount_t, q_t_value, q_t_selector)
+    target = r_t + discount_t * _of_action(q_t_value, q_t_selector.argmax(1))
+    return target.detach() - _of_action(q_tm1, a_tm1)
+
+
+def importance_weights(probability: Tensor, size: int, beta: float) -> Tensor:
+    """Return `(size * probability) ** -beta`, divided by the largest of the batch.
+
+    Schaul et al. 2016 (https://arxiv.org/abs/1511.05952), section 3.4: they undo the bias of drawing item i with
+    probability P(i) instead of 1 / size, in full at beta = 1.
+
+    Args:
+        probability: `[B]`, positive, with which each item was drawn.
+        size: items in the table when the batch was drawn.
+        beta: how much of the bias to undo, in [0, 1].
+
+    Returns:
+        `[B]` weights in (0, 1].
+
+    Raises:
+        ValueError: beta lies outside [0, 1].
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    weights = (size * probability) ** -beta
+    return weights / weights.amax()

@@ -25,6 +25,8 @@ FENCES = {
         "actors/evaluation.py",
         "learner/training.py",
         "services/program.py",
+        "services/processes.py",
+        "services/scoring.py",
         "services/coordinator.py",
         "services/cli.py",
     ),

@@ -524,3 +524,8 @@ def test_one_lane_is_a_view_of_the_same_vector() -> None:
         assert (reward, terminated, truncated) == tuple(float(value[0]) for value in expected[1:4])
     one.close()
     vector.close()
+
+
+def test_atari_in_colour_is_refused_because_a_stack_of_it_is_no_image() -> None:
+    with pytest.raises(ConfigurationError, match="grayscale=False is not supported"):
+        specify("PongNoFrameskip-v4", {"grayscale": False})

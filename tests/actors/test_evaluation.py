@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors import policies
-from actors.environments import specify
+from actors import evaluation, policies
+from actors.environments import EnvironmentFailed, specify
 from actors.evaluation import Evaluation, Evaluator, run_episodes
 from actors.policies import EpsilonSchedule, Policy, PolicySpec
 from actors.weights import pack
@@ -58,6 +58,17 @@ def test_the_number_of_episodes_is_exact(episodes: int, lanes: int | None, quota
     assert happened.made == len(quotas)
     assert sorted(happened.closed) == list(range(len(quotas)))
     assert [result.length for result in results] == [1 + lane for lane, many in enumerate(quotas) for _ in range(many)]
+
+
+def test_an_episode_without_an_end_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "LONGEST_EPISODE", 50)
+    with (
+        theatre({0: Script(length=1_000)}),
+        pytest.raises(EnvironmentFailed, match="did not end within 50 steps; set a time limit"),
+    ):
+        run_episodes(lever(), 1, seed(), lanes=1)
+    with theatre({0: Script(length=50)}):
+        assert len(run_episodes(lever(), 3, seed(), lanes=1)) == 3
 
 
 def test_a_failed_episode_does_not_count() -> None:

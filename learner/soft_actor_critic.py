@@ -1,0 +1,71 @@
+"""Soft actor-critic: the published formulas as pure functions of tensors.
+
+Equations are those of Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications"
+(https://arxiv.org/abs/1812.05905).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def soft_q_target(r_t: Tensor, discount_t: Tensor, q_t: Tensor, log_probability_t: Tensor, alpha: Tensor) -> Tensor:
+    """Return `r_t + discount_t * (min_i q_t[i] - alpha * log_probability_t)`, equations 3 and 5.
+
+    The smaller of the critics counters the bias of maximising over noise (section 6, after Fujimoto et al. 2018).
+
+    Args:
+        r_t: `[B]` rewards.
+        discount_t: `[B]` discounts.
+        q_t: `[C, B]` values of the target critics for actions drawn from the policy in the next state.
+        log_probability_t: `[B]` of those actions.
+        alpha: temperature, scalar.
+
+    Returns:
+        `[B]`, without a gradient.
+    """
+    return (r_t + discount_t * (q_t.amin(0) - alpha * log_probability_t)).detach()
+
+
+def critic_loss(q_tm1: Tensor, target: Tensor) -> Tensor:
+    """Return half the squared error of each critic, meaned over the batch and summed over critics; equation 5.
+
+    Args:
+        q_tm1: `[C, B]` values of the actions taken.
+        target: `[B]`.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    if q_tm1.shape[1:] != target.shape:
+        raise ValueError(f"values must be [C, B] and targets [B], got {tuple(q_tm1.shape)} and {tuple(target.shape)}")
+    return 0.5 * (q_tm1 - target).square().mean(1).sum()
+
+
+def actor_loss(q: Tensor, log_probability: Tensor, alpha: Tensor) -> Tensor:
+    """Return `mean(alpha * log_probability - min_i q[i])`, equations 7 and 9.
+
+    Args:
+        q: `[C, B]` values of actions drawn from the policy by the reparameterisation trick.
+        log_probability: `[B]` of those actions.
+        alpha: temperature, scalar; it gets no gradient.
+    """
+    return (alpha.detach() * log_probability - q.amin(0)).mean()
+
+
+def temperature_loss(log_alpha: Tensor, log_probability: Tensor, target_entropy: float) -> Tensor:
+    """Return `-mean(alpha * (log_probability + target_entropy))`, equation 18, as a function of log alpha.
+
+    Args:
+        log_alpha: scalar parameter.
+        log_probability: `[B]`; it gets no gradient.
+        target_entropy: entropy that the policy is held at, in nats.
+    """
+    return -(log_alpha.exp() * (log_probability + target_entropy).detach()).mean()
+
+
+def polyak_update(target: list[Tensor], online: list[Tensor], rate: float) -> None:
+    """Move each target towards its online tensor: `target = (1 - rate) * target + rate * online`, in place."""
+    with torch.no_grad():
+        torch._foreach_lerp_(target, online, rate)
