@@ -138,7 +138,6 @@ class Learner:
         """
         checkpoints = Path(self.spec.checkpoints)
         checkpoints.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(integer_seed(spawn_seed(self._module.seed, "updates")))
         self._trainer = pl.Trainer(
             max_epochs=-1,
             logger=False,
@@ -163,6 +162,8 @@ class Learner:
 
     def on_start(self) -> None:
         """Publish the first weights of this learner, numbered after whatever the store holds."""
+        # Seeded by the updates made, or a resumed fit would draw the same noise again.
+        torch.manual_seed(integer_seed(spawn_seed(self._module.seed, "updates", 0, self._updates)))
         held: dict[str, int] = self._weights.call("report", seconds=_SECONDS_FOR_STORE)
         self._version = max(self._version, held["version"])
         self._checkpointed = self._updates

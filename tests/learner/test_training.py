@@ -473,6 +473,18 @@ def test_what_replay_meets_ends_the_fit_and_its_thread(tmp_path: Path) -> None:
     assert room.files == set(), "what failed is no state to go on from"
 
 
+def test_what_an_update_meets_ends_the_fit_and_the_thread_that_fetches(tmp_path: Path) -> None:
+    room = Room(tmp_path, updates=1_000)
+
+    def fail(batch: Any) -> None:
+        raise FloatingPointError("a loss that is no number")
+
+    room.module.update = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(FloatingPointError):
+        room.fit()
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
 def test_a_run_that_is_finished_is_done(tmp_path: Path) -> None:
     report = Room(tmp_path, updates=104).fit()
     assert (report.state, report.updates, report.waiting_for) == ("done", 104, None)
@@ -516,15 +528,39 @@ def test_reports_can_be_asked_for_at_any_moment(tmp_path: Path, background: Pool
 # The pieces.
 
 
-def test_one_seed_and_the_same_data_give_the_same_weights(tmp_path: Path) -> None:
-    ends = []
+def noise_of(room: Room) -> list[float]:
+    """Return a list of what each update of the room's learner would draw."""
+    drawn: list[float] = []
+    update = room.module.update
+
+    def drawing(batch: Any) -> Any:
+        drawn.append(float(torch.rand(())))
+        return update(batch)
+
+    room.module.update = drawing  # type: ignore[method-assign]
+    return drawn
+
+
+def test_one_seed_and_the_same_data_give_the_same_weights_and_noise(tmp_path: Path) -> None:
+    ends, noises = [], []
     for n, seed in enumerate((0, 0, 1)):
         room = Room(tmp_path / str(n), updates=24, seed=seed)
+        noises.append(noise_of(room))
         torch.manual_seed(n)
         room.fit()
         ends.append(copies(room.module))
     assert same(ends[0], ends[1])
     assert not same(ends[0], ends[2])
+    assert noises[0] == noises[1]
+    assert not set(noises[0]) & set(noises[2])
+
+
+def test_a_resumed_learner_draws_noise_of_its_own(tmp_path: Path) -> None:
+    first, second = Room(tmp_path / "a", updates=24), Room(tmp_path / "b", updates=24)
+    noises = [noise_of(first), noise_of(second)]
+    first.fit()
+    second.fit(resume=tmp_path / "a" / LAST)
+    assert not set(noises[0]) & set(noises[1])
 
 
 def test_an_unknown_algorithm_is_refused() -> None:
@@ -566,7 +602,6 @@ def test_bfloat16_learns_too(tmp_path: Path) -> None:
 # With the real neighbours.
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_learner_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_inserts_are_free_below_the_minimum_size() -> None:
         assert insert(limiter, 1)
     assert insert(limiter, 1)
     assert not insert(limiter, 1)
+    assert insert(RateLimiter(2.0, 10, 8.0), 1000)
 
 
 def test_an_infinite_ratio_makes_nobody_wait_beyond_the_minimum_size() -> None:
