@@ -23,7 +23,7 @@ from replay.seeds import spawn_seed
 from replay.types import Array, DeadlineExceeded, EpisodeResult, InsertReply, Layout, Permit, Push, Segment, Trajectory
 
 _MOST_PUSHES_WAITING = 2
-_ROWS_BETWEEN_POLLS = 8
+_ROWS_BETWEEN_REFRESHES = 16
 _SECONDS_TO_SEND_THE_REST = 2.0
 _SECONDS_FOR_FIRST_WEIGHTS = 300.0
 
@@ -137,6 +137,11 @@ class WeightSource(Protocol):
 
     version: int
 
+    @property
+    def pending(self) -> bool:
+        """Whether an answer is on its way."""
+        ...
+
     def poll(self) -> Weights | None:
         """See `WeightClient.poll`."""
         ...
@@ -188,6 +193,7 @@ class WorkerReport:
         node: host it runs on.
         env_steps: steps it took in this incarnation.
         episodes: episodes it finished.
+        pushes: pushes of it that were accepted.
         weights_version: of the weights it acts with.
         failures: environment lanes it had to rebuild.
         waiting_for: what it waits for, or None.
@@ -200,6 +206,7 @@ class WorkerReport:
     node: str
     env_steps: int
     episodes: int
+    pushes: int
     weights_version: int
     failures: int
     waiting_for: str | None
@@ -295,7 +302,8 @@ class RolloutWorker:
                 self._outbox.put(self._stop, segments=segments, episodes=episodes)
                 episodes = []
             rows += 1
-            if rows % _ROWS_BETWEEN_POLLS == 0:
+            # Asked for after a push, not before it: while a push waits, an answer grows old.
+            if segments or self._weights.pending or rows % _ROWS_BETWEEN_REFRESHES == 0:
                 self._pull()
         self._outbox.put(self._stop, segments=builder.flush(), episodes=episodes)
 
@@ -319,6 +327,7 @@ class RolloutWorker:
             node=socket.gethostname(),
             env_steps=self._env_steps,
             episodes=self._episodes,
+            pushes=self._outbox.accepted,
             weights_version=self._weights.version,
             failures=self._failures,
             waiting_for=self._waiting_for or self._outbox.waiting_for,
@@ -335,7 +344,7 @@ class _Outbox:
         self._sequence = 0
         self._abort = threading.Event()
         self._error: BaseException | None = None
-        self.env_steps = 0
+        self.env_steps = self.accepted = 0
         self.finished = False
         self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
         self._thread.start()
@@ -386,6 +395,7 @@ class _Outbox:
                 if reply is None:
                     return
                 self.env_steps = max(self.env_steps, reply.env_steps)
+                self.accepted += reply.accepted
                 self.finished = self.finished or reply.finished
         except BaseException as error:
             self._error = error

@@ -111,6 +111,11 @@ class WeightClient:
         self.version = -1
         self.failed_fetches = 0
 
+    @property
+    def pending(self) -> bool:
+        """Whether an answer is on its way, so that a `poll` may bring it."""
+        return self._asked is not None or self._fetching is not None
+
     def poll(self) -> Weights | None:
         """Return newer weights if they have arrived, and ask for the next; None otherwise."""
         try:

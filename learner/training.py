@@ -33,6 +33,7 @@ from replay.types import ConfigurationError
 LAST = "last.ckpt"
 BEST = "best.ckpt"
 _SECONDS_FOR_STORE = 60.0
+_VERSIONS_UNHEARD = 1_000
 
 
 @dataclass(frozen=True)
@@ -127,17 +128,19 @@ class Learner:
         self._stop = threading.Event()
         self._state = "starting"
 
-    def fit(self, resume: str | None = None) -> LearnerReport:
+    def fit(self, resume: str | None = None, version: int = -1) -> LearnerReport:
         """Learn until stopped, or until the run's experience is used up; write a last checkpoint.
 
         Args:
             resume: path of a checkpoint to go on from.
+            version: the newest version of the weights that anybody heard of.
 
         Raises:
             Exception: what the algorithm or the replay server met.
         """
         checkpoints = Path(self.spec.checkpoints)
         checkpoints.mkdir(parents=True, exist_ok=True)
+        self._version = version
         self._trainer = pl.Trainer(
             max_epochs=-1,
             logger=False,
@@ -165,7 +168,8 @@ class Learner:
         # Seeded by the updates made, or a resumed fit would draw the same noise again.
         torch.manual_seed(integer_seed(spawn_seed(self._module.seed, "updates", 0, self._updates)))
         held: dict[str, int] = self._weights.call("report", seconds=_SECONDS_FOR_STORE)
-        self._version = max(self._version, held["version"])
+        # Workers refuse what is not newer. A new store knows no version, and the newest heard of may be a little old.
+        self._version = max(held["version"], self._version + _VERSIONS_UNHEARD if self._version >= 0 else -1)
         self._checkpointed = self._updates
         self.publish()
         self._state = "learning"
@@ -204,9 +208,12 @@ class Learner:
         try:
             if self._publishing is not None and is_ready(self._publishing):
                 ray.get(self._publishing)
+        except GONE:
+            self._weights.forget()
+        try:
             self._publishing = self._weights.later("publish", weights)
         except (*GONE, ValueError):
-            # The coordinator makes a new store and asks for these weights.
+            # There is no store. The coordinator makes one and asks for these weights.
             self._weights.forget()
             self._publishing = None
         return weights
@@ -255,7 +262,14 @@ class Learner:
 
     def publish_again(self, seconds: float = 60.0) -> int:
         """Publish now, because the weight store is a new one; return the version."""
-        weights: Weights = self._ask(self.publish, seconds)
+
+        def work() -> Weights:
+            # The handle is of the store that died, and takes calls for it without a word.
+            self._weights.forget()
+            self._publishing = None
+            return self.publish()
+
+        weights: Weights = self._ask(work, seconds)
         return weights.version
 
     def note_progress(self, env_steps: int, progress: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ slot and generation at once. Eviction removes the oldest segment, whole; it sear
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -108,7 +109,10 @@ def available_memory(control_group: Path = Path("/sys/fs/cgroup")) -> int:
             used -= int(dict(row.split() for row in rows).get("inactive_file", 0))
             available = min(available, int(ceiling) - used)
     except OSError:
-        pass
+        with contextlib.suppress(OSError):  # version 1 of control groups
+            ceiling = (control_group / "memory" / "memory.limit_in_bytes").read_text()
+            used = int((control_group / "memory" / "memory.usage_in_bytes").read_text())
+            available = min(available, int(ceiling) - used)
     return max(available, 0)
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return 130
         except Exception as error:
-            from replay.types import ConfigurationError, SquallError
+            from replay.types import ConfigurationError, NotEnoughMemory, SquallError
 
             if not isinstance(error, SquallError):
                 raise
             print(f"squall: {error}", file=sys.stderr)
-            bad_input = isinstance(error, ConfigurationError | LookupError) or "InUse" in type(error).__name__
+            bad_input = (
+                isinstance(error, ConfigurationError | NotEnoughMemory | LookupError) or "InUse" in type(error).__name__
+            )
             return 2 if bad_input else 1
 
 
@@ -69,43 +72,69 @@ def _clean_stdout() -> Iterator[TextIO]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="squall", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="squall",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"squall {version('squall')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train an agent", description="Train an agent, or resume a run.")
+    train = commands.add_parser(
+        "train", help="train an agent", description="Train an agent, or resume a run.", allow_abbrev=False
+    )
     train.add_argument("algorithm", nargs="?", help="such as dqn")
     train.add_argument("environment", nargs="?", help="Gymnasium id, or module:EnvId-v0 for one of your own")
-    train.add_argument("--actors", type=int, metavar="N", help="rollout workers")
-    train.add_argument("--envs-per-actor", type=int, metavar="N", dest="num_envs", help="environments in each worker")
-    train.add_argument("--steps", type=int, metavar="N", help="environment steps, over all workers")
-    train.add_argument("--seed", type=int, metavar="N", help="from which all others are spawned")
+    train.add_argument("--actors", type=_count, metavar="N", help="rollout workers; default the preset's, or 2")
+    train.add_argument(
+        "--envs-per-actor", type=_count, metavar="N", dest="num_envs", help="environments in each worker (num_envs)"
+    )
+    train.add_argument("--steps", type=_count, metavar="N", help="environment steps, over all workers, such as 1e6")
+    train.add_argument("--seed", type=_count, metavar="N", help="from which all others are spawned; default 0")
     train.add_argument("--name", help="name of the run; chosen if left out")
     train.add_argument("--config", type=Path, metavar="FILE", help="YAML of run keys, as saved in every run's folder")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key; may be repeated")
     train.add_argument("--resume", metavar="RUN", help="go on from a run's last checkpoint")
-    train.add_argument("--show-config", action="store_true", help="print the resolved configuration and stop")
+    train.add_argument(
+        "--show-config",
+        action="store_true",
+        help="check and print the resolved configuration, all keys of it, and stop",
+    )
     _json(train, _train)
 
-    evaluate = commands.add_parser("evaluate", help="play greedy episodes", description="Play greedy episodes.")
+    evaluate = commands.add_parser(
+        "evaluate", help="play greedy episodes", description="Play greedy episodes.", allow_abbrev=False
+    )
     evaluate.add_argument("run", help="a run's name, or the path of a .ckpt file")
     evaluate.add_argument("--episodes", type=int, default=20, metavar="N", help="default 20")
     evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best")
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other episodes")
     _json(evaluate, _evaluate)
 
-    runs = commands.add_parser("runs", help="list runs", description="List runs, newest first.")
+    runs = commands.add_parser("runs", help="list runs", description="List runs, newest first.", allow_abbrev=False)
     _json(runs, _runs)
 
-    status = commands.add_parser("status", help="show what a run does", description="Show what a run does.")
-    status.add_argument("run")
+    status = commands.add_parser(
+        "status", help="show what a run does", description="Show what a run does.", allow_abbrev=False
+    )
+    status.add_argument("run", help="a run's name")
     status.add_argument("--events", type=int, default=10, metavar="N", help="how many of its last events; default 10")
     _json(status, _status)
 
-    stop = commands.add_parser("stop", help="end a run in order", description="End a run in order, with a checkpoint.")
-    stop.add_argument("run")
+    stop = commands.add_parser(
+        "stop", help="end a run in order", description="End a run in order, with a checkpoint.", allow_abbrev=False
+    )
+    stop.add_argument("run", help="a run's name")
     _json(stop, _stop)
     return parser
+
+
+def _count(text: str) -> int:
+    """Read a whole number, also one written 1e6 or 1_000_000."""
+    number = float(text)
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"takes a whole number, got {text}")
+    return int(number)
 
 
 def _json(parser: argparse.ArgumentParser, command: Any) -> None:
@@ -115,7 +144,9 @@ def _json(parser: argparse.ArgumentParser, command: Any) -> None:
 
 def _answer(out: TextIO, as_json: bool, payload: Any, renderable: Any) -> int:
     if as_json:
-        print(json.dumps(payload), file=out)
+        from services.store import plain_payload
+
+        print(json.dumps(plain_payload("answer", {"": payload})[""], allow_nan=False), file=out)
     else:
         from rich.console import Console
 
@@ -139,14 +170,20 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
     file = parsed.config
     if parsed.resume:
         if parsed.algorithm or parsed.config or parsed.name:
-            raise ConfigurationError("--resume RUN takes the run's own algorithm, environment, configuration and name")
+            raise ConfigurationError(
+                "--resume RUN goes on with the run's own algorithm, environment, configuration and name: leave them out"
+            )
         file = runs.folder_of(parsed.resume) / CONFIG
     config, preset = resolve(parsed.algorithm, parsed.environment, file=file, overrides=overrides)
     if parsed.show_config:
-        return _answer(out, parsed.json, config.model_dump(), render_summary(config.model_dump()))
+        runs.check(config)
+        return _answer(out, parsed.json, config.model_dump(), config.as_yaml())
     notes = []
-    if preset is None:
-        notes.append(f"no preset of {config.algorithm} for {config.environment}: the algorithm's defaults are used")
+    if preset is None and file is None:
+        notes.append(
+            f"no preset of {config.algorithm} for {config.environment}: the algorithm's defaults are used, which are "
+            f"for Pong; a small task wants other warm_start_size and eps_last_frame (--show-config lists all keys)"
+        )
     summary = runs.resume(config, parsed.resume, notes) if parsed.resume else runs.train(config, parsed.name, notes)
     _answer(out, parsed.json, summary, render_summary(summary))
     return {"interrupted": 130, "terminated": 143}.get(summary["stopped_because"], 0)
@@ -191,7 +228,8 @@ def _status(parsed: argparse.Namespace, out: TextIO) -> int:
         "heartbeat": record.heartbeat,
         "events": [{"time": e.time, "kind": e.kind, "text": e.text} for e in events],
     }
-    shown: list[Any] = [render_snapshot(record.name, payload)] if snapshot else [f"{record.name}: {record.state}"]
+    told = "env_steps" in snapshot
+    shown: list[Any] = [render_snapshot(record.name, payload) if told else f"{record.name}: {record.state}"]
     if record.stopped_because:
         shown.append(f"{record.state}: {record.stopped_because}")
     return _answer(out, parsed.json, payload, Group(*shown, render_events(events)))

@@ -31,7 +31,7 @@ class RunConfig(BaseModel):
     seed: NonNegativeInt = Field(0, description="from which all others are spawned")
     steps: PositiveInt = Field(1_000_000, description="environment steps, over all workers")
     actors: PositiveInt = Field(2, description="rollout workers")
-    eval_every: NonNegativeInt = Field(50_000, description="steps between evaluations; 0 evaluates at the end only")
+    eval_every: NonNegativeInt = Field(10_000, description="steps between evaluations; 0 evaluates at the end only")
     eval_episodes: PositiveInt = Field(10, description="episodes of a periodic evaluation")
     final_eval_episodes: PositiveInt = Field(20, description="fresh episodes that score the best and the last weights")
     publish_every: PositiveInt = Field(100, description="updates between versions of the weights")
@@ -43,12 +43,26 @@ class RunConfig(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write this configuration as YAML."""
-        path.write_text(yaml.safe_dump(self.model_dump(), sort_keys=False))
+        path.write_text(self.as_yaml())
+
+    def as_yaml(self) -> str:
+        """Return this configuration as YAML."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 RUN_KEYS = tuple(name for name in RunConfig.model_fields if name not in ("hyperparameters", "algorithm", "environment"))
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 _SET_BY_THE_RUN = ("seed",)
+ALSO_KNOWN_AS = {
+    "lr": "learning_rate",
+    "buffer_size": "replay_size",
+    "learning_starts": "warm_start_size",
+    "target_update_interval": "sync_rate",
+    "n_envs": "num_envs",
+    "envs_per_actor": "num_envs",
+    "exploration_final_eps": "eps_end",
+    "net_arch": "hidden_sizes",
+}
 
 
 def resolve(
@@ -75,8 +89,13 @@ def resolve(
     from_file = read_yaml(file) if file is not None else {}
     algorithm = algorithm or from_file.get("algorithm")
     environment = environment or from_file.get("environment")
+    for key in ("algorithm", "environment"):
+        if overrides and key in overrides:
+            raise ConfigurationError(f"--set cannot change {key}; name both in front: squall train dqn CartPole-v1")
     if not algorithm or not environment:
         raise ConfigurationError("name an algorithm and an environment, such as: squall train dqn CartPole-v1")
+    if not isinstance(algorithm, str) or not isinstance(environment, str):
+        raise ConfigurationError(f"algorithm and environment must be text, got {algorithm!r} and {environment!r}")
     if algorithm not in ALGORITHMS:
         near = _nearest(algorithm, ALGORITHMS)
         raise ConfigurationError(f"unknown algorithm {algorithm!r}{near}; there are {', '.join(ALGORITHMS)}")
@@ -91,10 +110,14 @@ def resolve(
     flat = {key: value for key, value in flat.items() if key not in ("algorithm", "environment")}
     own = {name: p for name, p in ALGORITHMS[algorithm].hyperparameter_types().items() if name not in _SET_BY_THE_RUN}
     run = {key: value for key, value in flat.items() if key in RUN_KEYS}
-    hyperparameters = {key: value for key, value in flat.items() if key not in RUN_KEYS}
-    for key, value in hyperparameters.items():
+    hyperparameters = {key: parameter.default for key, parameter in own.items()}
+    for key, value in flat.items():
+        if key in RUN_KEYS:
+            continue
         if key not in own:
-            raise ConfigurationError(f"unknown key {key!r}{_nearest(key, [*RUN_KEYS, *own])}")
+            known = ALSO_KNOWN_AS.get(key)
+            hint = f"; did you mean {known!r}?" if known in own else _nearest(key, [*RUN_KEYS, *own])
+            raise ConfigurationError(f"unknown key {key!r}{hint}; --show-config lists all keys")
         hyperparameters[key] = _typed(key, own[key].annotation, value)
     try:
         config = RunConfig(algorithm=algorithm, environment=environment, hyperparameters=hyperparameters, **run)
@@ -132,11 +155,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"there is no file {path}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("hyperparameters", {}), dict):
-        raise ConfigurationError(f"{path} must hold a mapping of keys to values")
-    return content
+    own = content.get("hyperparameters", {}) if isinstance(content, dict) else None
+    if not isinstance(own, dict) or not all(isinstance(key, str) for key in [*content, *own]):
+        raise ConfigurationError(f"{path} must hold a mapping of names to values")
+    mapping: dict[str, Any] = content
+    return mapping
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

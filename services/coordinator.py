@@ -11,7 +11,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ class Coordinator:
             lambda incarnation: self.program.start_worker(index, incarnation),
             run=lambda handle: handle.run.remote(),
             first_incarnation=first,
-            is_at_work=lambda _, now: now.env_steps > 0,
+            is_at_work=lambda _, now: now.pushes > 0,
         )
 
     def _start_replay(self, incarnation: int) -> Any:
@@ -116,7 +116,7 @@ class Coordinator:
     def _fit(self, handle: Any) -> Any:
         last = self.checkpoints / LAST
         goes_on = last.exists() and (self.resuming or self.learner.restarts > 0)
-        return handle.fit.remote(str(last) if goes_on else None)
+        return handle.fit.remote(str(last) if goes_on else None, self.progress.weights_version)
 
     @property
     def processes(self) -> list[Process]:
@@ -139,7 +139,8 @@ class Coordinator:
                 self._finish()
             else:
                 self._stop_in_order()
-            self._state = "finished"
+            self._metrics()
+            self._state = "ended"
             self._snapshot()
             return self._summary()
         except (CrashLoop, DeadlineExceeded) as error:
@@ -189,6 +190,10 @@ class Coordinator:
         self.watcher.event("death", f"{process.name} is gone: {death.line}\n{death.details}".strip())
         if process is self.replay:
             self._carried = self.progress.counters
+            if any(worker.done for worker in self.workers):
+                # They were told that the run has its steps; the last report may be older than that.
+                steps = max(self._carried.env_steps, self.program.steps)
+                self._carried = replace(self._carried, env_steps=steps)
             self._draining = None
         if process in (self.learner, self.evaluator):
             self.scoring.give_up()
@@ -210,6 +215,9 @@ class Coordinator:
         self.progress.seconds = self._seconds_before + time.monotonic() - self._begun
 
     def _read_replay(self) -> None:
+        if self.learner.report is not None:
+            version = self.learner.report.weights_version
+            self.progress.weights_version = max(self.progress.weights_version, version)
         stats = self.replay.report
         if stats is not None and stats is not self._stats:
             self._stats = stats
@@ -284,6 +292,7 @@ class Coordinator:
                 if death is not None:
                     self.watcher.event("death", f"{process.name} is gone: {death.line}")
             self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
+            self.watcher.stop_wanted()  # a second `squall stop` gets its answer too
         self._read_replay_last()
 
     # What others see.
@@ -343,7 +352,7 @@ class Coordinator:
                 "best_return": self.progress.best_return,
                 "evaluations": self.scoring.history[-100:],
                 "seconds": self.progress.seconds,
-                "processes": [own, *(process.describe() for process in self.processes)],
+                "processes": [own, *(process.describe(ended=self._state == "ended") for process in self.processes)],
             }
         )
 

@@ -87,7 +87,10 @@ def _processes(processes: list[dict[str, Any]]) -> Table:
 
 def render_runs(records: list[RunRecord]) -> Table:
     """Return the list of runs as a table."""
-    table = Table("run", "algorithm", "environment", "seed", "state", "started", "why", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", "algorithm", "environment", "seed", "state", "started"):
+        table.add_column(heading, no_wrap=True, overflow="ignore", min_width=len(heading))
+    table.add_column("why", overflow="fold")
     for record in records:
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created))
         why = Text(record.stopped_because or "")

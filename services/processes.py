@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
 from replay.remote import is_ready
 from replay.types import SquallError
 
 MOST_FRUITLESS_DEATHS = 5
+SILENCE_SECONDS = 60.0
 
 
 class CrashLoop(SquallError):
@@ -38,7 +40,7 @@ def describe_death(error: BaseException) -> Death:
         if mark in text:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             return Death(f"failed to start: {lines[-1]}", text)
-    if "OOM" in text or "out of memory" in text.lower():
+    if isinstance(error, OutOfMemoryError) or "due to the node running low on memory" in text:
         return Death("killed for lack of memory", text)
     if "SIGKILL" in text or "connection error code 2" in text or "End of file" in text:
         return Death("the process ended abruptly (killed, or crashed in native code)", text)
@@ -88,6 +90,8 @@ class Process:
         self._reporting: Any = None
         self._running: Any = None
         self._first_report: Any = None
+        self._asked_at = 0.0
+        self._launching = False
         self._fruitless_deaths = 0
 
     @property
@@ -104,12 +108,25 @@ class Process:
         """Start the next incarnation, and its loop if it has one."""
         self.incarnation += 1
         self.report = self._first_report = self._reporting = None
-        self.handle = self._start(self.incarnation)
+        self._launch()
+
+    def _launch(self) -> None:
+        try:
+            self.handle = self._start(self.incarnation)
+        except ValueError as error:
+            # Ray keeps the name of an actor that is being killed for a second or so; `poll` tries again.
+            if "already" not in str(error):
+                raise
+            self._launching = True
+            return
+        self._launching = False
         if self._run is not None:
             self._running = self._run(self.handle)
 
     def poll(self) -> Death | None:
         """Take in a report or the loop's result; return why the process is gone, if it is."""
+        if self._launching:
+            self._launch()
         if self.handle is None or self.done:
             return None
         try:
@@ -121,6 +138,9 @@ class Process:
                 self._take(ray.get(self._reporting))
         except (RayError, GetTimeoutError) as error:
             return self._bury(describe_death(error))
+        silent = self._reporting is not None and time.monotonic() - self._asked_at > SILENCE_SECONDS
+        if silent and self.report is not None:
+            return self._bury(Death(f"gave no answer for {SILENCE_SECONDS:.0f} s"))
         return None
 
     def _take(self, report: Any) -> None:
@@ -134,6 +154,7 @@ class Process:
         """Ask for a report unless one is on its way."""
         if self.handle is not None and self._reporting is None and not self.done:
             self._reporting = getattr(self.handle, self._report_method).remote()
+            self._asked_at = time.monotonic()
 
     def _bury(self, death: Death) -> Death:
         self.kill()
@@ -161,6 +182,7 @@ class Process:
         if self.handle is not None:
             ray.kill(self.handle)
         self.handle = self._running = self._reporting = None
+        self._launching = False
 
     def pid(self) -> int | None:
         """Return the pid that the last report told."""
@@ -168,8 +190,8 @@ class Process:
         pid = report.get("pid") if isinstance(report, dict) else getattr(report, "pid", None)
         return None if pid is None else int(pid)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what `squall status` shows, as plain JSON values."""
+    def describe(self, *, ended: bool = False) -> dict[str, Any]:
+        """Return what `squall status` shows, as plain JSON values; `ended` says that the run is over."""
         report = self.report
         state = getattr(report, "state", None) or self.state
         return {
@@ -177,7 +199,7 @@ class Process:
             "index": self.index,
             "node": getattr(report, "node", socket.gethostname()),
             "pid": self.pid(),
-            "state": "done" if self.done else state,
+            "state": "ended" if ended else "done" if self.done else state,
             "incarnation": self.incarnation,
             "restarts": self.restarts,
             "last_word": getattr(report, "last_word", ""),

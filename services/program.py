@@ -31,6 +31,7 @@ from services.config import RunConfig
 
 _LEAST_OBJECT_STORE = 128 * 2**20
 _MOST_LEARNER_THREADS = 4
+_LONGEST_TEMPORARY_PATH = 30
 
 
 class RayUnavailable(SquallError):
@@ -142,7 +143,8 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
     replay = algorithm.replay_spec(largest_push=rollout.largest_push)
     if config.steps <= replay.minimum_size:
         raise ConfigurationError(
-            f"a run of {config.steps} steps ends before the first update: warm_start_size is {replay.minimum_size}"
+            f"a run of {config.steps} steps ends before the first update: warm_start_size is {replay.minimum_size}; "
+            f"give more --steps, or --set warm_start_size=..."
         )
     replay.table.check_memory()
     return Program(
@@ -180,26 +182,38 @@ class RaySession:
         Raises:
             RayUnavailable: it could not be started or reached, or shared memory is short.
         """
-        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
-        address = os.environ.get("RAY_ADDRESS")
         try:
-            if address:
-                ray.init(address=address, **common)
-                return self
-            self._folder = tempfile.mkdtemp(prefix="squall-")
-            ray.init(
-                address="local",
-                num_cpus=os.cpu_count(),
-                include_dashboard=False,
-                object_store_memory=self._shared_memory(),
-                _temp_dir=self._folder,
-                **common,
-            )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            try:
+                self._start()
+            except RayUnavailable:
+                raise
+            except Exception:  # Ray raises a bare Exception when its start takes too long, as on a loaded machine
+                self.__exit__()
+                self._start()
+        except Exception as error:
             self.__exit__()
+            if isinstance(error, RayUnavailable):
+                raise
+            address = os.environ.get("RAY_ADDRESS")
             where = f"the Ray cluster at {address}" if address else "a local Ray"
-            raise RayUnavailable(f"cannot use {where}: {error}") from error
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            raise RayUnavailable(f"cannot use {where}: {reason}") from error
         return self
+
+    def _start(self) -> None:
+        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
+        if address := os.environ.get("RAY_ADDRESS"):
+            ray.init(address=address, **common)
+            return
+        self._folder = _session_folder()
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            object_store_memory=self._shared_memory(),
+            _temp_dir=self._folder,
+            **common,
+        )
 
     def _shared_memory(self) -> int:
         try:
@@ -218,3 +232,18 @@ class RaySession:
         ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _session_folder() -> str:
+    """Make a folder for Ray's session, named after this process, and remove those whose process is gone.
+
+    Ray's sockets lie in it, and a socket's path is short by nature, so a long TMPDIR gives way to /tmp.
+    """
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) > _LONGEST_TEMPORARY_PATH:
+        parent = Path("/tmp")
+    for old in parent.glob("squall-*-*"):
+        pid = old.name.split("-")[1]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"squall-{os.getpid()}-", dir=parent)

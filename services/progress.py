@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from learner.training import read_checkpoint
 from replay.server import Counters
+
+BEST_RETURN = "best.json"
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Progress:
         evaluations: evaluations begun.
         seconds: time spent on it.
         generation: how often the run was resumed.
+        weights_version: the newest version of the weights that the coordinator heard of.
     """
 
     counters: Counters = field(default_factory=Counters)
@@ -31,6 +35,7 @@ class Progress:
     evaluations: int = 0
     seconds: float = 0.0
     generation: int = 0
+    weights_version: int = -1
 
     def plain(self) -> dict[str, Any]:
         """Return this as plain values."""
@@ -43,6 +48,10 @@ class Progress:
             return cls(generation=1)
         saved = read_checkpoint(checkpoint)["squall"]["run"]
         progress = cls(**{**saved, "counters": Counters(**saved.get("counters", {}))})
+        # The best checkpoint may be newer than the last one, and its score must not be forgotten with the rest.
+        best = checkpoint.with_name(BEST_RETURN)
+        if best.exists():
+            progress.best_return = json.loads(best.read_text())["return_mean"]
         return replace(progress, generation=progress.generation + 1)
 
 

@@ -24,7 +24,7 @@ from services.home import CONFIG, SUMMARY, home, open_home_store
 from services.program import Program, RaySession, plan
 from services.progress import Progress, Watcher
 from services.signals import StopSignals, end_at_once
-from services.store import RunNameInUse, RunRecord, RunStore, this_process
+from services.store import RunNameInUse, RunRecord, RunStore, check_run_name, plain_payload, this_process
 
 
 def choose_name(config: RunConfig, store: RunStore) -> str:
@@ -104,6 +104,11 @@ class _RunWatcher(Watcher):
         self._board.close()
 
 
+def check(config: RunConfig) -> None:
+    """Raise what `train` would raise before it starts anything."""
+    plan(config, "unnamed", home())
+
+
 def train(config: RunConfig, name: str | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Start a new run and see it to its end; return its summary.
 
@@ -112,30 +117,43 @@ def train(config: RunConfig, name: str | None = None, notes: Sequence[str] = ())
         RunNameInUse: `name` is taken.
         RunFailed: the run could not go on.
     """
+    if name is not None:
+        check_run_name(name)
+    check(config)
     with open_home_store(create=True) as store:
-        run = name or choose_name(config, store)
+        run = _register(config, name, store)
         folder = home() / run
-        program = plan(config, run, folder / "checkpoints")
-        if folder.exists() and any(folder.iterdir()):
-            raise RunNameInUse(f"there is a folder for run {run!r} already: {folder}")
-        now = time.time()
-        store.register(
-            RunRecord(
-                run,
-                now,
-                config.algorithm,
-                config.environment,
-                config.seed,
-                *this_process(),
-                state="starting",
-                heartbeat=now,
-                stopped_because=None,
-                config=config.model_dump(),
-            )
-        )
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / CONFIG)
-        return _supervise(config, program, folder, store, None, notes)
+        return _supervise(config, plan(config, run, folder / "checkpoints"), folder, store, None, notes)
+
+
+def _register(config: RunConfig, name: str | None, store: RunStore) -> str:
+    """Take a name for a run, the given one or the first free one, and return it."""
+    while True:
+        run = name or choose_name(config, store)
+        folder = home() / run
+        if folder.exists() and any(folder.iterdir()):
+            raise RunNameInUse(f"there is a folder {folder} already: choose another --name, or --resume {run}")
+        now = time.time()
+        record = RunRecord(
+            run,
+            now,
+            config.algorithm,
+            config.environment,
+            config.seed,
+            *this_process(),
+            state="starting",
+            heartbeat=now,
+            stopped_because=None,
+            config=config.model_dump(),
+        )
+        try:
+            store.register(record)
+            return run
+        except RunNameInUse:
+            if name is not None:
+                raise
 
 
 def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, Any]:
@@ -144,10 +162,15 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, 
     Raises:
         UnknownRun: there is no such run.
         RunIsLive: its coordinator is at work.
-        ConfigurationError: it has all its steps already.
+        ConfigurationError: it has all its steps already, or its hyper-parameters are to change.
     """
     with open_home_store() as store:
-        store.get(run)
+        before = store.get(run).config["hyperparameters"]
+        changed = [key for key, value in config.hyperparameters.items() if before.get(key, value) != value]
+        if changed:
+            raise ConfigurationError(
+                f"a run keeps its hyper-parameters, but {', '.join(changed)} would change; start a new run for that"
+            )
         folder = home() / run
         program = plan(config, run, folder / "checkpoints")
         progress = Progress.resumed(folder / "checkpoints" / LAST)
@@ -174,10 +197,12 @@ def _supervise(
             with ExitStack() as stack:
                 with watcher.still_alive():
                     stack.enter_context(RaySession(program.object_store_bytes))
+                    signals.take_over()
                 coordinator = Coordinator(program, config, folder, watcher, progress)
                 summary = {"run": run, **coordinator.run()}
+            summary = plain_payload("summary", summary)
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            watcher.event("end", f"run {run} ended: {summary['stopped_because']}")
+            watcher.event("end", _last_line(run, summary["stopped_because"]))
             writer.update_state("finished", summary["stopped_because"])
         except BaseException as error:
             watcher.event("failed", f"{type(error).__name__}: {error}")
@@ -187,6 +212,12 @@ def _supervise(
             watcher.close()
             writer.close()
     return summary
+
+
+def _last_line(run: str, why: str) -> str:
+    if why == "steps":
+        return f"run {run} has all its steps"
+    return f"run {run} {why}; go on with: squall train --resume {run}"
 
 
 def _oversubscription(config: RunConfig) -> list[str]:
@@ -227,6 +258,8 @@ def find_checkpoint(what: str, which: str) -> Path:
 
 def evaluate(what: str, *, episodes: int, which: str, seed: int) -> dict[str, Any]:
     """Play greedy episodes with a run's checkpoint; return the figures."""
+    if seed < 0:
+        raise ConfigurationError(f"seed must not be negative, got {seed}")
     path = find_checkpoint(what, which)
     algorithm = load_algorithm(path)
     results = run_episodes(algorithm.policy, episodes, spawn_seed(seed, "evaluate"))

@@ -6,6 +6,8 @@ again on episodes that did not choose it: the highest of many noisy means is too
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from actors.weights import pack
 from learner.training import BEST, LAST, load_algorithm
 from replay.remote import is_ready
 from services.processes import Process
-from services.progress import Progress, Watcher
+from services.progress import BEST_RETURN, Progress, Watcher
 
 CANDIDATE = "candidate.ckpt"
 
@@ -104,8 +106,13 @@ class Scoring:
         text = f"mean return {evaluation.mean:.1f} +- {evaluation.std:.1f} at {steps:,} steps"
         best = self._progress.best_return
         # At a tie the later weights, which have seen more.
-        if best is None or evaluation.mean >= best:
+        if not math.isfinite(evaluation.mean):
+            text += ": the returns are not finite"
+        elif best is None or evaluation.mean >= best:
             self._progress.best_return = evaluation.mean
+            (self._checkpoints / BEST_RETURN).write_text(
+                json.dumps({"return_mean": evaluation.mean, "env_steps": steps})
+            )
             os.replace(self._checkpoints / CANDIDATE, self._checkpoints / BEST)
             text += ", the best so far"
         self._watcher.event("evaluation", text)

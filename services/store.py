@@ -275,7 +275,7 @@ def unknown_run(name: str, known: list[str]) -> UnknownRun:
     nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     if nearest:
         return UnknownRun(f"no run is named {name!r}; the nearest: {', '.join(nearest)}")
-    return UnknownRun(f"no run is named {name!r}; there are {len(known)}, see `squall runs`")
+    return UnknownRun(f"no run is named {name!r} among the {len(known)} that `squall runs` lists")
 
 
 def as_read(record: RunRecord) -> RunRecord:

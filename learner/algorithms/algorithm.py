@@ -149,6 +149,7 @@ class Algorithm(pl.LightningModule):
 
     def _log(self, logged: dict[str, Tensor]) -> None:
         rates = {f"train/{name}": value for name, value in logged.items()}
+        local = isinstance(self.experience, LocalExperience)
         if isinstance(self.experience, LocalExperience):
             self.env_steps = self.experience.env_steps
             self.recent_returns.extend(episode.episode_return for episode in self.experience.episodes)
@@ -161,6 +162,8 @@ class Algorithm(pl.LightningModule):
                 rates["rollout/exploration_rate"] = torch.tensor(rate)
         self.latest_metrics = rates
         self.log_dict(rates, batch_size=1)
+        if self.mean_return is not None and local:
+            self.log("return", self.mean_return, prog_bar=True, logger=False, batch_size=1)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; uint8 observations stay uint8 until the network reads them."""

@@ -63,6 +63,8 @@ class Source:
         self.version, self.newest = -1, 0
         self.module = EpsilonGreedyPolicy(CARTPOLE)
 
+    pending = False
+
     def poll(self) -> Weights | None:
         if self.newest == self.version:
             return None

@@ -89,6 +89,8 @@ class Given:
         self.waiting = list(weights)
         self.version = -1
 
+    pending = False
+
     def poll(self) -> Weights | None:
         weights = self.waiting.pop(0) if self.waiting else None
         if weights is not None:
@@ -288,7 +290,7 @@ def test_new_weights_change_what_is_done() -> None:
     worker = make_worker(spec, Direct(make_server(spec)), *weights)
     report = run_rows(worker, 40)
     assert report.weights_version == 4
-    assert lever(worker).pulled == [0] * 16 + [1] * 24
+    assert lever(worker).pulled == [0] * 8 + [1] * 32, "weights are asked for after a push, every 4 rows here"
 
 
 def test_exploration_follows_the_servers_count() -> None:

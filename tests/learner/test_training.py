@@ -177,6 +177,13 @@ def test_versions_go_on_from_what_the_store_holds(tmp_path: Path) -> None:
     assert room.weights.versions == [42, 43, 44]
 
 
+def test_a_new_store_beside_a_new_learner_gets_versions_that_workers_take_for_newer(tmp_path: Path) -> None:
+    room = Room(tmp_path, updates=8, version=-1, publish_every=4)
+    room.learner.fit(None, 270)
+    assert room.weights.versions[0] > 270
+    assert room.weights.versions == sorted(set(room.weights.versions))
+
+
 @pytest.mark.parametrize("error", [ValueError("no actor of that name"), ActorDiedError()])
 def test_a_store_that_is_gone_stops_nobody(error: Exception, tmp_path: Path) -> None:
     room = Room(tmp_path, updates=40, publish_every=10)
@@ -191,7 +198,7 @@ def test_a_publication_that_failed_on_its_way_is_noticed_at_the_next(
 ) -> None:
     room = Room(tmp_path, updates=40, publish_every=10)
     room.weights.reference = "on its way"
-    outcomes = iter([ActorDiedError(), None, None])
+    outcomes = iter([ActorDiedError(), None, None, None])
 
     def get(reference: Any) -> None:
         assert reference == "on its way"
@@ -203,7 +210,7 @@ def test_a_publication_that_failed_on_its_way_is_noticed_at_the_next(
     monkeypatch.setattr(learner.training.ray, "get", get)
     room.fit()
     assert room.weights.forgotten == 1
-    assert room.weights.versions == [0, 2, 3, 4], "version 1 met the dead store"
+    assert room.weights.versions == [0, 1, 2, 3, 4], "the next goes to the new store"
 
 
 def test_a_slow_store_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,3 +224,69 @@ def test_a_users_own_environment_runs_in_the_workers(
     sets = [part for setting in settings for part in ("--set", setting)]
     run = start("own", "dqn", "corridor_for_test:Corridor-v0", "--steps", "2000", *sets)
     assert run.finish(240)["eval_return_mean"] == 1.0
+
+
+def test_terminated_stops_in_order(start: Start) -> None:
+    """As `docker stop`, a job's stop and `timeout` do it: to the process, and to its group once more."""
+    run = start("terminated", *LONG)
+    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+    run.process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    run.process.send_signal(signal.SIGTERM)
+    run.process.wait(15)
+    assert run.process.returncode == 143, run.err.read_text()
+    assert json.loads(run.out.read_text())["stopped_because"] == "terminated"
+    assert (run.home / "terminated" / "checkpoints" / "last.ckpt").exists()
+    assert run.leftovers(2) == []
+
+
+def test_a_recreated_weight_store_has_weights_at_once(start: Start) -> None:
+    """Also when the learner dies with it: versions never fall behind what workers hold."""
+    run = start("stores", *LONG, "--set", "eval_every=0", "--set", "publish_every=50")
+    before = run.wait_for(lambda s: s["state"] == "running" and s["weights_version"] > 20)
+    for role in ("weights", "learner"):
+        os.kill(run.pid_of(role), signal.SIGKILL)
+    run.wait_for(
+        lambda s: (
+            [p["restarts"] for p in s["processes"] if p["role"] in ("weights", "learner") and p["pid"]] == [1, 1]
+            and s["weights_version"] > before["weights_version"]
+        )
+    )
+    os.kill(run.pid_of("weights"), signal.SIGKILL)
+    run.wait_for(lambda s: any(p["role"] == "weights" and p["restarts"] == 2 and p["pid"] for p in s["processes"]))
+    os.kill(run.pid_of("worker"), signal.SIGKILL)
+    run.wait_for(
+        lambda s: any(
+            p["role"] == "worker" and p["restarts"] == 1 and p["last_word"] == "rolling out" for p in s["processes"]
+        ),
+        seconds=40,
+    )
+
+
+def test_an_environment_that_always_fails_ends_the_run_with_its_reason(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_for_test.py").write_text(
+        "import gymnasium as gym\n"
+        "class Broken(gym.Env):\n"
+        "    observation_space = gym.spaces.Discrete(5)\n"
+        "    action_space = gym.spaces.Discrete(2)\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        self.at = 0\n"
+        "        return 0, {}\n"
+        "    def step(self, action):\n"
+        "        self.at += 1\n"
+        "        if self.at == 3:\n"
+        "            raise OSError('the simulator is gone')\n"
+        "        return self.at, 0.0, False, False, {}\n"
+        "gym.register('Broken-v0', Broken, max_episode_steps=20)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run = start("broken", "dqn", "broken_for_test:Broken-v0", "--actors", "1", "--steps", "20000")
+    run.process.wait(200)
+    assert run.process.returncode == 1
+    assert "worker-0 died 5 times in a row before it got to work" in run.err.read_text()
+    assert "the simulator is gone" in run.err.read_text()
+    assert run.out.read_text() == ""
+    assert run.status()["state"] == "failed"
+    assert run.leftovers() == []

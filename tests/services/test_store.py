@@ -199,7 +199,7 @@ def test_an_unknown_run_is_an_error_that_lists_the_nearest(store: RunStore, meth
         store.register(record(name))
     with pytest.raises(UnknownRun, match=r"'pong-2'; the nearest: pong-12, pong-1$|: pong-1, pong-12$"):
         ON_A_RUN[method](store, "pong-2")
-    with pytest.raises(UnknownRun, match=r"'zzz'; there are 3, see `squall runs`"):
+    with pytest.raises(UnknownRun, match=r"'zzz' among the 3 that `squall runs` lists"):
         ON_A_RUN[method](store, "zzz")
 
 
