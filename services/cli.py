@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ Everything lies under SQUALL_HOME (default ./runs). With --json a command prints
 standard output and nothing else; progress goes to standard error."""
 
 STOP_DEADLINE = 30.0
+_WIDTH_OF_A_PIPE = 200
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,7 +133,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
     """Read a whole number, also one written 1e6 or 1_000_000."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not number.is_integer():
         raise argparse.ArgumentTypeError(f"takes a whole number, got {text}")
     return int(number)
@@ -150,7 +155,8 @@ def _answer(out: TextIO, as_json: bool, payload: Any, renderable: Any) -> int:
     else:
         from rich.console import Console
 
-        Console(file=out, highlight=False, soft_wrap=not out.isatty()).print(renderable)
+        wide = None if out.isatty() else _WIDTH_OF_A_PIPE  # a name cut short is of no use to the next command
+        Console(file=out, highlight=False, markup=False, width=wide).print(renderable)
     return 0
 
 
