@@ -88,16 +88,85 @@ def make_torso(environment: EnvironmentSpec, hidden_sizes: Sequence[int]) -> Nat
     return VectorTorso(int(torch.Size(environment.observation_shape).numel()), hidden_sizes)
 
 
-class QNetwork(nn.Module):
-    """Action values: a torso and a linear head, `[B, ...]` -> `[B, actions]`."""
+class NoisyLinear(nn.Module):
+    """A linear layer with learned noise on its weights (Fortunato et al. 2017, https://arxiv.org/abs/1706.10295).
 
-    def __init__(self, environment: EnvironmentSpec, actions: int, hidden_sizes: Sequence[int]) -> None:
-        """Make the network for `actions` discrete actions."""
+    In training mode every forward draws noise anew, one draw for the whole batch; in evaluation mode the layer
+    acts on its means. The noise is no state: it is neither saved nor sent.
+
+    - "factorised" (section 3b): `eps_ij = f(e_i) f(e_j)` with `f(x) = sign(x) sqrt(|x|)`; mu from
+      `U(-1/sqrt(p), 1/sqrt(p))`, sigma `sigma_init / sqrt(p)` for p inputs.
+    - "independent" (section 3a): a draw for every weight; mu from `U(-sqrt(3/p), sqrt(3/p))`, sigma 0.017.
+    """
+
+    def __init__(self, inputs: int, outputs: int, noise: str = "factorised", sigma_init: float = 0.5) -> None:
+        """Make the layer.
+
+        Raises:
+            ConfigurationError: a noise that is neither "factorised" nor "independent".
+        """
+        super().__init__()
+        if noise not in NOISES:
+            raise ConfigurationError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
+        self.factorised = noise == "factorised"
+        bound = inputs**-0.5 if self.factorised else (3.0 / inputs) ** 0.5
+        sigma = sigma_init * inputs**-0.5 if self.factorised else 0.017
+        self.weight = nn.Parameter(torch.empty(outputs, inputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
+        self.weight_sigma = nn.Parameter(torch.full((outputs, inputs), sigma))
+        self.bias_sigma = nn.Parameter(torch.full((outputs,), sigma))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map `[B, inputs]` to `[B, outputs]`."""
+        if not self.training:
+            return nn.functional.linear(features, self.weight, self.bias)
+        if self.factorised:
+            into, out = _scaled_noise(self.weight[0]), _scaled_noise(self.bias)
+            weight_noise, bias_noise = torch.outer(out, into), out
+        else:
+            weight_noise, bias_noise = torch.randn_like(self.weight), torch.randn_like(self.bias)
+        weight = self.weight + self.weight_sigma * weight_noise
+        return nn.functional.linear(features, weight, self.bias + self.bias_sigma * bias_noise)
+
+
+NOISES = ("factorised", "independent")
+
+
+def _scaled_noise(like: Tensor) -> Tensor:
+    noise = torch.randn_like(like)
+    return noise.sign() * noise.abs().sqrt()
+
+
+class QNetwork(nn.Module):
+    """Action values `[B, ...]` -> `[B, actions]`: a torso and a head, plain or dueling, noisy or not.
+
+    The dueling head (Wang et al. 2015, https://arxiv.org/abs/1511.06581, equation 9) gives
+    `V(s) + A(s, a) - mean_a A(s, a)`.
+    """
+
+    def __init__(
+        self,
+        environment: EnvironmentSpec,
+        actions: int,
+        hidden_sizes: Sequence[int],
+        *,
+        dueling: bool = False,
+        noise: str | None = None,
+    ) -> None:
+        """Make the network for `actions` discrete actions; `noise` makes the head's layers noisy."""
         super().__init__()
         self.torso = make_torso(environment, hidden_sizes)
-        self.head = nn.Linear(self.torso.features, actions)
+        self.head = _linear(self.torso.features, actions, noise)
+        self.state_value = _linear(self.torso.features, 1, noise) if dueling else None
 
     def forward(self, observation: Tensor) -> Tensor:
         """Return the value of every action, `[B, actions]` float32."""
-        values: Tensor = self.head(self.torso(observation))
+        features = self.torso(observation)
+        values: Tensor = self.head(features)
+        if self.state_value is not None:
+            values = self.state_value(features) + values - values.mean(1, keepdim=True)
         return values
+
+
+def _linear(inputs: int, outputs: int, noise: str | None) -> nn.Module:
+    return nn.Linear(inputs, outputs) if noise is None else NoisyLinear(inputs, outputs, noise)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,12 +60,16 @@ class PolicySpec:
         environment: whose observations it takes and whose actions it gives.
         hidden_sizes: widths of the torso's dense layers.
         exploration: the epsilon schedule of an epsilon-greedy policy.
+        dueling: whether action values are split into state value and advantages.
+        noise: of the last layers, "factorised" or "independent"; None for none.
     """
 
     kind: str
     environment: EnvironmentSpec
     hidden_sizes: tuple[int, ...] = (256, 256)
     exploration: EpsilonSchedule = EpsilonSchedule()
+    dueling: bool = False
+    noise: str | None = None
 
     def build(self) -> Policy:
         """Build the module, with fresh weights."""
@@ -105,6 +111,17 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
 
+@contextmanager
+def acting_on_means(policy: Policy, greedy: bool) -> Iterator[None]:
+    """Put the policy into evaluation mode, where noisy layers have no noise, for the time of a greedy action."""
+    was_training = policy.training
+    policy.train(was_training and not greedy)
+    try:
+        yield
+    finally:
+        policy.train(was_training)
+
+
 class EpsilonGreedyPolicy(Policy):
     """Takes the action of the highest value; with probability epsilon a uniformly random one."""
 
@@ -118,7 +135,9 @@ class EpsilonGreedyPolicy(Policy):
         if not isinstance(spec.environment.actions, DiscreteActions):
             raise ConfigurationError(f"epsilon-greedy needs a Discrete action space, got {spec.environment.actions}")
         self.actions = spec.environment.actions.count
-        self.q_network: QNetwork = QNetwork(spec.environment, self.actions, spec.hidden_sizes)
+        self.q_network: QNetwork = QNetwork(
+            spec.environment, self.actions, spec.hidden_sizes, dueling=spec.dueling, noise=spec.noise
+        )
 
     def forward(self, observation: Tensor) -> Tensor:
         """Return action values `[B, actions]`."""
@@ -132,7 +151,7 @@ class EpsilonGreedyPolicy(Policy):
         explore = self.rng.random(lanes) < epsilon if epsilon else np.zeros(lanes, np.bool_)
         if explore.all():
             return Action(self.rng.integers(self.actions, size=lanes))
-        with torch.inference_mode():
+        with torch.inference_mode(), acting_on_means(self, greedy):
             action: Array = self(torch.from_numpy(observation).to(self.device)).argmax(1).cpu().numpy()
         if explore.any():
             action = np.where(explore, self.rng.integers(self.actions, size=lanes), action)

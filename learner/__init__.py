@@ -1,5 +1,13 @@
 """How it is learned: algorithms as LightningModules, fed by replay in this process or across Ray."""
 
-from learner.algorithms.dqn import DQN
+from learner.algorithms import (
+    DQN,
+    PERDQN,
+    DoubleDQN,
+    DuelingDQN,
+    NoisyDQN,
+    NonDistributionalRainbow,
+    NStepDQN,
+)
 
-__all__ = ["DQN"]
+__all__ = ["DQN", "PERDQN", "DoubleDQN", "DuelingDQN", "NStepDQN", "NoisyDQN", "NonDistributionalRainbow"]

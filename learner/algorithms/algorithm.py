@@ -79,9 +79,13 @@ class Algorithm(pl.LightningModule):
 
     @classmethod
     def hyperparameter_types(cls) -> dict[str, inspect.Parameter]:
-        """Return the constructor's parameters but for the environment."""
-        parameters = dict(inspect.signature(cls.__init__, eval_str=True).parameters)
-        return {name: parameter for name, parameter in parameters.items() if name not in ("self", "env")}
+        """Return the constructor's parameters but for the environment, those of its base classes included."""
+        parameters: dict[str, inspect.Parameter] = {}
+        for base in reversed(cls.__mro__):
+            if issubclass(base, Algorithm) and "__init__" in vars(base):
+                parameters |= inspect.signature(base.__init__, eval_str=True).parameters
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return {name: p for name, p in parameters.items() if name not in ("self", "env") and p.kind in named}
 
     @classmethod
     def add_model_specific_args(cls, arg_parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

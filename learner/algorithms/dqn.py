@@ -108,14 +108,22 @@ class DQN(Algorithm):
         super().__init__(env, seed=seed, avg_reward_len=avg_reward_len, min_episode_reward=min_episode_reward)
         self.save_all_hyperparameters()
         _check(self.environment, self.hparams)
-        image = self.environment.is_image
-        exploration = EpsilonSchedule(eps_start, eps_end, eps_last_frame, eps_ladder)
-        sizes = tuple(hidden_sizes) if hidden_sizes is not None else (512,) if image else (256, 256)
         self.seed_networks()
-        self.policy = EpsilonGreedyPolicy(PolicySpec("epsilon_greedy", self.environment, sizes, exploration))
+        self.policy = EpsilonGreedyPolicy(PolicySpec("epsilon_greedy", self.environment, **self.policy_options()))
         self.target_network = copy.deepcopy(self.policy.q_network).requires_grad_(False)
         # Sizes that do not fit each other are refused here, not at the first batch.
         self.replay_spec(largest_push=self.rollout_spec().largest_push)
+
+    def policy_options(self) -> dict[str, Any]:
+        """Return the options of `PolicySpec`; a variant adds its own."""
+        hparams = self.hparams
+        default = (512,) if self.environment.is_image else (256, 256)
+        return {
+            "hidden_sizes": default if hparams["hidden_sizes"] is None else tuple(hparams["hidden_sizes"]),
+            "exploration": EpsilonSchedule(
+                hparams["eps_start"], hparams["eps_end"], hparams["eps_last_frame"], hparams["eps_ladder"]
+            ),
+        }
 
     @property
     def q_network(self) -> nn.Module:
@@ -159,10 +167,14 @@ class DQN(Algorithm):
             q_t = self.target_network(batch.next_observation)
         return q_learning(q_tm1, batch.action, batch.reward, batch.discount, q_t)
 
+    def loss(self, batch: TransitionBatch) -> Tensor:
+        """Return the scalar loss of a batch."""
+        return huber(self.td_error(batch)).mean()
+
     def update(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""
         optimizer = self.optimizers()
-        loss = huber(self.td_error(batch)).mean()
+        loss = self.loss(batch)
         optimizer.zero_grad()  # type: ignore[union-attr]
         self.manual_backward(loss)
         if self.hparams["max_grad_norm"] is not None:

@@ -24,12 +24,19 @@ class Preset:
 
 
 def load_preset(algorithm: str, environment: str) -> Preset | None:
-    """Return the preset of an algorithm for an environment, or None if there is none."""
+    """Return the preset of an algorithm for an environment, or None if there is none.
+
+    A file may say `inherits: other`: what that algorithm's preset says holds here too, unless said otherwise.
+    """
     file = resources.files(__name__) / f"{algorithm}.yaml"
     if not file.is_file():
         return None
     presets = yaml.safe_load(file.read_text())
-    found = presets.get(environment)
-    if found is None and is_atari(environment):
-        found = presets.get("atari")
-    return None if found is None else Preset(found.get("run", {}), found.get("hyperparameters", {}))
+    base = load_preset(presets["inherits"], environment) if "inherits" in presets else None
+    own = presets.get(environment)
+    if own is None and is_atari(environment):
+        own = presets.get("atari")
+    if base is None and own is None:
+        return None
+    base, own = base or Preset(), own or {}
+    return Preset(base.run | own.get("run", {}), base.hyperparameters | own.get("hyperparameters", {}))

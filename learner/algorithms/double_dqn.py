@@ -1,0 +1,30 @@
+"""Double DQN (van Hasselt et al. 2015, https://arxiv.org/abs/1509.06461).
+
+This is DQN with:
+- the online network selecting the action to bootstrap from, and the target network saying what it is worth.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from learner.algorithms.dqn import DQN
+from learner.experience import TransitionBatch
+from learner.value_learning import double_q_learning
+
+
+class DoubleDQN(DQN):
+    """DQN that does not overestimate by maximising over its own noise."""
+
+    name: ClassVar[str] = "double-dqn"
+
+    def td_error(self, batch: TransitionBatch) -> Tensor:
+        """See `DQN.td_error`."""
+        q_tm1 = self.q_network(batch.observation)
+        with torch.no_grad():
+            q_t_selector = self.q_network(batch.next_observation)
+            q_t_value = self.target_network(batch.next_observation)
+        return double_q_learning(q_tm1, batch.action, batch.reward, batch.discount, q_t_value, q_t_selector)

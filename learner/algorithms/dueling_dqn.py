@@ -1,0 +1,25 @@
+"""Dueling DQN (Wang et al. 2015, https://arxiv.org/abs/1511.06581).
+
+This is DQN with:
+- two heads, for the value of the state and the advantages of the actions: `Q = V + A - mean A` (equation 9).
+
+Where it departs from the paper, and why:
+- The two streams share all dense layers but the last: as good on small problems, and half the size.
+- Gradients into the torso are not scaled by 1/sqrt(2): with Adam that changes little.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from learner.algorithms.dqn import DQN
+
+
+class DuelingDQN(DQN):
+    """DQN that learns what a state is worth from every action taken in it."""
+
+    name: ClassVar[str] = "dueling-dqn"
+
+    def policy_options(self) -> dict[str, Any]:
+        """See `DQN.policy_options`."""
+        return {**super().policy_options(), "dueling": True}
