@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,25 @@ from services.config import RUN_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(Path(learner.presets.__file__).parent.glob("*.yaml"))
+
+
+def environments_of(algorithm: str) -> set[str]:
+    """Return the keys of an algorithm's file, and of the file it inherits from."""
+    content = yaml.safe_load((FILES[0].parent / f"{algorithm}.yaml").read_text())
+    base = content.pop("inherits", None)
+    return set(content) | (environments_of(base) if base else set())
+
+
+def resolved(algorithm: str, environment: str) -> dict[str, Any]:
+    preset = load_preset(algorithm, "PongNoFrameskip-v4" if environment == "atari" else environment)
+    assert preset is not None
+    return {"run": preset.run, "hyperparameters": preset.hyperparameters}
+
+
 ALL = [
-    (file.stem, environment, content)
+    (file.stem, environment, resolved(file.stem, environment))
     for file in FILES
-    for environment, content in yaml.safe_load(file.read_text()).items()
+    for environment in sorted(environments_of(file.stem))
 ]
 
 
@@ -47,10 +61,18 @@ def test_every_preset_makes_an_algorithm(algorithm: str, environment: str, conte
     assert {key: module.hparams[key] for key in content["hyperparameters"]} == content["hyperparameters"]
     rest = {
         key: parameter.default
-        for key, parameter in inspect.signature(type(module)).parameters.items()
-        if key not in content["hyperparameters"] and key != "env"
+        for key, parameter in type(module).hyperparameter_types().items()
+        if key not in content["hyperparameters"]
     }
     assert {key: module.hparams[key] for key in rest} == rest
+
+
+def test_a_preset_inherits_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dqn.yaml").write_text("Known-v0: {run: {steps: 3}, hyperparameters: {gamma: 0.5, n_steps: 2}}\n")
+    (tmp_path / "per-dqn.yaml").write_text("inherits: dqn\nKnown-v0: {hyperparameters: {gamma: 0.25}}\n")
+    monkeypatch.setattr(learner.presets.resources, "files", lambda _: tmp_path)
+    assert load_preset("per-dqn", "Known-v0") == Preset({"steps": 3}, {"gamma": 0.25, "n_steps": 2})
+    assert load_preset("per-dqn", "Other-v0") is None
 
 
 def test_overrides_win_over_the_preset() -> None:
@@ -63,7 +85,7 @@ def test_overrides_win_over_the_preset() -> None:
 @pytest.mark.parametrize("environment", ["PongNoFrameskip-v4", "ALE/Breakout-v5"])
 def test_atari_ids_share_a_preset(environment: str) -> None:
     preset = load_preset("dqn", environment)
-    shared = next(content for _, key, content in ALL if key == "atari")
+    shared = next(content for name, key, content in ALL if (name, key) == ("dqn", "atari"))
     assert preset == Preset(shared["run"], shared["hyperparameters"])
 
 
