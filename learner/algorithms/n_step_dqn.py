@@ -25,4 +25,4 @@ class NStepDQN(DQN):
         self, env: str | EnvironmentSpec | Mapping[str, Any], *args: Any, n_steps: int = 4, **kwargs: Any
     ) -> None:
         """Make the networks; see `DQN` for the arguments."""
-        super().__init__(env, *args, n_steps=n_steps, **kwargs)
+        super().__init__(env, *args, **{**kwargs, "n_steps": n_steps})

@@ -71,7 +71,8 @@ class PERDQN(DQN):
     def beta(self) -> float:
         """How much of the bias of prioritized draws is undone now."""
         start: float = self.hparams["beta_start"]
-        return start + min(self.env_steps / self.hparams["beta_last_frame"], 1.0) * (1.0 - start)
+        done: float = min(self.env_steps / self.hparams["beta_last_frame"], 1.0)
+        return start + done * (1.0 - start)
 
     def loss(self, batch: TransitionBatch) -> Tensor:
         """See `DQN.loss`; sends the batch's new priorities to the replay."""
