@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from replay.remote import is_ready
 from replay.types import SquallError
 
 MOST_FRUITLESS_DEATHS = 5
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 SILENCE_SECONDS = 60.0
 
 
@@ -34,7 +36,7 @@ def describe_death(error: BaseException) -> Death:
     """Say why a process is gone, in one line."""
     if isinstance(error, RayTaskError):
         cause = error.cause
-        return Death(f"{type(cause).__name__}: {_first_line(cause)}", str(error))
+        return Death(f"{type(cause).__name__}: {_first_line(cause)}", _COLOURS.sub("", str(error)))
     text = str(error)
     for mark in ("because of an error raised in its creation task,", "The actor died because of an error"):
         if mark in text:

@@ -1,0 +1,140 @@
+"""Supervised processes, with real Ray actors: deaths, silence, names still taken, crash loops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from replay.remote import NAMESPACE, actor_class
+from services import processes
+from services.processes import CrashLoop, Death, Process
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+class Odd:
+    """Answers, or falls silent, or fails in its loop, as it is told."""
+
+    def __init__(self, silent: bool = False, broken: bool = False) -> None:
+        if broken:
+            raise OSError("no such device")
+        self._silent = silent
+
+    def report(self) -> dict[str, int]:
+        if self._silent:
+            time.sleep(60.0)
+        return {"pid": os.getpid()}
+
+    def fall_silent(self) -> None:
+        self._silent = True
+
+    def run(self, fails: bool) -> str:
+        if fails:
+            raise ValueError("the loop met 7 where 6 was right")
+        return "done"
+
+
+OddActor = actor_class(Odd, max_concurrency=2)
+
+
+@pytest.fixture
+def started() -> Iterator[list[Process]]:
+    kept: list[Process] = []
+    yield kept
+    for process in kept:
+        process.kill()
+
+
+def start(kept: list[Process], **options: Any) -> Process:
+    made = options.pop("start", lambda incarnation: OddActor.remote())
+    process = Process("odd", 0, made, **options)
+    kept.append(process)
+    process.start()
+    return process
+
+
+def poll_until(process: Process, done: Any, seconds: float = 40.0) -> Death | None:
+    """Ask and poll, as the coordinator does, until `done()` or a death."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        process.ask_for_report()
+        death = process.poll()
+        if death is not None or done():
+            return death
+        time.sleep(0.05)
+    raise AssertionError("nothing happened")
+
+
+def test_a_killed_process_is_told_and_comes_back_as_another_incarnation(started: list[Process]) -> None:
+    process = start(started, first_incarnation=1_000)
+    assert process.state == "starting"
+    poll_until(process, lambda: process.report is not None)
+    pid = process.pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    death = poll_until(process, lambda: False)
+    assert death is not None
+    assert "killed" in death.line
+    assert "memory" not in death.line
+    process.restart()
+    poll_until(process, lambda: process.report is not None)
+    assert (process.incarnation, process.restarts) == (1_001, 1)
+    assert process.pid() != pid
+    assert process.describe()["last_death"] == death.line
+
+
+def test_a_process_that_falls_silent_counts_as_dead(started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    process = start(started)
+    poll_until(process, lambda: process.report is not None)
+    monkeypatch.setattr(processes, "SILENCE_SECONDS", 1.0)
+    process.handle.fall_silent.remote()
+    death = poll_until(process, lambda: False)
+    assert death is not None
+    assert death.line == "gave no answer for 1 s"
+    assert process.handle is None
+
+
+def test_an_error_in_the_loop_is_the_reason(started: list[Process]) -> None:
+    process = start(started, run=lambda handle: handle.run.remote(True))
+    death = poll_until(process, lambda: False)
+    assert death is not None
+    assert death.line == "ValueError: the loop met 7 where 6 was right"
+    assert "in run\n" in death.details, "where it happened"
+    assert "\x1b" not in death.details
+
+
+def test_the_loops_end_is_no_death(started: list[Process]) -> None:
+    process = start(started, run=lambda handle: handle.run.remote(False))
+    assert poll_until(process, lambda: process.done) is None
+    assert (process.result, process.state) == ("done", "done")
+
+
+def test_five_deaths_before_any_work_are_a_crash_loop(started: list[Process]) -> None:
+    process = start(started, start=lambda incarnation: OddActor.remote(broken=True))
+    for _ in range(processes.MOST_FRUITLESS_DEATHS - 1):
+        death = poll_until(process, lambda: False)
+        assert death is not None
+        assert "no such device" in death.line + death.details
+        process.restart()
+    poll_until(process, lambda: False)
+    with pytest.raises(CrashLoop, match="odd died 5 times in a row before it got to work"):
+        process.restart()
+
+
+def test_a_name_still_taken_is_tried_again(started: list[Process]) -> None:
+    def named(incarnation: int) -> Any:
+        return OddActor.options(name="test/odd", namespace=NAMESPACE).remote()
+
+    first = start(started, start=named)
+    poll_until(first, lambda: first.report is not None)
+    second = start(started, start=named)
+    assert second.handle is None, "the name is taken, which is no error yet"
+    assert second.poll() is None
+    first.kill()
+    assert poll_until(second, lambda: second.report is not None) is None
+    assert second.incarnation == 0
