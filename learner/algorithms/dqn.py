@@ -29,6 +29,7 @@ from learner.algorithms.algorithm import Algorithm
 from learner.experience import TransitionBatch
 from learner.optimization import OPTIMIZERS, make_optimizer
 from learner.value_learning import huber, q_learning
+from replay.seeds import spawn_seed
 from replay.server import ReplaySpec
 from replay.table import TableSpec
 from replay.types import ConfigurationError
@@ -110,6 +111,7 @@ class DQN(Algorithm):
         _check(self.environment, self.hparams)
         self.seed_networks()
         self.policy = EpsilonGreedyPolicy(PolicySpec("epsilon_greedy", self.environment, **self.policy_options()))
+        self.policy.begin(spawn_seed(seed, "policy"))
         self.target_network = copy.deepcopy(self.policy.q_network).requires_grad_(False)
         # Sizes that do not fit each other are refused here, not at the first batch.
         self.replay_spec(largest_push=self.rollout_spec().largest_push)

@@ -437,6 +437,15 @@ def test_run_n_episodes_defaults_to_one_random_episode() -> None:
     assert returns[0] > 11, "always to the right a pole falls within 10 steps"
 
 
+def test_run_n_episodes_is_seeded_by_the_algorithms_seed() -> None:
+    def play(seed: int) -> list[float]:
+        module = small_dqn("CartPole-v1", seed=seed)
+        return module.run_n_episodes(module.make_environment("CartPole-v1", seed=0), 5)
+
+    assert play(0) == play(0)
+    assert play(0) != play(1)
+
+
 def test_a_test_is_ten_greedy_episodes() -> None:
     results = quiet_trainer().test(right_goer("SquallTally-v0"), verbose=False)
     assert results == [{"test/mean_reward": 15.0}]
