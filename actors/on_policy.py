@@ -101,7 +101,7 @@ class OnPolicyWorker(RolloutWorker):
         return self._weights.version == version
 
     def _add(self, builder: TrajectoryBuilder, row: Row) -> list[tuple[Permit, Trajectory]]:
-        reward = np.clip(row.reward, -1.0, 1.0) if self.spec.clip_rewards else row.reward
+        reward = self.spec.learned_reward(row.reward)
         zeros = np.zeros(self.spec.num_envs, np.float32)
         log_probability = zeros if row.log_probability is None else row.log_probability
         return builder.add(

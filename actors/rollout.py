@@ -176,6 +176,10 @@ class RolloutSpec:
         """Layout of the experience."""
         return self.policy.environment.layout(segment_length=self.segment_length, n_steps=self.n_steps)
 
+    def learned_reward(self, reward: Array) -> Array:
+        """Return rewards as the learner sees them."""
+        return np.clip(reward, -1.0, 1.0) if self.clip_rewards else reward
+
     @property
     def largest_push(self) -> int:
         """Transitions in the largest push: a segment a lane, or at the end what a tail of n - 1 steps adds to one."""
@@ -296,7 +300,7 @@ class RolloutWorker:
             row = self._lanes.step(self._policy, step=self._outbox.env_steps)
             episodes += (result for _, result in row.episodes)
             self._count(row)
-            reward = np.clip(row.reward, -1.0, 1.0) if self.spec.clip_rewards else row.reward
+            reward = self.spec.learned_reward(row.reward)
             segments = builder.add(row.action, reward, row.terminated, row.truncated, row.observation, row.failed)
             if segments:
                 self._outbox.put(self._stop, segments=segments, episodes=episodes)

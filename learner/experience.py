@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,7 +120,7 @@ class LocalExperience(_Stream):
             self._builder.begin(self._lanes.reset())
             self._begun = True
         row = self._lanes.step(self._policy, step=self.env_steps)
-        reward = np.clip(row.reward, -1.0, 1.0) if self._rollout.clip_rewards else row.reward
+        reward = self._rollout.learned_reward(row.reward)
         for segment in self._builder.add(
             row.action, reward, row.terminated, row.truncated, row.observation, row.failed
         ):

@@ -153,7 +153,6 @@ class Algorithm(pl.LightningModule):
 
     def _log(self, logged: dict[str, Tensor]) -> None:
         rates = {f"train/{name}": value for name, value in logged.items()}
-        local = isinstance(self.experience, LocalExperience)
         if isinstance(self.experience, LocalExperience):
             self.env_steps = self.experience.env_steps
             self.recent_returns.extend(episode.episode_return for episode in self.experience.episodes)
@@ -162,12 +161,11 @@ class Algorithm(pl.LightningModule):
             rates["step"] = torch.tensor(float(self.env_steps))
             if self.mean_return is not None:
                 rates["rollout/ep_rew_mean"] = torch.tensor(float(self.mean_return))
+                self.log("return", self.mean_return, prog_bar=True, logger=False, batch_size=1)
             if rate is not None:
                 rates["rollout/exploration_rate"] = torch.tensor(rate)
         self.latest_metrics = rates
         self.log_dict(rates, batch_size=1)
-        if self.mean_return is not None and local:
-            self.log("return", self.mean_return, prog_bar=True, logger=False, batch_size=1)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; uint8 observations stay uint8 until the network reads them."""
