@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,45 +48,168 @@ class NatureCNN(nn.Module):
         return features
 
 
-class VectorTorso(nn.Module):
-    """Dense layers with ReLU over a flat observation, or over the one-hot code of a discrete one."""
+class RunningNorm(nn.Module):
+    """Shifts and scales vectors by the mean and deviation of those seen so far, and clips what is left to +-10.
 
-    def __init__(self, inputs: int, hidden_sizes: Sequence[int], one_hot: bool = False) -> None:
-        """Make a torso of one layer for each of `hidden_sizes`."""
+    The statistics are persistent buffers, so they travel with the weights. `forward` never changes them: the learner
+    calls `observe`, after an update, so that an action's probability is the same in the worker and in the learner.
+    """
+
+    limit = 10.0
+
+    def __init__(self, features: int) -> None:
+        """Start as the identity (but for the clipping)."""
+        super().__init__()
+        self.mean: Tensor
+        self.variance: Tensor
+        self.count: Tensor
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("variance", torch.ones(features))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """Map `[B, features]` to the same shape."""
+        scaled = (vector - self.mean) / (self.variance + 1e-8).sqrt()
+        return scaled.clamp(-self.limit, self.limit)
+
+    def observe(self, vector: Tensor) -> None:
+        """Take `[B, features]` into the statistics (Chan et al. 1979, parallel variance)."""
+        seen, new = self.count, len(vector)
+        if not new:
+            return
+        total = seen + new
+        delta = vector.mean(0) - self.mean
+        squares = self.variance * seen + vector.var(0, correction=0) * new + delta.square() * seen * new / total
+        self.mean += delta * (new / total)
+        self.variance.copy_(squares / total)
+        self.count.copy_(total)
+
+
+class VectorTorso(nn.Module):
+    """Dense layers over a flat observation, or over the one-hot code of a discrete one."""
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden_sizes: Sequence[int],
+        *,
+        one_hot: bool = False,
+        normalize: bool = False,
+        activation: str = "relu",
+    ) -> None:
+        """Make a torso of one layer for each of `hidden_sizes`; `normalize` puts a `RunningNorm` in front."""
         super().__init__()
         self.one_hot = inputs if one_hot else None
-        layers: list[nn.Module] = []
+        self.norm = RunningNorm(inputs) if normalize and not one_hot else None
+        self.layers = nn.Sequential()
         for width in hidden_sizes:
-            layers += [nn.Linear(inputs, width), nn.ReLU()]
+            self.layers.extend([nn.Linear(inputs, width), ACTIVATIONS[activation]()])
             inputs = width
-        self.layers = nn.Sequential(*layers)
         self.features = inputs
+
+    def flat(self, observation: Tensor) -> Tensor:
+        """Return observations `[B, ...]` as float vectors `[B, inputs]`."""
+        if self.one_hot is not None:
+            observation = nn.functional.one_hot(observation, self.one_hot)
+        return observation.reshape(len(observation), -1).float()
 
     def forward(self, observation: Tensor) -> Tensor:
         """Map observations `[B, ...]` to features `[B, features]`."""
-        if self.one_hot is not None:
-            observation = nn.functional.one_hot(observation, self.one_hot)
-        features: Tensor = self.layers(observation.reshape(len(observation), -1).float())
+        vector = self.flat(observation)
+        if self.norm is not None:
+            vector = self.norm(vector)
+        features: Tensor = self.layers(vector)
         return features
 
+    def observe(self, observation: Tensor) -> None:
+        """Take observations `[B, ...]` into the running statistics, if there are any."""
+        if self.norm is not None:
+            self.norm.observe(self.flat(observation))
 
-def make_torso(environment: EnvironmentSpec, hidden_sizes: Sequence[int]) -> NatureCNN | VectorTorso:
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+def make_torso(
+    environment: EnvironmentSpec, hidden_sizes: Sequence[int], *, normalize: bool = False, activation: str = "relu"
+) -> NatureCNN | VectorTorso:
     """Return the Nature CNN for images and dense layers for everything else.
 
     Args:
         environment: whose observations the torso takes.
         hidden_sizes: widths of the dense layers; for images the last one is the width after the convolutions.
+        normalize: whether vectors are normalised by running statistics; images are divided by 255 in any case.
+        activation: of the dense layers, one of `ACTIVATIONS`.
 
     Raises:
-        ConfigurationError: no sizes, or one that is not positive.
+        ConfigurationError: no sizes, one that is not positive, or an unknown activation.
     """
     if not hidden_sizes or min(hidden_sizes) < 1:
         raise ConfigurationError(f"hidden_sizes must name at least one positive width, got {list(hidden_sizes)}")
+    if activation not in ACTIVATIONS:
+        raise ConfigurationError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if environment.is_image:
         return NatureCNN(environment.observation_shape, hidden_sizes[-1])
+    return _vector_torso(environment, hidden_sizes, normalize=normalize, activation=activation)
+
+
+def _vector_torso(environment: EnvironmentSpec, hidden_sizes: Sequence[int], **options: Any) -> VectorTorso:
     if environment.observation_count is not None:
-        return VectorTorso(environment.observation_count, hidden_sizes, one_hot=True)
-    return VectorTorso(int(torch.Size(environment.observation_shape).numel()), hidden_sizes)
+        return VectorTorso(environment.observation_count, hidden_sizes, one_hot=True, **options)
+    return VectorTorso(int(torch.Size(environment.observation_shape).numel()), hidden_sizes, **options)
+
+
+class Critics(nn.Module):
+    """Several action values `(observation, action) -> [C, B]`, independent of each other, computed side by side.
+
+    Each is dense layers over the observation and the action; images go through a Nature CNN that the critics share.
+    """
+
+    def __init__(
+        self,
+        environment: EnvironmentSpec,
+        actions: int,
+        hidden_sizes: Sequence[int],
+        *,
+        count: int = 2,
+        normalize: bool = False,
+        activation: str = "relu",
+    ) -> None:
+        """Make `count` critics of flat actions of `actions` numbers; the other arguments are those of `make_torso`."""
+        super().__init__()
+        self.torso: NatureCNN | VectorTorso
+        if environment.is_image:
+            self.torso = NatureCNN(environment.observation_shape, hidden_sizes[-1])
+        else:
+            self.torso = _vector_torso(environment, (), normalize=normalize)
+        inputs = self.torso.features + actions
+        self.count = count
+        self.layers = nn.Sequential()
+        for width in hidden_sizes:
+            self.layers.extend([ParallelLinear(count, inputs, width), ACTIVATIONS[activation]()])
+            inputs = width
+        self.layers.append(ParallelLinear(count, inputs, 1))
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Return `[C, B]` values of observations `[B, ...]` and flat actions `[B, actions]`."""
+        both = torch.cat([self.torso(observation), action], 1)
+        values: Tensor = self.layers(both.expand(self.count, -1, -1))
+        return values[..., 0]
+
+
+class ParallelLinear(nn.Module):
+    """`count` linear layers in one batched product, each begun as `nn.Linear` would begin it."""
+
+    def __init__(self, count: int, inputs: int, outputs: int) -> None:
+        """Make the layers."""
+        super().__init__()
+        bound = inputs**-0.5
+        self.weight = nn.Parameter(torch.empty(count, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(count, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map `[C, B, inputs]` to `[C, B, outputs]`."""
+        return torch.baddbmm(self.bias, features, self.weight)
 
 
 class NoisyLinear(nn.Module):
@@ -152,10 +276,15 @@ class QNetwork(nn.Module):
         *,
         dueling: bool = False,
         noise: str | None = None,
+        normalize: bool = False,
+        activation: str = "relu",
     ) -> None:
-        """Make the network for `actions` discrete actions; `noise` makes the head's layers noisy."""
+        """Make the network for `actions` discrete actions; `noise` makes the head's layers noisy.
+
+        `normalize` and `activation` are those of `make_torso`.
+        """
         super().__init__()
-        self.torso = make_torso(environment, hidden_sizes)
+        self.torso = make_torso(environment, hidden_sizes, normalize=normalize, activation=activation)
         self.head = _linear(self.torso.features, actions, noise)
         self.state_value = _linear(self.torso.features, 1, noise) if dueling else None
 

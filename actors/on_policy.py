@@ -6,12 +6,10 @@ import threading
 import time
 from typing import Any, Protocol
 
-import numpy as np
-
-from actors.rollout import RolloutSpec, RolloutWorker, Row
+from actors.rollout import RolloutSpec, RolloutWorker
 from actors.segments import TrajectoryBuilder
 from replay.remote import actor_class
-from replay.types import DeadlineExceeded, EpisodeResult, InsertReply, Permit, PermitReply, Push, Trajectory
+from replay.types import DeadlineExceeded, EpisodeResult, InsertReply, PermitReply, Push
 
 _SECONDS_FOR_WEIGHTS = 300.0
 
@@ -61,9 +59,11 @@ class OnPolicyWorker(RolloutWorker):
             row = self._lanes.step(self._policy, step=self._outbox.env_steps)
             self._count(row)
             episodes += (r for lane, r in row.episodes if lane in asked_for or not self._whole_episodes)
-            complete = self._add(builder, row)
+            complete = builder.add(
+                row.action, row.log_probability, row.reward, row.terminated, row.truncated, row.observation, row.failed
+            )
             if complete:
-                self._outbox.put(self._stop, trajectories=complete, episodes=episodes)
+                self._send(trajectories=complete, episodes=episodes)
                 episodes = []
         self._queue.revoke(self.worker, self.incarnation)
 
@@ -99,14 +99,6 @@ class OnPolicyWorker(RolloutWorker):
                 raise DeadlineExceeded(f"version {version} of the weights did not come in {_SECONDS_FOR_WEIGHTS:.0f} s")
         self._waiting_for = None
         return self._weights.version == version
-
-    def _add(self, builder: TrajectoryBuilder, row: Row) -> list[tuple[Permit, Trajectory]]:
-        reward = self.spec.learned_reward(row.reward)
-        zeros = np.zeros(self.spec.num_envs, np.float32)
-        log_probability = zeros if row.log_probability is None else row.log_probability
-        return builder.add(
-            row.action, log_probability, reward, row.terminated, row.truncated, row.observation, row.failed
-        )
 
 
 OnPolicyActor = actor_class(OnPolicyWorker, max_concurrency=2)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +20,24 @@ from actors.segments import SegmentBuilder
 from actors.weights import Weights, unpack
 from replay.remote import actor_class
 from replay.seeds import spawn_seed
-from replay.types import Array, DeadlineExceeded, EpisodeResult, InsertReply, Layout, Permit, Push, Segment, Trajectory
+from replay.types import (
+    Array,
+    DeadlineExceeded,
+    EpisodeResult,
+    InsertReply,
+    Layout,
+    Moments,
+    Permit,
+    Push,
+    Segment,
+    Trajectory,
+)
 
 _MOST_PUSHES_WAITING = 2
 _ROWS_BETWEEN_REFRESHES = 16
 _SECONDS_TO_SEND_THE_REST = 2.0
 _SECONDS_FOR_FIRST_WEIGHTS = 300.0
+_NONE = Moments()
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,8 @@ class Row:
 
     Attributes:
         action: `[B, *action_shape]`, as the learner sees it.
-        log_probability: `[B]` float32, or None where the policy has none.
-        reward: `[B]` float64, as the environment gave it.
+        log_probability: `[B]` float32, of the actions; 0 where the policy is no distribution.
+        reward: `[B]` float64, as the learner sees it.
         terminated: `[B]` bool.
         truncated: `[B]` bool.
         observation: `[B, *observation_shape]`, of the following row.
@@ -46,7 +58,7 @@ class Row:
     """
 
     action: Array
-    log_probability: Array | None
+    log_probability: Array
     reward: Array
     terminated: Array
     truncated: Array
@@ -58,11 +70,34 @@ class Row:
 
 
 class Lanes:
-    """A vector environment driven by a policy, with the episodes' true returns."""
+    """A vector environment driven by a policy, with the episodes' true returns.
 
-    def __init__(self, environment: EnvironmentSpec, lanes: int, seed: np.random.SeedSequence) -> None:
-        """Make the environment; `reset` it before the first step."""
+    Beside them it keeps `returns`, the moments of `G_t = gamma G_{t-1} + r_t` over all steps, by whose deviation
+    rewards may be scaled (as in OpenAI Baselines' `VecNormalize`); whoever sends them on sets them back.
+    """
+
+    def __init__(
+        self,
+        environment: EnvironmentSpec,
+        lanes: int,
+        seed: np.random.SeedSequence,
+        *,
+        gamma: float = 1.0,
+        clip_rewards: bool = False,
+    ) -> None:
+        """Make the environment; `reset` it before the first step.
+
+        Args:
+            environment: what to make.
+            lanes: how many.
+            seed: of the environments.
+            gamma: discount of one step.
+            clip_rewards: whether the learner sees rewards clipped to [-1, 1]; the episodes' returns are never clipped.
+        """
         self.environment, self.lanes = environment, lanes
+        self._gamma, self._clip = gamma, clip_rewards
+        self._discounted = np.zeros(lanes)
+        self.returns = Moments()
         self.env = environment.make(lanes)
         self._seed = seed
         self._observation: Array = np.empty(0)
@@ -76,6 +111,7 @@ class Lanes:
         self._observation = self.environment.observe(observation)
         self._returns[:] = 0.0
         self._lengths[:] = 0
+        self._discounted[:] = 0.0
         self._after_end[:] = False
         return self._observation
 
@@ -89,7 +125,7 @@ class Lanes:
         """
         chosen = policy.act(self._observation, step=step, greedy=greedy)
         observation, reward, terminated, truncated, info = self.env.step(self.environment.to_environment(chosen.action))
-        reward = np.asarray(reward, np.float64)
+        reward, density = np.asarray(reward, np.float64), chosen.log_probability
         was_step = ~self._after_end
         rebuilt = np.asarray(info.get(f"_{FAILURE}", np.zeros(self.lanes, np.bool_)), np.bool_)
         failed = rebuilt & was_step
@@ -100,14 +136,19 @@ class Lanes:
             (int(lane), EpisodeResult(float(self._returns[lane]), int(self._lengths[lane])))
             for lane in np.flatnonzero(ended & ~failed)
         )
+        learned = np.clip(reward, -1.0, 1.0) if self._clip else reward
+        self._discounted = self._gamma * self._discounted + learned
+        self.returns = self.returns.merged(Moments.of(self._discounted[was_step & ~failed]))
         self._returns[ended] = 0.0
         self._lengths[ended] = 0
+        # The row after an end is no step, and its reward none.
+        self._discounted[ended | ~was_step] = 0.0
         self._after_end = ended
         self._observation = self.environment.observe(observation)
         return Row(
             action=chosen.action,
-            log_probability=chosen.log_probability,
-            reward=reward,
+            log_probability=np.zeros(self.lanes, np.float32) if density is None else density.astype(np.float32),
+            reward=learned,
             terminated=terminated,
             truncated=truncated,
             observation=self._observation,
@@ -176,9 +217,10 @@ class RolloutSpec:
         """Layout of the experience."""
         return self.policy.environment.layout(segment_length=self.segment_length, n_steps=self.n_steps)
 
-    def learned_reward(self, reward: Array) -> Array:
-        """Return rewards as the learner sees them."""
-        return np.clip(reward, -1.0, 1.0) if self.clip_rewards else reward
+    def make_lanes(self, seed: np.random.SeedSequence) -> Lanes:
+        """Make the environments."""
+        environment = self.policy.environment
+        return Lanes(environment, self.num_envs, seed, gamma=self.gamma, clip_rewards=self.clip_rewards)
 
     @property
     def largest_push(self) -> int:
@@ -249,7 +291,7 @@ class RolloutWorker:
             torch.set_num_threads(threads)
         self.spec, self.worker, self.incarnation = spec, worker, incarnation
         environment_seed, policy_seed = spawn_seed(spec.run_seed, "worker", worker, incarnation).spawn(2)
-        self._lanes = Lanes(spec.policy.environment, spec.num_envs, environment_seed)
+        self._lanes = spec.make_lanes(environment_seed)
         self._policy = spec.policy.build()
         self._policy.begin(policy_seed, worker, workers)
         self._weights = weights
@@ -300,16 +342,19 @@ class RolloutWorker:
             row = self._lanes.step(self._policy, step=self._outbox.env_steps)
             episodes += (result for _, result in row.episodes)
             self._count(row)
-            reward = self.spec.learned_reward(row.reward)
-            segments = builder.add(row.action, reward, row.terminated, row.truncated, row.observation, row.failed)
+            segments = builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
             if segments:
-                self._outbox.put(self._stop, segments=segments, episodes=episodes)
+                self._send(segments=segments, episodes=episodes)
                 episodes = []
             rows += 1
             # Asked for after a push, not before it: while a push waits, an answer grows old.
             if segments or self._weights.pending or rows % _ROWS_BETWEEN_REFRESHES == 0:
                 self._pull()
-        self._outbox.put(self._stop, segments=builder.flush(), episodes=episodes)
+        self._send(segments=builder.flush(), episodes=episodes)
+
+    def _send(self, **content: Any) -> None:
+        self._outbox.put(self._stop, returns=self._lanes.returns, **content)
+        self._lanes.returns = Moments()
 
     def _count(self, row: Row) -> None:
         self._env_steps += row.steps
@@ -364,6 +409,7 @@ class _Outbox:
         segments: Sequence[Segment] = (),
         trajectories: Sequence[tuple[Permit, Trajectory]] = (),
         episodes: Sequence[EpisodeResult] = (),
+        returns: Moments = _NONE,
     ) -> None:
         """Hand over a push; wait while too many are waiting, once `stop` is set for a short time only.
 
@@ -372,7 +418,7 @@ class _Outbox:
         """
         if not (segments or trajectories or episodes):
             return
-        content = tuple(segments), tuple(episodes), tuple(trajectories)
+        content = tuple(segments), tuple(episodes), tuple(trajectories), returns
         push = Push(self._worker, self._incarnation, self._sequence, *content)
         self._sequence += 1
         end = time.monotonic() + _SECONDS_TO_SEND_THE_REST

@@ -3,11 +3,27 @@
 from learner.algorithms import (
     DQN,
     PERDQN,
+    SAC,
+    AdvantageActorCritic,
     DoubleDQN,
     DuelingDQN,
     NoisyDQN,
     NonDistributionalRainbow,
     NStepDQN,
+    Reinforce,
+    VanillaPolicyGradient,
 )
 
-__all__ = ["DQN", "PERDQN", "DoubleDQN", "DuelingDQN", "NStepDQN", "NoisyDQN", "NonDistributionalRainbow"]
+__all__ = [
+    "DQN",
+    "PERDQN",
+    "SAC",
+    "AdvantageActorCritic",
+    "DoubleDQN",
+    "DuelingDQN",
+    "NStepDQN",
+    "NoisyDQN",
+    "NonDistributionalRainbow",
+    "Reinforce",
+    "VanillaPolicyGradient",
+]

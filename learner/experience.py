@@ -9,21 +9,25 @@ import math
 import operator
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from actors.policies import Policy
-from actors.rollout import Lanes, RolloutSpec
-from actors.segments import SegmentBuilder
+from actors.rollout import RolloutSpec, Row
+from actors.segments import SegmentBuilder, TrajectoryBuilder
 from replay.seeds import spawn_seed
 from replay.server import ReplayClient, ReplaySpec
 from replay.table import TransitionTable
-from replay.types import Array, Batch, EpisodeResult
+from replay.trajectory_server import QueueSpec, TrajectoryClient
+from replay.types import Array, Batch, EpisodeResult, Moments, Permit, SquallError, Trajectory
 
 _SAMPLES_AHEAD = 2
+
+Item = TypeVar("Item")
 
 
 class TransitionBatch(NamedTuple):
@@ -52,6 +56,11 @@ class TransitionBatch(NamedTuple):
             size=batch.size,
         )
 
+    @property
+    def visited(self) -> Tensor:
+        """Observations in which an action was taken, `[B, ...]`."""
+        return self.observation
+
     def split(self) -> list[TransitionBatch]:
         """Return the k batches in here, each `[B, ...]`."""
         if self.reward.ndim == 1:
@@ -64,8 +73,86 @@ class TransitionBatch(NamedTuple):
         return TransitionBatch(**changed)
 
 
-class _Stream:
-    """A stream has no place to go back to; with these two methods Lightning lets it go on in the middle of an epoch."""
+class TrajectoryBatch(NamedTuple):
+    """U trajectories as tensors, `[U, T, ...]`; shorter ones are filled up with rows that are not valid.
+
+    Attributes:
+        observation: `[U, T + 1, *observation_shape]`.
+        action: `[U, T, *action_shape]`.
+        reward: `[U, T]`.
+        discount: `[U, T]`, gamma, or 0 where a step terminated.
+        valid: `[U, T]` bool, see `Trajectory`.
+        log_probability: `[U, T]` of the actions under the policy that took them.
+        version: of the oldest weights that took them.
+    """
+
+    observation: Tensor
+    action: Tensor
+    reward: Tensor
+    discount: Tensor
+    valid: Tensor
+    log_probability: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
+        """Copy trajectories into tensors of their own."""
+        rows = max(len(trajectory.action) for trajectory in trajectories)
+
+        def stacked(name: str, length: int) -> Tensor:
+            arrays = [getattr(trajectory, name) for trajectory in trajectories]
+            whole = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)
+            for into, array in zip(whole, arrays, strict=True):
+                into[: len(array)] = array
+                # The row after an episode's last is where it bootstraps; what follows it is filled up like it.
+                into[len(array) :] = array[-1] if name == "observation" else 0
+            return torch.from_numpy(whole)
+
+        return cls(
+            observation=stacked("observation", rows + 1),
+            action=stacked("action", rows),
+            reward=stacked("reward", rows),
+            discount=stacked("discount", rows),
+            valid=stacked("valid", rows),
+            log_probability=stacked("log_probability", rows),
+            version=min(trajectory.version for trajectory in trajectories),
+        )
+
+    @property
+    def visited(self) -> Tensor:
+        """Observations in which an action was taken, `[N, ...]`, in the order of `valid`."""
+        return self.observation[:, :-1][self.valid]
+
+    def split(self) -> list[TrajectoryBatch]:
+        """Return this batch: it is one update's."""
+        return [self]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TrajectoryBatch:
+        """Return a batch with `function` applied to every tensor in it."""
+        changed: dict[str, Any] = {k: v if k == "version" else function(v) for k, v in self._asdict().items()}
+        return TrajectoryBatch(**changed)
+
+
+class StalePolicy(SquallError):
+    """A trajectory older than the largest policy lag, which must never be trained on."""
+
+
+class Experience(Generic[Item]):
+    """What feeds a Trainer: an iterable of batches, of a known length, that goes on where the last epoch ended."""
+
+    def __init__(self, length: int) -> None:
+        """Yield `length` items an epoch."""
+        self._length = length
+        self.returns = Moments()
+
+    def __len__(self) -> int:
+        """Return the items in an epoch."""
+        return self._length
+
+    def published(self, version: int) -> None:
+        """Take note that the learner published a version of its weights."""
+
+    # A stream has no place to go back to; with these two Lightning lets it go on in the middle of an epoch.
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing."""
@@ -75,37 +162,61 @@ class _Stream:
         """Take nothing back."""
 
 
-class LocalExperience(_Stream):
-    """Rolls out, stores and samples in this process, in turn, at the ratio of the rate limiter."""
+class LocalExperience(Experience[Item]):
+    """Rolls out in this process, in turn with the updates."""
+
+    def __init__(self, policy: Policy, rollout: RolloutSpec, *, length: int) -> None:
+        """Make the environments.
+
+        Args:
+            policy: acts; it is the learner's own, so its weights are never stale.
+            rollout: how experience is made.
+            length: items in an epoch.
+        """
+        super().__init__(length)
+        self._policy = policy
+        environment_seed, policy_seed = spawn_seed(rollout.run_seed, "worker").spawn(2)
+        policy.begin(policy_seed)
+        self._lanes = rollout.make_lanes(environment_seed)
+        self.env_steps = 0
+        self.episodes: list[EpisodeResult] = []
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield one epoch; the next goes on where this one ended."""
+        for _ in range(len(self)):
+            yield self.next()
+
+    def next(self) -> Item:
+        """Roll out as far as the next batch asks for, and return it."""
+        raise NotImplementedError
+
+    def _step(self) -> Row:
+        row = self._lanes.step(self._policy, step=self.env_steps)
+        self.env_steps += row.steps
+        self.episodes += (result for _, result in row.episodes)
+        self.returns = self.returns.merged(self._lanes.returns)
+        self._lanes.returns = Moments()
+        return row
+
+
+class LocalTransitions(LocalExperience[TransitionBatch]):
+    """Stores and samples in this process too, at the ratio of the rate limiter."""
 
     def __init__(self, policy: Policy, rollout: RolloutSpec, replay: ReplaySpec, *, length: int) -> None:
         """Make the environments and the table.
 
         Args:
-            policy: acts; it is the learner's own, so its weights are never stale.
+            policy: acts.
             rollout: how experience is made.
             replay: how it is kept and at which rate it is drawn.
             length: batches in an epoch.
         """
-        self._policy, self._replay, self._rollout, self._length = policy, replay, rollout, length
-        environment_seed, policy_seed = spawn_seed(rollout.run_seed, "worker").spawn(2)
-        policy.begin(policy_seed)
-        self._lanes = Lanes(policy.spec.environment, rollout.num_envs, environment_seed)
+        super().__init__(policy, rollout, length=math.ceil(length / replay.batches_per_sample))
+        self._replay = replay
         self._builder = SegmentBuilder(rollout.layout, rollout.num_envs, rollout.gamma)
         self._table = TransitionTable(replay.table, seed=spawn_seed(rollout.run_seed, "replay"))
         self._limiter = replay.limiter()
-        self.env_steps = 0
-        self.episodes: list[EpisodeResult] = []
         self._begun = False
-
-    def __len__(self) -> int:
-        """Return the items in an epoch, each of k batches."""
-        return math.ceil(self._length / self._replay.batches_per_sample)
-
-    def __iter__(self) -> Iterator[TransitionBatch]:
-        """Yield one epoch; the next goes on where this one ended."""
-        for _ in range(len(self)):
-            yield self.next()
 
     def next(self) -> TransitionBatch:
         """Roll out as far as the limiter asks for, and draw k batches."""
@@ -119,70 +230,107 @@ class LocalExperience(_Stream):
         if not self._begun:
             self._builder.begin(self._lanes.reset())
             self._begun = True
-        row = self._lanes.step(self._policy, step=self.env_steps)
-        reward = self._rollout.learned_reward(row.reward)
+        row = self._step()
         for segment in self._builder.add(
-            row.action, reward, row.terminated, row.truncated, row.observation, row.failed
+            row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed
         ):
             self._table.insert(segment)
             self._limiter.record_insert(segment.steps)
-        self.env_steps += row.steps
-        self.episodes += (result for _, result in row.episodes)
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """See `TransitionTable.update_priorities`."""
         self._table.update_priorities(ids, priorities)
 
 
-class RemoteExperience(_Stream):
-    """Batches from a replay server, fetched ahead by a thread, until the server says that nothing more will come."""
+class LocalTrajectories(LocalExperience[TrajectoryBatch]):
+    """Whole batches of trajectories under the newest weights, which are those of this very process."""
 
-    def __init__(self, replay: ReplayClient, *, k: int, batch_size: int, length: int) -> None:
+    def __init__(self, policy: Policy, rollout: RolloutSpec, queue: QueueSpec, *, length: int) -> None:
+        """Make the environments.
+
+        Args:
+            policy: acts.
+            rollout: how experience is made.
+            queue: how many trajectories make a batch.
+            length: batches in an epoch.
+        """
+        super().__init__(policy, rollout, length=length)
+        self._units = queue.units_per_batch
+        self._whole_episodes = rollout.trajectory_rows is None
+        self._builder = TrajectoryBuilder(rollout.num_envs, rollout.gamma, rows=rollout.trajectory_rows)
+        self._batches = 0
+        self._begun = False
+
+    def next(self) -> TrajectoryBatch:
+        """Roll out one batch, its size in trajectories fixed in advance."""
+        done: dict[int, Trajectory] = {}
+        unissued = list(range(self._units))
+        while len(done) < self._units:
+            if not self._builder.busy:
+                self._begin(unissued)
+            row = self._step()
+            for permit, trajectory in self._builder.add(
+                row.action, row.log_probability, row.reward, row.terminated, row.truncated, row.observation, row.failed
+            ):
+                done[permit.unit] = trajectory
+        self._batches += 1
+        return TrajectoryBatch.of([done[unit] for unit in range(self._units)])
+
+    def _begin(self, unissued: list[int]) -> None:
+        if not self._begun or self._whole_episodes:
+            self._builder.begin(self._lanes.reset())
+            self._begun = True
+        for lane in self._builder.idle[: len(unissued)]:
+            self._builder.assign(lane, Permit(self._batches, unissued.pop(0), self._batches))
+
+
+class RemoteExperience(Experience[Item]):
+    """Batches from a server, fetched by a thread, until the server says that nothing more will come."""
+
+    def __init__(self, client: ReplayClient | TrajectoryClient, *, length: int, ahead: int) -> None:
         """Start nothing yet; the thread starts with the first batch.
 
         Args:
-            replay: the server.
-            k: batches in one call.
-            batch_size: transitions in a batch.
-            length: batches in an epoch.
+            client: of the server.
+            length: items in an epoch.
+            ahead: items fetched before they are asked for.
         """
-        self._replay, self._k, self._batch_size, self._length = replay, k, batch_size, length
-        # One more waits in the thread's hand.
-        self._ahead: queue.Queue[TransitionBatch | BaseException | None] = queue.Queue(_SAMPLES_AHEAD - 1)
+        super().__init__(length)
+        self._client = client
+        # What may be fetched now: `ahead` items, and one more for each that is asked for.
+        self._wanted = threading.Semaphore(ahead)
+        self._fetched: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.while_waiting: Callable[[], None] = lambda: None
         self.finished = False
 
-    def __len__(self) -> int:
-        """Return the items in an epoch, each of k batches."""
-        return math.ceil(self._length / self._k)
-
     @property
     def waiting_for(self) -> str | None:
         """What the next batch waits for, or None."""
-        return self._replay.waiting_for
+        return self._client.waiting_for
 
-    def __iter__(self) -> Iterator[TransitionBatch]:
+    def __iter__(self) -> Iterator[Item]:
         """Yield one epoch, or less if the server has nothing more; `while_waiting` is called while none is there.
 
         Raises:
             Exception: what the fetching thread met.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._fetch_ahead, name="prefetch", daemon=True)
+            self._thread = threading.Thread(target=self._fetch_all, name="prefetch", daemon=True)
             self._thread.start()
         for _ in range(len(self)):
+            self._wanted.release()
             item = self._next()
             if item is None:
                 self.finished = True
                 return
             yield item
 
-    def _next(self) -> TransitionBatch | None:
+    def _next(self) -> Item | None:
         while not self._stop.is_set() and not self.finished:
             try:
-                item = self._ahead.get(timeout=0.1)
+                item = self._fetched.get(timeout=0.1)
             except queue.Empty:
                 self.while_waiting()
                 continue
@@ -191,29 +339,24 @@ class RemoteExperience(_Stream):
             return item
         return None
 
-    def _fetch_ahead(self) -> None:
-        item: TransitionBatch | BaseException | None = None
+    def _fetch_all(self) -> None:
+        item: Item | BaseException | None = None
         try:
             while not self._stop.is_set():
-                reply = self._replay.sample(self._k, self._batch_size, stop=self._stop)
-                if reply is None or reply.batch is None:
+                if not self._wanted.acquire(timeout=0.1):
+                    continue
+                item = self._fetch()
+                if item is None:
                     break
-                self._put(TransitionBatch.of(reply.batch))
+                self._fetched.put(item)
+            item = None
         except BaseException as error:
             item = error
-        self._put(item)
+        self._fetched.put(item)
 
-    def _put(self, item: TransitionBatch | BaseException | None) -> None:
-        while not self._stop.is_set():
-            try:
-                self._ahead.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def update_priorities(self, ids: Array, priorities: Array) -> None:
-        """Send new priorities to the server without waiting."""
-        self._replay.update_priorities(ids, priorities)
+    def _fetch(self) -> Item | None:
+        """Return the server's next item, or None if there is nothing more or `_stop` was set."""
+        raise NotImplementedError
 
     def interrupt(self) -> None:
         """End the wait for a batch, if there is one, and the iteration."""
@@ -224,3 +367,65 @@ class RemoteExperience(_Stream):
         self._stop.set()
         if self._thread is not None:
             self._thread.join(5.0)
+
+
+class RemoteTransitions(RemoteExperience[TransitionBatch]):
+    """Batches from a replay server, fetched ahead."""
+
+    _client: ReplayClient
+
+    def __init__(self, replay: ReplayClient, *, k: int, batch_size: int, length: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            replay: the server.
+            k: batches in one call.
+            batch_size: transitions in a batch.
+            length: batches in an epoch.
+        """
+        super().__init__(replay, length=math.ceil(length / k), ahead=_SAMPLES_AHEAD)
+        self._k, self._batch_size = k, batch_size
+
+    def _fetch(self) -> TransitionBatch | None:
+        reply = self._client.sample(self._k, self._batch_size, stop=self._stop)
+        if reply is None or reply.batch is None:
+            return None
+        self.returns = reply.returns
+        return TransitionBatch.of(reply.batch)
+
+    def update_priorities(self, ids: Array, priorities: Array) -> None:
+        """Send new priorities to the server without waiting."""
+        self._client.update_priorities(ids, priorities)
+
+
+class RemoteTrajectories(RemoteExperience[TrajectoryBatch]):
+    """Batches from a trajectory server, each fetched only when it is asked for."""
+
+    _client: TrajectoryClient
+
+    def __init__(self, client: TrajectoryClient, *, max_policy_lag: int, length: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            client: of the server.
+            max_policy_lag: versions that a trajectory may be older than the newest published one.
+            length: batches in an epoch.
+        """
+        super().__init__(client, length=length, ahead=0)
+        self._max_policy_lag = max_policy_lag
+        self._version = 0
+
+    def published(self, version: int) -> None:
+        """Tell the server, which issues permits for this version from now on."""
+        self._version = version
+        self._client.publish(version)
+
+    def _fetch(self) -> TrajectoryBatch | None:
+        reply = self._client.take(stop=self._stop)
+        if reply is None or reply.trajectories is None:
+            return None
+        self.returns = reply.returns
+        batch = TrajectoryBatch.of(reply.trajectories)
+        if batch.version < self._version - self._max_policy_lag:
+            raise StalePolicy(f"a trajectory of version {batch.version} came when {self._version} was published")
+        return batch

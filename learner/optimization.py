@@ -1,8 +1,9 @@
-"""Optimizers by name, fused where the device has it."""
+"""Optimizers by name, fused where the device has it, and how their learning rate falls over a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,37 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 _FUSED = ("adam", "adamw", "sgd")
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
 
-def make_optimizer(name: str, parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer `name` over `parameters`; one fused kernel for all of them where there is one."""
-    options: dict[str, Any] = {"fused": True} if name in _FUSED else {}
-    return OPTIMIZERS[name](list(parameters), lr=learning_rate, **options)
+
+def make_optimizer(
+    name: str, *groups: tuple[Iterable[nn.Parameter], float], options: Mapping[str, Any] | None = None
+) -> torch.optim.Optimizer:
+    """Return the optimizer `name`; one fused kernel for all of its parameters where there is one.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        groups: parameters, each with their learning rate.
+        options: other arguments of the optimizer, such as `eps`.
+    """
+    fused = {"fused": True} if name in _FUSED else {}
+    made = [{"params": list(parameters), "lr": rate, "initial_lr": rate} for parameters, rate in groups]
+    return OPTIMIZERS[name](made, **fused, **(options or {}))
+
+
+def set_learning_rate(optimizer: Any, schedule: str, step: int, last_frame: int) -> None:
+    """Set every group's learning rate to its first one times the schedule's factor at an environment step.
+
+    Args:
+        optimizer: made by `make_optimizer`.
+        schedule: one of `SCHEDULES`, functions of the part of the run that is done, from 1 to 0.
+        step: environment steps so far, over all workers.
+        last_frame: environment step at which the schedule ends.
+    """
+    factor = SCHEDULES[schedule](min(step / last_frame, 1.0))
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor

@@ -6,6 +6,8 @@ Equations are those of Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and A
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def temperature_loss(log_alpha: Tensor, log_probability: Tensor, target_entropy:
     return -(log_alpha.exp() * (log_probability + target_entropy).detach()).mean()
 
 
-def polyak_update(target: list[Tensor], online: list[Tensor], rate: float) -> None:
+def polyak_update(target: Iterable[Tensor], online: Iterable[Tensor], rate: float) -> None:
     """Move each target towards its online tensor: `target = (1 - rate) * target + rate * online`, in place."""
     with torch.no_grad():
-        torch._foreach_lerp_(target, online, rate)
+        torch._foreach_lerp_(list(target), list(online), rate)

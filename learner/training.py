@@ -24,10 +24,10 @@ import torch
 from actors.weights import Weights, pack
 from learner.algorithms import ALGORITHMS
 from learner.algorithms.algorithm import Algorithm
-from learner.experience import RemoteExperience
 from replay.remote import GONE, RemoteActor, actor_class, is_ready
 from replay.seeds import integer_seed, spawn_seed
 from replay.server import ReplayClient
+from replay.trajectory_server import TrajectoryClient
 from replay.types import ConfigurationError
 
 LAST = "last.ckpt"
@@ -93,7 +93,12 @@ class Learner:
     """
 
     def __init__(
-        self, spec: LearnerSpec, *, replay: ReplayClient, weights: RemoteActor, threads: int | None = None
+        self,
+        spec: LearnerSpec,
+        *,
+        replay: ReplayClient | TrajectoryClient,
+        weights: RemoteActor,
+        threads: int | None = None,
     ) -> None:
         """Make the module.
 
@@ -112,18 +117,14 @@ class Learner:
         self.spec = spec
         self._module = make_algorithm(spec.algorithm, spec.hyperparameters)
         self._weights = weights
-        self._experience = RemoteExperience(
-            replay,
-            k=self._module.hparams["updates_per_training_step"],
-            batch_size=self._module.hparams["batch_size"],
-            length=self._module.hparams["batches_per_epoch"],
-        )
+        self._experience = self._module.make_remote_experience(replay)
         self._experience.while_waiting = self._serve
         self._module.experience = self._experience
         self._requests: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._trainer: pl.Trainer | None = None
         self._publishing: Any = None
         self._version = -1
+        self._published_updates = -1
         self._checkpointed = 0
         self._stop = threading.Event()
         self._state = "starting"
@@ -216,6 +217,8 @@ class Learner:
             # There is no store. The coordinator makes one and asks for these weights.
             self._weights.forget()
             self._publishing = None
+        self._published_updates = self._updates
+        self._experience.published(self._version)
         return weights
 
     def save(self, path: Path) -> None:
@@ -247,7 +250,7 @@ class Learner:
         return answer.result(seconds)
 
     def checkpoint(self, name: str = LAST, seconds: float = 60.0) -> Weights:
-        """Write a checkpoint now; return the weights in it, published as a version.
+        """Write a checkpoint now; return the weights in it, which are published as a version.
 
         Raises:
             TimeoutError: the learner did not come to it in time.
@@ -255,6 +258,9 @@ class Learner:
 
         def work() -> Weights:
             self.save(Path(self.spec.checkpoints) / name)
+            # Published again they would be a new version, for which on-policy experience starts anew.
+            if self._published_updates == self._updates:
+                return pack(self._module.policy, self._version)
             return self.publish()
 
         weights: Weights = self._ask(work, seconds)

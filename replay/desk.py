@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from replay.types import EpisodeResult, Push
+from replay.types import EpisodeResult, Moments, Push
 
 _WAITING_EXPIRES = 5.0
 _MOST_EPISODES_KEPT = 10_000
@@ -17,6 +17,7 @@ class Desk:
     def __init__(self) -> None:
         """Start with nothing seen."""
         self.repeated_pushes = 0
+        self.returns = Moments()
         self._last: dict[int, tuple[int, int]] = {}
         self._episodes: deque[EpisodeResult] = deque(maxlen=_MOST_EPISODES_KEPT)
         self._waiting: dict[str, tuple[float, str]] = {}
@@ -28,7 +29,8 @@ class Desk:
         return seen
 
     def accept(self, push: Push) -> None:
-        """Remember that a push was accepted, and the episodes in it."""
+        """Remember that a push was accepted, and the episodes and returns in it."""
+        self.returns = self.returns.merged(push.returns)
         self._last[push.worker] = (push.incarnation, push.sequence)
         self._episodes.extend(push.episodes)
 

@@ -230,7 +230,7 @@ class ReplayServer:
         if wait is not None:
             return SampleReply(wait=wait)
         self._limiter.record_sample(count)
-        return SampleReply(batch=self._table.sample(k, batch_size))
+        return SampleReply(batch=self._table.sample(k, batch_size), returns=self._desk.returns)
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:
         """See `TransitionTable.update_priorities`."""

@@ -27,6 +27,10 @@ class _OpenBatch:
     def complete(self) -> bool:
         return all(unit is not None for unit in self.units)
 
+    @property
+    def begun(self) -> bool:
+        return len(self.unissued) < len(self.units)
+
 
 class TrajectoryQueue:
     """Bounded queue of global batches; a plain object, one caller at a time.
@@ -65,10 +69,37 @@ class TrajectoryQueue:
         """Batches that could be taken now."""
         return sum(1 for _ in takewhile(lambda batch: batch.complete, self._batches))
 
-    def request_permits(self, worker: int, incarnation: int, count: int) -> tuple[Permit, ...] | str:
-        """Issue up to `count` permits of the oldest batch that has any; or say why there is none."""
+    @property
+    def begun(self) -> bool:
+        """Whether a batch is under way: some of its units are handed out or in."""
+        return any(batch.begun for batch in self._batches)
+
+    @property
+    def steps(self) -> int:
+        """Environment steps held."""
+        return sum(unit.steps for batch in self._batches for unit in batch.units if unit is not None)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the trajectories held."""
+        return sum(unit.bytes for batch in self._batches for unit in batch.units if unit is not None)
+
+    def forget_earlier(self, worker: int, incarnation: int) -> None:
+        """Take back what earlier incarnations of a worker hold, since it lives again."""
         for batch in self._batches:
-            if batch.unissued:
+            for holder in set(batch.holders.values()):
+                if holder[0] == worker and holder[1] < incarnation:
+                    self.revoke(worker, holder[1])
+
+    def request_permits(
+        self, worker: int, incarnation: int, count: int, *, may_begin: bool = True
+    ) -> tuple[Permit, ...] | str:
+        """Issue up to `count` permits of the oldest batch that has any; or say why there is none.
+
+        Without `may_begin` a batch of which nothing is handed out yet stays so.
+        """
+        for batch in self._batches:
+            if batch.unissued and (may_begin or batch.begun):
                 units = [batch.unissued.popleft() for _ in range(min(count, len(batch.unissued)))]
                 for unit in units:
                     batch.holders[unit] = (worker, incarnation, self.version)

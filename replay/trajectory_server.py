@@ -38,6 +38,9 @@ class QueueStats:
 
     Attributes:
         counters: the run's totals; what was accepted counts as inserted, what was taken as sampled.
+        size: steps held.
+        capacity: trajectories that can be held.
+        bytes: memory of what is held.
         version: of the weights that permits are issued for.
         complete_batches: batches that wait for the learner.
         discarded_steps: steps of trajectories that came too late.
@@ -47,6 +50,9 @@ class QueueStats:
     """
 
     counters: Counters
+    size: int
+    capacity: int
+    bytes: int
     version: int
     complete_batches: int
     discarded_steps: int
@@ -80,19 +86,25 @@ class TrajectoryServer:
 
     @property
     def _finished(self) -> bool:
+        """Whether nothing more will come. A batch that was begun when the steps were reached is completed first."""
+        return self._enough and not self._queue.begun
+
+    @property
+    def _enough(self) -> bool:
         return self._max_env_steps is not None and self._counters.env_steps >= self._max_env_steps
 
     def finish(self) -> None:
-        """Issue no more permits; a batch that is complete can still be taken."""
+        """Begin no more batches; one that was begun is completed, and can be taken."""
         self._max_env_steps = 0
 
     def request_permits(self, worker: int, incarnation: int, count: int) -> PermitReply:
         """Issue up to `count` permits, or say what to wait for."""
         caller = f"worker-{worker}"
+        self._queue.forget_earlier(worker, incarnation)
         if self._finished:
             self._desk.note(caller, None)
             return PermitReply(finished=True)
-        issued = self._queue.request_permits(worker, incarnation, count)
+        issued = self._queue.request_permits(worker, incarnation, count, may_begin=not self._enough)
         self._desk.note(caller, issued if isinstance(issued, str) else None)
         return PermitReply(wait=issued) if isinstance(issued, str) else PermitReply(issued)
 
@@ -124,12 +136,13 @@ class TrajectoryServer:
         """Return the oldest batch and forget it, or say what to wait for."""
         taken = self._queue.take()
         wait = taken if isinstance(taken, str) else None
-        self._desk.note("learner", None if self._finished else wait)
+        finished = wait is not None and self._finished
+        self._desk.note("learner", None if finished else wait)
         if isinstance(taken, str):
-            return TakeReply(finished=True) if self._finished else TakeReply(wait=taken)
+            return TakeReply(finished=True) if finished else TakeReply(wait=taken)
         before, steps = self._counters, sum(trajectory.steps for trajectory in taken)
         self._counters = Counters(before.env_steps, before.samples + steps, before.counted_inserts)
-        return TakeReply(taken)
+        return TakeReply(taken, returns=self._desk.returns)
 
     def publish(self, version: int) -> None:
         """See `TrajectoryQueue.publish`."""
@@ -143,6 +156,9 @@ class TrajectoryServer:
         """Return what `squall status` shows."""
         return QueueStats(
             counters=self._counters,
+            size=self._queue.steps,
+            capacity=self.spec.units_per_batch * (1 + self.spec.max_policy_lag),
+            bytes=self._queue.bytes,
             version=self._queue.version,
             complete_batches=self._queue.complete_batches,
             discarded_steps=self._queue.discarded_steps,

@@ -171,6 +171,11 @@ class Trajectory:
         """Environment steps in here."""
         return int(self.valid.sum())
 
+    @property
+    def bytes(self) -> int:
+        """Memory of its arrays."""
+        return self.observation.nbytes + self.action.nbytes + 4 * self.reward.nbytes
+
     def check(self, layout: Layout) -> None:
         """Raise `LayoutMismatch`, naming both sides, unless this trajectory fits `layout`."""
         rows = len(self.action)
@@ -204,6 +209,36 @@ class EpisodeResult:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """How many numbers were seen, their mean, and the sum of squared deviations from it."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, numbers: Array) -> Moments:
+        """Return the moments of an array; of an empty one there are none."""
+        if not numbers.size:
+            return cls()
+        return cls(numbers.size, float(numbers.mean()), float(numbers.var() * numbers.size))
+
+    def merged(self, other: Moments) -> Moments:
+        """Return the moments of both (Chan et al. 1979, parallel variance)."""
+        count = self.count + other.count
+        if not count:
+            return self
+        delta = other.mean - self.mean
+        squares = self.squares + other.squares + delta * delta * self.count * other.count / count
+        return Moments(count, self.mean + delta * other.count / count, squares)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation; 0 while nothing was seen."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
+@dataclass(frozen=True)
 class Push:
     """What a worker sends at once. (worker, incarnation, sequence) makes a repeat recognisable.
 
@@ -214,6 +249,7 @@ class Push:
         segments: off-policy experience.
         episodes: episodes that ended since the last push.
         trajectories: on-policy experience, each with the permit it was produced under.
+        returns: of the discounted returns of the steps since the last push, see `Lanes`.
     """
 
     worker: int
@@ -222,6 +258,7 @@ class Push:
     segments: tuple[Segment, ...] = ()
     episodes: tuple[EpisodeResult, ...] = ()
     trajectories: tuple[tuple[Permit, Trajectory], ...] = ()
+    returns: Moments = Moments()
 
     @property
     def steps(self) -> int:
@@ -275,11 +312,15 @@ class InsertReply:
 
 @dataclass(frozen=True)
 class SampleReply:
-    """Answer to a sample: a batch, or the reason to wait, or the word that nothing more will come."""
+    """Answer to a sample: a batch, or the reason to wait, or the word that nothing more will come.
+
+    `returns` are the moments of all discounted returns that came with pushes.
+    """
 
     batch: Batch | None = None
     wait: str | None = None
     finished: bool = False
+    returns: Moments = Moments()
 
 
 @dataclass(frozen=True)
@@ -293,8 +334,12 @@ class PermitReply:
 
 @dataclass(frozen=True)
 class TakeReply:
-    """Answer to a take: one global batch of trajectories, or the reason to wait, or that nothing more will come."""
+    """Answer to a take: one global batch of trajectories, or the reason to wait, or that nothing more will come.
+
+    `returns` are the moments of all discounted returns that came with pushes.
+    """
 
     trajectories: tuple[Trajectory, ...] | None = None
     wait: str | None = None
     finished: bool = False
+    returns: Moments = Moments()

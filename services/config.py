@@ -102,6 +102,7 @@ def resolve(
     preset = load_preset(algorithm, environment)
     flat: dict[str, Any] = {}
     for layer in (
+        ALGORITHMS[algorithm].run_defaults,
         {**preset.run, **preset.hyperparameters} if preset else {},
         {**{k: v for k, v in from_file.items() if k != "hyperparameters"}, **from_file.get("hyperparameters", {})},
         overrides or {},

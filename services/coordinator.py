@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from learner.training import LAST, LearnerReport
 from replay.remote import is_ready
 from replay.server import ReplayStats
+from replay.trajectory_server import QueueStats
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
 from services.processes import CrashLoop, Death, Process
@@ -78,7 +79,7 @@ class Coordinator:
         self._begun = time.monotonic()
         self._due: dict[str, float] = {}
         self._draining: Any = None
-        self._stats: ReplayStats | None = None
+        self._stats: ReplayStats | QueueStats | None = None
         self._state = "starting"
         first = self.progress.generation * INCARNATIONS_A_GENERATION
         self.weights = Process("weights", 0, lambda _: program.start_weight_store(), first_incarnation=first)
@@ -111,7 +112,9 @@ class Coordinator:
         )
 
     def _start_replay(self, incarnation: int) -> Any:
-        return self.program.start_replay(incarnation, self._carried, self._highest_priority)
+        return self.program.start_replay(
+            incarnation, self._carried, self._highest_priority, self.progress.weights_version
+        )
 
     def _fit(self, handle: Any) -> Any:
         last = self.checkpoints / LAST
@@ -199,7 +202,7 @@ class Coordinator:
             self.scoring.give_up()
         process.restart()
         self.watcher.event("restart", f"{process.name} is recreated, incarnation {process.incarnation}")
-        if process is self.weights and self.learner.handle is not None:
+        if process in (self.weights, self.replay) and self.learner.handle is not None:
             self.learner.handle.publish_again.remote()
 
     def _ask_for_reports(self) -> None:
@@ -222,7 +225,8 @@ class Coordinator:
         if stats is not None and stats is not self._stats:
             self._stats = stats
             self.progress.counters = stats.counters
-            self._highest_priority = max(self._highest_priority, stats.highest_priority)
+            if isinstance(stats, ReplayStats):
+                self._highest_priority = max(self._highest_priority, stats.highest_priority)
             now = time.monotonic()
             self._rates.append((now, stats.counters.env_steps, self._updates))
             while now - self._rates[0][0] > RATE_WINDOW_SECONDS:
@@ -315,8 +319,8 @@ class Coordinator:
         seconds = max(end - begin, 1e-9)
         return (steps_now - steps) / seconds, max(updates_now - updates, 0) / seconds
 
-    def _exploration_rate(self) -> float:
-        return self.program.policy.exploration.at(self.progress.counters.env_steps)
+    def _exploration_rate(self) -> float | None:
+        return self.program.policy.exploration_rate(self.progress.counters.env_steps)
 
     def _waiting(self) -> dict[str, str]:
         waiting = {}
@@ -340,7 +344,7 @@ class Coordinator:
                 "steps": self.program.steps,
                 "updates": self._updates,
                 "samples_per_insert": counters.samples_per_insert,
-                "samples_per_insert_wanted": self.program.replay.samples_per_insert,
+                "samples_per_insert_wanted": self.program.samples_per_insert,
                 "episodes": self.progress.episodes,
                 "train_return_mean": _mean(self._returns),
                 "exploration_rate": self._exploration_rate(),
@@ -373,7 +377,7 @@ class Coordinator:
             "replay/size": stats.size,
             "replay/bytes": stats.bytes,
             "replay/samples_per_insert": stats.counters.samples_per_insert,
-            "replay/stale_updates": stats.stale_updates,
+            **_particular(stats),
             **learner.metrics,
         }
         figures = {tag: float(value) for tag, value in values.items() if value is not None}
@@ -404,6 +408,12 @@ class Coordinator:
             "replay_bytes": 0 if self._stats is None else self._stats.bytes,
             "stopped_because": self.stopped_because,
         }
+
+
+def _particular(stats: ReplayStats | QueueStats) -> dict[str, float]:
+    if isinstance(stats, ReplayStats):
+        return {"replay/stale_updates": stats.stale_updates}
+    return {"replay/discarded_steps": stats.discarded_steps}
 
 
 def _mean(values: deque[float] | deque[int]) -> float | None:

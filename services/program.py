@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,21 @@ import ray
 
 from actors.environments import specify
 from actors.evaluation import EvaluatorActor
+from actors.on_policy import OnPolicyActor
 from actors.policies import PolicySpec
 from actors.rollout import RolloutActor, RolloutSpec
 from actors.weights import WeightClient, WeightStoreActor
 from learner.training import LearnerActor, LearnerSpec, make_algorithm
 from replay.remote import NAMESPACE, RemoteActor
 from replay.server import Counters, ReplayActor, ReplayClient, ReplaySpec
+from replay.trajectory_server import QueueSpec, TrajectoryActor, TrajectoryClient
 from replay.types import ConfigurationError, SquallError
 from services.config import RunConfig
 
 _LEAST_OBJECT_STORE = 128 * 2**20
 _MOST_LEARNER_THREADS = 4
 _LONGEST_TEMPORARY_PATH = 30
+_LONG_EPISODE = 1_000
 
 
 class RayUnavailable(SquallError):
@@ -49,7 +52,7 @@ class Program:
         steps: environment steps after which the run is finished.
         policy: the acting module.
         rollout: what each worker does.
-        replay: what the replay server holds, at which rate.
+        replay: what the replay server holds, at which rate; or the trajectory server in its place.
         learner: what the learner does.
         replay_deadline: seconds a process waits for replay.
     """
@@ -60,7 +63,7 @@ class Program:
     steps: int
     policy: PolicySpec
     rollout: RolloutSpec
-    replay: ReplaySpec
+    replay: ReplaySpec | QueueSpec
     learner: LearnerSpec
     replay_deadline: float
 
@@ -68,15 +71,22 @@ class Program:
         """Start the weight store and return its handle."""
         return WeightStoreActor.options(**self._named("weights")).remote(put=ray.put)
 
-    def start_replay(self, incarnation: int, carried: Counters, highest_priority: float) -> Any:
-        """Start a replay server that goes on from the run's totals, and return its handle."""
+    def start_replay(self, incarnation: int, carried: Counters, highest_priority: float, version: int) -> Any:
+        """Start a replay or trajectory server that goes on from the run's totals, and return its handle.
+
+        Args:
+            incarnation: how often it was recreated.
+            carried: totals of the run so far.
+            highest_priority: the highest priority seen so far, for a replay.
+            version: the newest version of the weights that anybody heard of, for trajectories.
+        """
+        common: dict[str, Any] = {"carried": carried, "max_env_steps": self.steps}
+        if isinstance(self.replay, QueueSpec):
+            return TrajectoryActor.options(**self._named("replay")).remote(
+                self.replay, version=max(version, 0), **common
+            )
         return ReplayActor.options(**self._named("replay")).remote(
-            self.replay,
-            run_seed=self.seed,
-            incarnation=incarnation,
-            carried=carried,
-            highest_priority=highest_priority,
-            max_env_steps=self.steps,
+            self.replay, run_seed=self.seed, incarnation=incarnation, highest_priority=highest_priority, **common
         )
 
     def start_learner(self) -> Any:
@@ -88,15 +98,16 @@ class Program:
 
     def start_worker(self, worker: int, incarnation: int) -> Any:
         """Start a rollout worker and return its handle."""
-        return RolloutActor.remote(
-            self.rollout,
-            worker=worker,
-            workers=self.actors,
-            incarnation=incarnation,
-            replay=self._replay_client(),
-            weights=WeightClient(self._actor("weights")),
-            threads=1,
-        )
+        process: dict[str, Any] = {
+            "worker": worker,
+            "workers": self.actors,
+            "incarnation": incarnation,
+            "weights": WeightClient(self._actor("weights")),
+            "threads": 1,
+        }
+        if isinstance(self.replay, QueueSpec):
+            return OnPolicyActor.remote(self.rollout, queue=self._replay_client(), **process)
+        return RolloutActor.remote(self.rollout, replay=self._replay_client(), **process)
 
     def start_evaluator(self) -> Any:
         """Start the evaluator and return its handle."""
@@ -108,8 +119,14 @@ class Program:
     def _named(self, role: str) -> dict[str, str]:
         return {"name": self._actor(role).name, "namespace": NAMESPACE}
 
-    def _replay_client(self) -> ReplayClient:
-        return ReplayClient(self._actor("replay"), deadline_seconds=self.replay_deadline)
+    def _replay_client(self) -> ReplayClient | TrajectoryClient:
+        client = TrajectoryClient if isinstance(self.replay, QueueSpec) else ReplayClient
+        return client(self._actor("replay"), deadline_seconds=self.replay_deadline)
+
+    @property
+    def samples_per_insert(self) -> float:
+        """Items that the learner draws for each item inserted; on-policy each is drawn once."""
+        return 1.0 if isinstance(self.replay, QueueSpec) else self.replay.samples_per_insert
 
     @property
     def _learner_threads(self) -> int:
@@ -119,10 +136,14 @@ class Program:
     @property
     def object_store_bytes(self) -> int:
         """Shared memory for what is on its way: pushes, batches and weights, twice over."""
-        layout = self.replay.table.layout
-        push = layout.frame_bytes * layout.max_segment_frames * self.rollout.num_envs
+        layout = self.rollout.layout
         observation = math.prod(layout.observation_shape) * np.dtype(layout.frame_dtype).itemsize
-        batch = 2 * observation * self.replay.batch_size * self.replay.batches_per_sample
+        if isinstance(self.replay, QueueSpec):
+            push = observation * self.rollout.num_envs * (self.rollout.trajectory_rows or _LONG_EPISODE)
+            batch = observation * self.replay.units_per_batch * (self.rollout.trajectory_rows or _LONG_EPISODE)
+        else:
+            push = layout.frame_bytes * layout.max_segment_frames * self.rollout.num_envs
+            batch = 2 * observation * self.replay.batch_size * self.replay.batches_per_sample
         return max(_LEAST_OBJECT_STORE, 2 * (4 * self.actors * push + 6 * batch))
 
 
@@ -136,23 +157,32 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
     environment = specify(config.environment, config.environment_arguments)
     hyperparameters = {**config.hyperparameters, "env": environment.plain(), "seed": config.seed}
     try:
-        algorithm = make_algorithm(config.algorithm, hyperparameters)
+        module = make_algorithm(config.algorithm, hyperparameters)
     except TypeError as error:
         raise ConfigurationError(str(error)) from error
-    rollout = algorithm.rollout_spec()
-    replay = algorithm.replay_spec(largest_push=rollout.largest_push)
-    if config.steps <= replay.minimum_size:
-        raise ConfigurationError(
-            f"a run of {config.steps} steps ends before the first update: warm_start_size is {replay.minimum_size}; "
-            f"give more --steps, or --set warm_start_size=..."
-        )
-    replay.table.check_memory()
+    rollout, replay = module.rollout_spec(), module.experience_spec()
+    if isinstance(replay, QueueSpec):
+        if config.publish_every != 1:
+            raise ConfigurationError(
+                f"{config.algorithm} needs publish_every 1, got {config.publish_every}: every batch is made under "
+                f"the newest weights"
+            )
+        # A lane without a share in the batch would step for nothing.
+        share = math.ceil(replay.units_per_batch / config.actors)
+        rollout = replace(rollout, num_envs=min(rollout.num_envs, share))
+    else:
+        if config.steps <= replay.minimum_size:
+            raise ConfigurationError(
+                f"a run of {config.steps} steps ends before the first update: warm_start_size is "
+                f"{replay.minimum_size}; give more --steps, or --set warm_start_size=..."
+            )
+        replay.table.check_memory()
     return Program(
         run=run,
         seed=config.seed,
         actors=config.actors,
         steps=config.steps,
-        policy=algorithm.policy_spec,
+        policy=module.policy_spec,
         rollout=rollout,
         replay=replay,
         learner=LearnerSpec(

@@ -8,62 +8,99 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
+import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.environments import EnvironmentSpec, OneLane, specify
 from actors.evaluation import run_episodes
+from actors.networks import ACTIVATIONS, VectorTorso
 from actors.policies import Policy, PolicySpec
 from actors.rollout import RolloutSpec
-from learner.experience import LocalExperience, RemoteExperience, TransitionBatch
+from learner.experience import Experience, LocalExperience, RemoteExperience, TrajectoryBatch, TransitionBatch
+from learner.optimization import OPTIMIZERS, SCHEDULES, make_optimizer, set_learning_rate
 from learner.presets import load_preset
 from replay.seeds import integer_seed, spawn_seed
 from replay.server import ReplaySpec
-from replay.types import ConfigurationError
+from replay.trajectory_server import QueueSpec
+from replay.types import Array, ConfigurationError
 
 TEST_EPISODES = 10
+_ENOUGH_RETURNS = 10_000
 
 
 class Algorithm(pl.LightningModule):
     """A LightningModule that knows networks, batches and an experience iterable; it never steps an environment."""
 
     name: ClassVar[str]
+    run_defaults: ClassVar[Mapping[str, Any]] = {}  # keys of the run configuration that differ for this algorithm
     policy: Policy
 
     def __init__(
         self,
         env: str | EnvironmentSpec | Mapping[str, Any],
         *,
-        seed: int,
-        avg_reward_len: int,
+        seed: int = 123,
+        avg_reward_len: int = 100,
         min_episode_reward: float | None = None,
+        num_envs: int = 1,
+        hidden_sizes: Sequence[int] | None = None,
+        activation: str = "relu",
+        optimizer: str = "adam",
+        optimizer_options: dict[str, float] | None = None,
+        max_grad_norm: float | None = None,
+        learning_rate_schedule: str = "constant",
+        learning_rate_last_frame: int | None = None,
+        normalize_observations: bool = False,
+        normalize_rewards: bool = False,
+        clip_rewards: bool | None = None,
     ) -> None:
-        """Set up what every algorithm has; a subclass saves its hyper-parameters and makes its networks.
+        """Set up what every algorithm has, and save all hyper-parameters; a subclass makes its networks.
+
+        Args:
+            env: environment id, or the specification of one.
+            seed: of everything random.
+            avg_reward_len: episodes in the reported mean return.
+            min_episode_reward: return reported before the first episode has ended.
+            num_envs: environments stepped side by side by each worker.
+            hidden_sizes: widths of the dense layers; None gives (512,) for images and (256, 256) otherwise.
+            activation: of the dense layers, "relu" or "tanh".
+            optimizer: one of "adam", "adamw", "rmsprop", "sgd".
+            optimizer_options: more arguments of it, such as `eps`.
+            max_grad_norm: longest gradient, of each of the optimizer's groups; None does not clip.
+            learning_rate_schedule: "constant", "linear" or "cosine", the last two down to 0.
+            learning_rate_last_frame: environment step, over all workers, at which the schedule ends.
+            normalize_observations: shift and scale vector observations by running statistics of what the learner
+                saw; they are part of the weights.
+            normalize_rewards: divide rewards by the running deviation of the discounted return.
+            clip_rewards: whether the learner sees rewards clipped to [-1, 1]; None does so on Atari.
 
         Raises:
-            ConfigurationError: an environment that cannot be specified, a negative seed, no episodes to average over.
+            ConfigurationError: an environment that cannot be specified, or a value that cannot work.
         """
         super().__init__()
-        if seed < 0:
-            raise ConfigurationError(f"seed must not be negative, got {seed}")
-        if avg_reward_len < 1:
-            raise ConfigurationError(f"avg_reward_len must be positive, got {avg_reward_len}")
-        self.automatic_optimization = False
         self.environment = specify(env)
+        self._save_all_hyperparameters()
+        _check(self.hparams)
+        self.automatic_optimization = False
         self.seed = seed
-        self.experience: LocalExperience | RemoteExperience | None = None
+        self.experience: Experience[Any] | None = None
         self.env_steps = 0
         self.run_progress: dict[str, Any] = {}
         self.recent_returns: deque[float] = deque(maxlen=avg_reward_len)
         self.return_before_episodes = min_episode_reward
         self.latest_metrics: dict[str, Tensor] = {}
+        self.return_std: Tensor
+        self.register_buffer("return_std", torch.ones(()))
+        self._returns_seen = 0
 
     @classmethod
     def from_preset(cls, env: str, **overrides: Any) -> Self:
@@ -102,8 +139,8 @@ class Algorithm(pl.LightningModule):
         own = {name: getattr(arguments, name) for name in cls.hyperparameter_types() if hasattr(arguments, name)}
         return cls(arguments.env, **{**own, **overrides})
 
-    def save_all_hyperparameters(self) -> None:
-        """Save the constructor's arguments as plain values, so that a checkpoint loads with `weights_only=True`."""
+    def _save_all_hyperparameters(self) -> None:
+        """Save the constructors' arguments as plain values, so that a checkpoint loads with `weights_only=True`."""
         self.save_hyperparameters(ignore=["env"], frame=inspect.currentframe().f_back)  # type: ignore[union-attr]
         self.save_hyperparameters({"env": self.environment.plain()})
 
@@ -117,30 +154,96 @@ class Algorithm(pl.LightningModule):
         """The frozen description of the acting module."""
         return self.policy.spec
 
-    def rollout_spec(self, *, num_envs: int | None = None) -> RolloutSpec:
-        """Return how experience for this algorithm is made, in `num_envs` lanes."""
+    def policy_options(self, default_sizes: tuple[int, ...] = (256, 256)) -> dict[str, Any]:
+        """Return the options of `PolicySpec`; a subclass adds its own.
+
+        Args:
+            default_sizes: widths of the dense layers, unless said otherwise, where observations are no images.
+        """
+        sizes, default = self.hparams["hidden_sizes"], (512,) if self.environment.is_image else default_sizes
+        return {
+            "hidden_sizes": default if sizes is None else tuple(sizes),
+            "normalize": self.hparams["normalize_observations"],
+            "activation": self.hparams["activation"],
+        }
+
+    def rollout_spec(self) -> RolloutSpec:
+        """Return how experience for this algorithm is made."""
         raise NotImplementedError
 
-    def replay_spec(self, *, largest_push: int) -> ReplaySpec:
-        """Return how that experience is kept and drawn."""
+    def experience_spec(self) -> ReplaySpec | QueueSpec:
+        """Return how that experience is kept and handed out."""
         raise NotImplementedError
 
-    def update(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """Make exactly one counted optimizer step on `[B, ...]`; return what to log."""
+    def make_local_experience(self) -> LocalExperience[Any]:
+        """Return experience made in this process."""
         raise NotImplementedError
+
+    def make_remote_experience(self, client: Any) -> RemoteExperience[Any]:
+        """Return experience from a server, of the kind that `experience_spec` describes."""
+        raise NotImplementedError
+
+    @property
+    def clips_rewards(self) -> bool:
+        """Whether the learner sees rewards clipped to [-1, 1]."""
+        clip: bool | None = self.hparams["clip_rewards"]
+        return self.environment.frame_stack > 1 if clip is None else clip
+
+    def update(self, batch: Any) -> dict[str, Tensor]:
+        """Make exactly one counted optimizer step on one batch; return what to log."""
+        raise NotImplementedError
+
+    def minimize(self, loss: Tensor) -> None:
+        """Make one counted optimizer step, with the learning rate and the longest gradient that are due."""
+        optimizer: Any = self.optimizers()
+        last_frame = self.hparams["learning_rate_last_frame"]
+        if last_frame is not None:
+            set_learning_rate(optimizer, self.hparams["learning_rate_schedule"], self.env_steps, last_frame)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        if self.hparams["max_grad_norm"] is not None:
+            for group in optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], self.hparams["max_grad_norm"])
+        optimizer.step()
+
+    def make_optimizer(self, *groups: tuple[Iterable[nn.Parameter], float]) -> torch.optim.Optimizer:
+        """Return the configured optimizer over groups of parameters, each with their learning rate."""
+        return make_optimizer(self.hparams["optimizer"], *groups, options=self.hparams["optimizer_options"])
+
+    def _scaled(self, reward: Tensor) -> Tensor:
+        """Return rewards divided by the deviation of the discounted return, if they are to be."""
+        return reward / self.return_std if self.hparams["normalize_rewards"] else reward
+
+    def _observe(self, observation: Tensor) -> None:
+        """Take observations `[B, ...]` into the running statistics of every network that has some."""
+        if self.hparams["normalize_observations"]:
+            for module in self.modules():
+                if isinstance(module, VectorTorso):
+                    module.observe(observation)
+
+    def _take_in_returns(self) -> None:
+        """Take over what experience says of the discounted return; a new server's few figures are not yet better."""
+        assert self.experience is not None
+        returns = self.experience.returns
+        if returns.count >= min(self._returns_seen, _ENOUGH_RETURNS) and returns.std > 0:
+            self.return_std.fill_(returns.std)
+            self._returns_seen = returns.count
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the acting module's output for observations `[B, ...]`."""
         output: Tensor = self.policy(x)
         return output
 
-    def training_step(self, batch: TransitionBatch, _: int = 0) -> None:
+    def training_step(self, batch: TransitionBatch | TrajectoryBatch, _: int = 0) -> None:
         """Make one update for each of the k batches in `batch`, as far as `max_steps` allows."""
         logged: dict[str, Tensor] = {}
+        if self.hparams["normalize_rewards"]:
+            self._take_in_returns()
         for part in batch.split():
             if self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps:
                 break
-            logged = self.update(part)
+            logged = self.update(part._replace(reward=self._scaled(part.reward)))
+            self._observe(part.visited)
             self.on_update_end()
         self._log(logged)
 
@@ -157,7 +260,7 @@ class Algorithm(pl.LightningModule):
             self.env_steps = self.experience.env_steps
             self.recent_returns.extend(episode.episode_return for episode in self.experience.episodes)
             self.experience.episodes.clear()
-            rate = self.policy.exploration_rate(self.env_steps)
+            rate = self.policy_spec.exploration_rate(self.env_steps)
             rates["step"] = torch.tensor(float(self.env_steps))
             if self.mean_return is not None:
                 rates["rollout/ep_rew_mean"] = torch.tensor(float(self.mean_return))
@@ -169,20 +272,18 @@ class Algorithm(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; uint8 observations stay uint8 until the network reads them."""
-        if not isinstance(batch, TransitionBatch):
+        if not isinstance(batch, TransitionBatch | TrajectoryBatch):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def train_dataloader(self) -> LocalExperience:
+    def train_dataloader(self) -> LocalExperience[Any]:
         """Return experience made in this process."""
         if not isinstance(self.experience, LocalExperience):
-            rollout = self.rollout_spec()
-            replay = self.replay_spec(largest_push=rollout.largest_push)
-            self.experience = LocalExperience(self.policy, rollout, replay, length=self.hparams["batches_per_epoch"])
+            self.experience = self.make_local_experience()
             self.experience.env_steps = self.env_steps
         return self.experience
 
-    def train_batch(self) -> Iterator[TransitionBatch]:
+    def train_batch(self) -> Iterator[Any]:
         """Yield batches made in this process, without end."""
         experience = self.train_dataloader()
         while True:
@@ -210,6 +311,7 @@ class Algorithm(pl.LightningModule):
             "algorithm": self.name,
             "env_steps": self.env_steps,
             "recent_returns": list(self.recent_returns),
+            "returns_seen": self._returns_seen,
             "run": self.run_progress,
         }
 
@@ -219,10 +321,82 @@ class Algorithm(pl.LightningModule):
         self.env_steps = saved.get("env_steps", 0)
         self.recent_returns = deque(saved.get("recent_returns", ()), self.recent_returns.maxlen)
         self.run_progress = saved.get("run", {})
+        self._returns_seen = saved.get("returns_seen", 0)
+
+    def run_n_episodes(self, env: OneLane, n_epsiodes: int | None = None, n_episodes: int = 1) -> list[float]:
+        """Play whole greedy episodes in `env`; return their returns.
+
+        Args:
+            env: made by `make_environment`.
+            n_epsiodes: the reference page's spelling of the following.
+            n_episodes: how many.
+        """
+        return play_episodes(env, n_episodes if n_epsiodes is None else n_epsiodes, self.greedy_action)
+
+    def greedy_action(self, observation: Array) -> Array:
+        """Return the best action for one observation."""
+        action: Array = self.policy.act(observation[None], step=0, greedy=True).action[0]
+        return action
 
     def seed_networks(self) -> None:
         """Seed PyTorch for the networks about to be made, from this algorithm's seed."""
         torch.manual_seed(integer_seed(spawn_seed(self.seed, "learner")))
+
+
+def play_episodes(env: OneLane, episodes: int, choose: Callable[[Array], Array]) -> list[float]:
+    """Play whole episodes in `env` with the actions that `choose` takes; return their returns."""
+    returns = []
+    for _ in range(episodes):
+        observation, _ = env.reset()
+        total, over = 0.0, False
+        while not over:
+            observation, reward, terminated, truncated, _ = env.step(choose(observation))
+            total, over = total + float(reward), terminated or truncated
+        returns.append(total)
+    return returns
+
+
+def warn_of_inert(module: Algorithm, why: str, *names: str) -> None:
+    """Warn of hyper-parameters that were changed though they do nothing, `why` says it."""
+    parameters = module.hyperparameter_types()
+    changed = [name for name in names if module.hparams[name] != parameters[name].default]
+    if changed:
+        warnings.warn(f"{', '.join(changed)} do nothing in {type(module).__name__}: {why}", stacklevel=3)
+
+
+_POSITIVE = (
+    "sync_rate", "learning_rate", "lr", "policy_learning_rate", "q_learning_rate", "batch_size", "replay_size",
+    "warm_start_size", "batches_per_epoch", "epoch_len", "n_steps", "unroll_length", "num_batch_episodes",
+    "updates_per_step", "updates_per_training_step", "num_envs", "segment_length", "max_grad_norm", "avg_reward_len",
+    "learning_rate_last_frame",
+)  # fmt: skip
+_NOT_NEGATIVE = ("seed", "entropy_beta", "critic_beta", "max_policy_lag", "init_alpha")
+_IN_UNIT_INTERVAL = ("gamma", "target_alpha")
+
+
+def _check(hparams: Mapping[str, Any]) -> None:
+    for name, value in hparams.items():
+        if value is None:
+            continue
+        if name in _POSITIVE and not (value > 0 and np.isfinite(value)):
+            raise ConfigurationError(f"{name} must be positive, got {value}")
+        if name in _NOT_NEGATIVE and not (value >= 0 and np.isfinite(value)):
+            raise ConfigurationError(f"{name} must not be negative, got {value}")
+        if name in _IN_UNIT_INTERVAL and not 0.0 <= value <= 1.0:
+            raise ConfigurationError(f"{name} must lie in [0, 1], got {value}")
+    for name, known in (("optimizer", OPTIMIZERS), ("learning_rate_schedule", SCHEDULES), ("activation", ACTIVATIONS)):
+        if hparams[name] not in known:
+            raise ConfigurationError(f"{name} must be one of {', '.join(known)}, got {hparams[name]!r}")
+    if hparams["learning_rate_schedule"] != "constant" and hparams["learning_rate_last_frame"] is None:
+        raise ConfigurationError(
+            f"a {hparams['learning_rate_schedule']} learning_rate_schedule needs learning_rate_last_frame"
+        )
+    try:
+        make_optimizer(
+            hparams["optimizer"], ([nn.Parameter(torch.zeros(1))], 1.0), options=hparams["optimizer_options"]
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"optimizer_options of {hparams['optimizer']}: {error}") from error
 
 
 def _reading(annotation: Any) -> dict[str, Any]:
@@ -231,4 +405,6 @@ def _reading(annotation: Any) -> dict[str, Any]:
     kind = next(kind for kind in kinds if kind is not NoneType)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is dict:
+        return {"type": json.loads}
     return {"type": get_args(kind)[0], "nargs": "+"} if get_origin(kind) is Sequence else {"type": kind}

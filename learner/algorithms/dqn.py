@@ -15,7 +15,7 @@ Where it departs from the papers, and why:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,18 +24,15 @@ from torch import Tensor, nn
 
 from actors.environments import DiscreteActions, EnvironmentSpec, OneLane
 from actors.policies import EpsilonGreedyPolicy, EpsilonSchedule, PolicySpec
-from actors.rollout import RolloutSpec
-from learner.algorithms.algorithm import Algorithm
+from learner.algorithms.algorithm import play_episodes
+from learner.algorithms.off_policy import OffPolicyAlgorithm
 from learner.experience import TransitionBatch
-from learner.optimization import OPTIMIZERS, make_optimizer
 from learner.value_learning import huber, q_learning
 from replay.seeds import spawn_seed
-from replay.server import ReplaySpec
-from replay.table import TableSpec
-from replay.types import ConfigurationError
+from replay.types import Array, ConfigurationError
 
 
-class DQN(Algorithm):
+class DQN(OffPolicyAlgorithm):
     """Deep Q-network.
 
     Example:
@@ -64,15 +61,8 @@ class DQN(Algorithm):
         batches_per_epoch: int = 1000,
         n_steps: int = 1,
         *,
-        updates_per_step: float = 1.0,
-        updates_per_training_step: int = 1,
-        num_envs: int = 1,
-        segment_length: int | None = None,
-        hidden_sizes: Sequence[int] | None = None,
-        optimizer: str = "adam",
-        max_grad_norm: float | None = None,
-        clip_rewards: bool | None = None,
         eps_ladder: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Make the networks. The defaults are the reference page's, which are tuned for Pong.
 
@@ -92,75 +82,38 @@ class DQN(Algorithm):
             seed: of everything random.
             batches_per_epoch: updates in a Lightning epoch.
             n_steps: steps summed into a target before it bootstraps.
-            updates_per_step: updates for each environment step.
-            updates_per_training_step: k, the updates made in one Lightning `training_step`.
-            num_envs: environments stepped side by side by each worker.
-            segment_length: rows a worker collects in each environment before it sends them; None gives 64 for
-                images and 16 otherwise.
-            hidden_sizes: widths of the dense layers; None gives (512,) for images and (256, 256) otherwise.
-            optimizer: one of "adam", "adamw", "rmsprop", "sgd".
-            max_grad_norm: longest gradient; None does not clip.
-            clip_rewards: whether the learner sees rewards clipped to [-1, 1]; None does so on Atari.
             eps_ladder: constant epsilons spread over the workers instead of the schedule.
+            kwargs: see `OffPolicyAlgorithm`.
 
         Raises:
             ConfigurationError: a value that cannot work, or an action space that is not Discrete.
         """
-        super().__init__(env, seed=seed, avg_reward_len=avg_reward_len, min_episode_reward=min_episode_reward)
-        self.save_all_hyperparameters()
-        _check(self.environment, self.hparams)
+        super().__init__(env, seed=seed, avg_reward_len=avg_reward_len, min_episode_reward=min_episode_reward, **kwargs)
+        if not isinstance(self.environment.actions, DiscreteActions):
+            space = self.environment.description.partition("actions ")[2] or self.environment.actions
+            raise ConfigurationError(f"DQN needs a Discrete action space; {self.environment.id or 'env'} has {space}")
         self.seed_networks()
         self.policy = EpsilonGreedyPolicy(PolicySpec("epsilon_greedy", self.environment, **self.policy_options()))
         self.policy.begin(spawn_seed(seed, "policy"))
         self.target_network = copy.deepcopy(self.policy.q_network).requires_grad_(False)
-        # Sizes that do not fit each other are refused here, not at the first batch.
-        self.replay_spec(largest_push=self.rollout_spec().largest_push)
+        self.experience_spec()  # refuses sizes that do not fit each other
 
-    def policy_options(self) -> dict[str, Any]:
-        """Return the options of `PolicySpec`; a variant adds its own."""
+    def policy_options(self, default_sizes: tuple[int, ...] = (256, 256)) -> dict[str, Any]:
+        """See `Algorithm.policy_options`."""
         hparams = self.hparams
-        default = (512,) if self.environment.is_image else (256, 256)
-        return {
-            "hidden_sizes": default if hparams["hidden_sizes"] is None else tuple(hparams["hidden_sizes"]),
-            "exploration": EpsilonSchedule(
-                hparams["eps_start"], hparams["eps_end"], hparams["eps_last_frame"], hparams["eps_ladder"]
-            ),
-        }
+        exploration = EpsilonSchedule(
+            hparams["eps_start"], hparams["eps_end"], hparams["eps_last_frame"], hparams["eps_ladder"]
+        )
+        return {**super().policy_options(default_sizes), "exploration": exploration}
 
     @property
     def q_network(self) -> nn.Module:
         """The online network, which also acts."""
         return self.policy.q_network
 
-    def rollout_spec(self, *, num_envs: int | None = None) -> RolloutSpec:
-        """See `Algorithm.rollout_spec`."""
-        hparams, image = self.hparams, self.environment.is_image
-        clip = hparams["clip_rewards"]
-        return RolloutSpec(
-            policy=self.policy_spec,
-            num_envs=num_envs or hparams["num_envs"],
-            segment_length=hparams["segment_length"] or (64 if image else 16),
-            n_steps=hparams["n_steps"],
-            gamma=hparams["gamma"],
-            clip_rewards=self.environment.frame_stack > 1 if clip is None else clip,
-            run_seed=self.seed,
-        )
-
-    def replay_spec(self, *, largest_push: int) -> ReplaySpec:
-        """See `Algorithm.replay_spec`."""
-        hparams = self.hparams
-        return ReplaySpec(
-            table=TableSpec(self.rollout_spec().layout, hparams["replay_size"]),
-            samples_per_insert=hparams["batch_size"] * hparams["updates_per_step"],
-            minimum_size=hparams["warm_start_size"],
-            largest_push=largest_push,
-            batch_size=hparams["batch_size"],
-            batches_per_sample=hparams["updates_per_training_step"],
-        )
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of the online network."""
-        return make_optimizer(self.hparams["optimizer"], self.q_network.parameters(), self.hparams["learning_rate"])
+        return self.make_optimizer((self.q_network.parameters(), self.hparams["learning_rate"]))
 
     def td_error(self, batch: TransitionBatch) -> Tensor:
         """Return the TD errors `[B]` of a batch; the idea that a variant of DQN changes."""
@@ -175,46 +128,27 @@ class DQN(Algorithm):
 
     def update(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""
-        optimizer = self.optimizers()
         loss = self.loss(batch)
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        self.manual_backward(loss)
-        if self.hparams["max_grad_norm"] is not None:
-            nn.utils.clip_grad_norm_(self.q_network.parameters(), self.hparams["max_grad_norm"])
-        optimizer.step()  # type: ignore[union-attr]
+        self.minimize(loss)
         if self.trainer.global_step % self.hparams["sync_rate"] == 0:
             self.target_network.load_state_dict(self.q_network.state_dict())
         return {"loss": loss.detach()}
 
-    def run_n_episodes(self, env: OneLane, n_epsiodes: int = 1, epsilon: float = 1.0) -> list[float]:
-        """Play whole episodes in `env` with a constant epsilon; return their returns."""
-        returns = []
-        for _ in range(n_epsiodes):
-            observation, _ = env.reset()
-            total, over = 0.0, False
-            while not over:
-                explore = self.policy.rng.random() < epsilon
-                action = self.policy.act(observation[None], step=0, greedy=True).action[0]
-                if explore:
-                    action = self.policy.rng.integers(self.policy.actions)
-                observation, reward, terminated, truncated, _ = env.step(action)
-                total, over = total + float(reward), terminated or truncated
-            returns.append(total)
-        return returns
+    def run_n_episodes(  # type: ignore[override]  # as on the reference page
+        self, env: OneLane, n_epsiodes: int | None = None, epsilon: float = 1.0, n_episodes: int = 1
+    ) -> list[float]:
+        """Play whole episodes in `env` with a constant epsilon; return their returns.
 
+        Args:
+            env: made by `make_environment`.
+            n_epsiodes: the reference page's spelling of `n_episodes`.
+            epsilon: probability of a random action.
+            n_episodes: how many.
+        """
 
-def _check(environment: EnvironmentSpec, hparams: Mapping[str, Any]) -> None:
-    if not isinstance(environment.actions, DiscreteActions):
-        space = environment.description.partition("actions ")[2] or environment.actions
-        raise ConfigurationError(f"DQN needs a Discrete action space; {environment.id or 'env'} has {space}")
-    for name in (
-        "sync_rate", "learning_rate", "batch_size", "replay_size", "warm_start_size", "batches_per_epoch",
-        "n_steps", "updates_per_step", "updates_per_training_step", "num_envs", "segment_length", "max_grad_norm",
-    ):  # fmt: skip
-        value = hparams[name]
-        if value is not None and not (value > 0 and np.isfinite(value)):
-            raise ConfigurationError(f"{name} must be positive, got {value}")
-    if not 0.0 <= hparams["gamma"] <= 1.0:
-        raise ConfigurationError(f"gamma must lie in [0, 1], got {hparams['gamma']}")
-    if hparams["optimizer"] not in OPTIMIZERS:
-        raise ConfigurationError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {hparams['optimizer']!r}")
+        def choose(observation: Array) -> Array:
+            explore = self.policy.rng.random() < epsilon
+            action = self.greedy_action(observation)
+            return np.asarray(self.policy.rng.integers(self.policy.actions)) if explore else action
+
+        return play_episodes(env, n_episodes if n_epsiodes is None else n_epsiodes, choose)

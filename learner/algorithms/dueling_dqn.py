@@ -20,6 +20,6 @@ class DuelingDQN(DQN):
 
     name: ClassVar[str] = "dueling-dqn"
 
-    def policy_options(self) -> dict[str, Any]:
-        """See `DQN.policy_options`."""
-        return {**super().policy_options(), "dueling": True}
+    def policy_options(self, default_sizes: tuple[int, ...] = (256, 256)) -> dict[str, Any]:
+        """See `Algorithm.policy_options`."""
+        return {**super().policy_options(default_sizes), "dueling": True}

@@ -11,15 +11,13 @@ Where it departs from the paper, and why:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from actors.environments import EnvironmentSpec
 from actors.policies import EpsilonSchedule
+from learner.algorithms.algorithm import warn_of_inert
 from learner.algorithms.dqn import DQN
-
-_INERT = ("eps_start", "eps_end", "eps_last_frame", "eps_ladder")
 
 
 class NoisyDQN(DQN):
@@ -42,12 +40,9 @@ class NoisyDQN(DQN):
             ConfigurationError: see `DQN`, or another kind of noise.
         """
         super().__init__(env, *args, **kwargs)
-        defaults = DQN.hyperparameter_types()
-        changed = [name for name in _INERT if self.hparams[name] != defaults[name].default]
-        if changed:
-            warnings.warn(f"{', '.join(changed)} do nothing in NoisyDQN: its noise explores", stacklevel=2)
+        warn_of_inert(self, "its noise explores", "eps_start", "eps_end", "eps_last_frame", "eps_ladder")
 
-    def policy_options(self) -> dict[str, Any]:
-        """See `DQN.policy_options`."""
+    def policy_options(self, default_sizes: tuple[int, ...] = (256, 256)) -> dict[str, Any]:
+        """See `Algorithm.policy_options`."""
         no_epsilon = EpsilonSchedule(start=0.0, end=0.0)
-        return {**super().policy_options(), "exploration": no_epsilon, "noise": self.hparams["noise"]}
+        return {**super().policy_options(default_sizes), "exploration": no_epsilon, "noise": self.hparams["noise"]}

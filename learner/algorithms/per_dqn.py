@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actors.environments import EnvironmentSpec
 from learner.algorithms.dqn import DQN
-from learner.experience import TransitionBatch
+from learner.experience import LocalTransitions, RemoteTransitions, TransitionBatch
 from learner.value_learning import huber, importance_weights
 from replay.server import ReplaySpec
 from replay.types import ConfigurationError
@@ -62,9 +62,9 @@ class PERDQN(DQN):
             raise ConfigurationError(f"beta_last_frame must be positive, got {beta_last_frame}")
         super().__init__(env, *args, **kwargs)
 
-    def replay_spec(self, *, largest_push: int) -> ReplaySpec:
-        """See `Algorithm.replay_spec`."""
-        spec = super().replay_spec(largest_push=largest_push)
+    def experience_spec(self) -> ReplaySpec:
+        """See `Algorithm.experience_spec`."""
+        spec = super().experience_spec()
         return replace(spec, table=replace(spec.table, priority_exponent=self.hparams["priority_exponent"]))
 
     @property
@@ -77,7 +77,7 @@ class PERDQN(DQN):
     def loss(self, batch: TransitionBatch) -> Tensor:
         """See `DQN.loss`; sends the batch's new priorities to the replay."""
         error = self.td_error(batch)
-        assert self.experience is not None
+        assert isinstance(self.experience, LocalTransitions | RemoteTransitions)
         priorities = error.detach().abs() + PRIORITY_EPSILON
         self.experience.update_priorities(batch.ids.cpu().numpy(), priorities.cpu().numpy())
         return (importance_weights(batch.probability, batch.size, self.beta) * huber(error)).mean()

@@ -1,0 +1,146 @@
+"""Advantage actor-critic (Mnih et al. 2016, https://arxiv.org/abs/1602.01783), synchronous.
+
+This is a policy gradient with:
+- a critic, a second head on the actor's torso, that says what an observation is worth;
+- trajectories of `unroll_length` steps that bootstrap from the critic, so that a batch need not wait for an episode
+  to end (algorithm S3: every step sums the rewards to the trajectory's end);
+- the advantage, the return less the critic's value, as the weight of the log-probability;
+- an entropy bonus, weighted by `entropy_beta`, and the critic's squared error, weighted by `critic_beta`.
+
+Where it departs from the paper and the reference page, and why:
+- One synchronous batch for each version of the weights instead of asynchronous gradients: same results, no races.
+- Adam instead of a shared RMSProp, as on the reference page; `optimizer: rmsprop` is there.
+- A truncated episode bootstraps from its real final observation.
+- The critic's values and the returns are both `(B,)`; the reference implementation subtracts `(B,)` from `(B, 1)`,
+  which makes a matrix of all pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from actors.environments import EnvironmentSpec
+from learner.algorithms.on_policy import OnPolicyAlgorithm
+from learner.experience import TrajectoryBatch
+from learner.policy_gradients import n_step_returns, policy_gradient_loss
+from replay.types import ConfigurationError
+
+
+class AdvantageActorCritic(OnPolicyAlgorithm):
+    """Synchronous advantage actor-critic (A2C).
+
+    Example:
+        trainer = Trainer(max_steps=3_000)
+        trainer.fit(AdvantageActorCritic.from_preset("CartPole-v1"))
+    """
+
+    name: ClassVar[str] = "a2c"
+
+    def __init__(
+        self,
+        env: str | EnvironmentSpec | Mapping[str, Any],
+        gamma: float = 0.99,
+        lr: float = 0.001,
+        batch_size: int = 32,
+        avg_reward_len: int = 100,
+        entropy_beta: float = 0.01,
+        critic_beta: float = 0.5,
+        epoch_len: int = 1000,
+        *,
+        unroll_length: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        """Make the networks. The defaults are the reference page's.
+
+        Args:
+            env: environment id, or the specification of one.
+            gamma: discount of one step.
+            lr: learning rate.
+            batch_size: rows in an update, over all workers: `batch_size / unroll_length` trajectories.
+            avg_reward_len: episodes in the reported mean return.
+            entropy_beta: weight of the entropy bonus.
+            critic_beta: weight of the critic's squared error.
+            epoch_len: updates in a Lightning epoch.
+            unroll_length: rows in a trajectory, after which it bootstraps.
+            kwargs: see `OnPolicyAlgorithm`.
+
+        Raises:
+            ConfigurationError: a value that cannot work.
+        """
+        super().__init__(env, avg_reward_len=avg_reward_len, **kwargs)
+        if batch_size % unroll_length:
+            raise ConfigurationError(
+                f"batch_size must be a multiple of unroll_length, got {batch_size} and {unroll_length}"
+            )
+        self.critic = nn.Linear(self.policy.torso.features, 1)
+
+    @property
+    def trajectory_rows(self) -> int:
+        """See `OnPolicyAlgorithm.trajectory_rows`."""
+        rows: int = self.hparams["unroll_length"]
+        return rows
+
+    @property
+    def trajectories_per_batch(self) -> int:
+        """See `OnPolicyAlgorithm.trajectories_per_batch`."""
+        trajectories: int = self.hparams["batch_size"] // self.hparams["unroll_length"]
+        return trajectories
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return for observations `[B, ...]` what the actor's distribution is made from, `[B, ...]`, and values `[B]`.
+
+        With discrete actions the former are their log-probabilities, in a box the means.
+        """
+        features = self.policy.torso(x)
+        return self.policy.normalized(self.policy.head(features)), self.critic(features)[:, 0]
+
+    def compute_returns(self, rewards: Tensor, dones: Tensor, last_value: Tensor) -> Tensor:
+        """Return the n-step returns of one trajectory.
+
+        Args:
+            rewards: `[T]`.
+            dones: `[T]`, whether a step terminated; nothing flows across it.
+            last_value: value of the observation after the last step.
+        """
+        reward = torch.as_tensor(rewards, dtype=torch.float32)
+        terminated = torch.as_tensor(dones).bool()
+        value = reward.new_zeros(1, len(reward) + 1)
+        value[0, -1] = torch.as_tensor(last_value)
+        discount = self.hparams["gamma"] * (~terminated).float()
+        return n_step_returns(reward[None], discount[None], torch.ones_like(terminated)[None], value)[0]
+
+    def loss(self, states: Tensor, actions: Tensor, returns: Tensor) -> Tensor:
+        """Return the weighted sum of the actor's loss, the critic's and the entropy bonus, a scalar.
+
+        Args:
+            states: `[N, ...]` observations.
+            actions: `[N, ...]`.
+            returns: `[N]`.
+
+        Raises:
+            ValueError: the critic's values and the returns do not have the same shape.
+        """
+        output, value = self(states)
+        if value.shape != returns.shape:
+            raise ValueError(f"values and returns must both be [N], got {tuple(value.shape)}, {tuple(returns.shape)}")
+        log_probability, entropy = self.policy.log_probability(output, actions)
+        error = returns.detach() - value
+        actor_loss = policy_gradient_loss(log_probability, error)
+        critic_beta: float = self.hparams["critic_beta"]
+        entropy_beta: float = self.hparams["entropy_beta"]
+        loss: Tensor = actor_loss + critic_beta * error.square().mean() - entropy_beta * entropy.mean()
+        return loss
+
+    def update(self, batch: TrajectoryBatch) -> dict[str, Tensor]:
+        """See `Algorithm.update`."""
+        with torch.no_grad():
+            flat = batch.observation.flatten(0, 1)
+            value = self(flat)[1].view(batch.observation.shape[:2])
+        returns = n_step_returns(batch.reward, batch.discount, batch.valid, value)
+        loss = self.loss(batch.visited, batch.action[batch.valid], returns[batch.valid])
+        self.minimize(loss)
+        return {"loss": loss.detach(), "value": value.mean()}
