@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def n_step_returns(reward: Tensor, discount: Tensor, valid: Tensor, value: Tensor) -> Tensor:
     """Return for every step the rewards to come, bootstrapped where the trajectory or the episode is cut.
 
@@ -21,7 +22,7 @@ def n_step_returns(reward: Tensor, discount: Tensor, valid: Tensor, value: Tenso
         reward: `[B, T]`.
         discount: `[B, T]`.
         valid: `[B, T]` bool.
-        value: `[B, T + 1]` values of the observations; no gradient flows into them.
+        value: `[B, T + 1]` values of the observations.
 
     Returns:
         `[B, T]` returns, without a gradient; of no meaning in invalid rows.
@@ -29,12 +30,12 @@ def n_step_returns(reward: Tensor, discount: Tensor, valid: Tensor, value: Tenso
     Raises:
         ValueError: shapes do not agree.
     """
-    if not reward.shape == discount.shape == valid.shape or value.shape != (reward.shape[0], reward.shape[1] + 1):
+    agree = reward.ndim == 2 and reward.shape == discount.shape == valid.shape
+    if not agree or value.shape != (reward.shape[0], reward.shape[1] + 1):
         raise ValueError(
             f"reward, discount and valid must be [B, T] and value [B, T + 1], got {tuple(reward.shape)}, "
             f"{tuple(discount.shape)}, {tuple(valid.shape)} and {tuple(value.shape)}"
         )
-    value = value.detach()
     returns = torch.empty_like(reward)
     following = value[:, -1]
     for t in reversed(range(reward.shape[1])):
@@ -55,7 +56,12 @@ def rewards_to_go(reward: Tensor, gamma: float) -> Tensor:
 
     Returns:
         `[T]`.
+
+    Raises:
+        ValueError: the rewards are not `[T]`.
     """
+    if reward.ndim != 1:
+        raise ValueError(f"rewards must be [T], got {tuple(reward.shape)}")
     returns = torch.empty_like(reward)
     following = torch.zeros((), dtype=reward.dtype, device=reward.device)
     for t in reversed(range(len(reward))):

@@ -6,7 +6,7 @@ Equations are those of Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and A
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,12 @@ def soft_q_target(r_t: Tensor, discount_t: Tensor, q_t: Tensor, log_probability_
 
     Returns:
         `[B]`, without a gradient.
+
+    Raises:
+        ValueError: shapes do not agree, which would otherwise broadcast silently.
     """
+    _expect_shapes(q_t, r_t, discount_t, log_probability_t)
+    _expect_scalar(alpha)
     return (r_t + discount_t * (q_t.amin(0) - alpha * log_probability_t)).detach()
 
 
@@ -35,14 +40,13 @@ def critic_loss(q_tm1: Tensor, target: Tensor) -> Tensor:
 
     Args:
         q_tm1: `[C, B]` values of the actions taken.
-        target: `[B]`.
+        target: `[B]`; it gets no gradient.
 
     Raises:
         ValueError: shapes do not agree.
     """
-    if q_tm1.shape[1:] != target.shape:
-        raise ValueError(f"values must be [C, B] and targets [B], got {tuple(q_tm1.shape)} and {tuple(target.shape)}")
-    return 0.5 * (q_tm1 - target).square().mean(1).sum()
+    _expect_shapes(q_tm1, target)
+    return 0.5 * (q_tm1 - target.detach()).square().mean(1).sum()
 
 
 def actor_loss(q: Tensor, log_probability: Tensor, alpha: Tensor) -> Tensor:
@@ -52,7 +56,12 @@ def actor_loss(q: Tensor, log_probability: Tensor, alpha: Tensor) -> Tensor:
         q: `[C, B]` values of actions drawn from the policy by the reparameterisation trick.
         log_probability: `[B]` of those actions.
         alpha: temperature, scalar; it gets no gradient.
+
+    Raises:
+        ValueError: shapes do not agree.
     """
+    _expect_shapes(q, log_probability)
+    _expect_scalar(alpha)
     return (alpha.detach() * log_probability - q.amin(0)).mean()
 
 
@@ -63,11 +72,35 @@ def temperature_loss(log_alpha: Tensor, log_probability: Tensor, target_entropy:
         log_alpha: scalar parameter.
         log_probability: `[B]`; it gets no gradient.
         target_entropy: entropy that the policy is held at, in nats.
+
+    Raises:
+        ValueError: the parameter is no scalar, or the log-probabilities are not `[B]`.
     """
+    _expect_scalar(log_alpha)
+    if log_probability.ndim != 1:
+        raise ValueError(f"log-probabilities must be [B], got {tuple(log_probability.shape)}")
     return -(log_alpha.exp() * (log_probability + target_entropy).detach()).mean()
 
 
-def polyak_update(target: Iterable[Tensor], online: Iterable[Tensor], rate: float) -> None:
-    """Move each target towards its online tensor: `target = (1 - rate) * target + rate * online`, in place."""
+def polyak_update(target: Sequence[Tensor], online: Sequence[Tensor], rate: float) -> None:
+    """Move each target towards its online tensor: `target = (1 - rate) * target + rate * online`, in place.
+
+    Raises:
+        ValueError: the lists do not hold tensors of the same shapes in the same order.
+    """
+    shapes = [[tuple(x.shape) for x in tensors] for tensors in (target, online)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"targets and online tensors must have the same shapes, got {shapes[0]} and {shapes[1]}")
     with torch.no_grad():
         torch._foreach_lerp_(list(target), list(online), rate)
+
+
+def _expect_shapes(values: Tensor, *others: Tensor) -> None:
+    wrong = [tuple(x.shape) for x in others if x.shape != values.shape[1:]]
+    if values.ndim != 2 or wrong:
+        raise ValueError(f"values must be [C, B] and all else [B]; got values {tuple(values.shape)} beside {wrong}")
+
+
+def _expect_scalar(temperature: Tensor) -> None:
+    if temperature.ndim != 0:
+        raise ValueError(f"the temperature must be a scalar, got {tuple(temperature.shape)}")

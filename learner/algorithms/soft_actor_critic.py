@@ -154,7 +154,7 @@ class SAC(OffPolicyAlgorithm):
 
     def soft_update_target(self, q_net: nn.Module, target_net: nn.Module) -> None:
         """Move the target network a part of the way: `w_target = (1 - a) w_target + a w_q`, a = `target_alpha`."""
-        polyak_update(target_net.parameters(), q_net.parameters(), self.hparams["target_alpha"])
+        polyak_update(list(target_net.parameters()), list(q_net.parameters()), self.hparams["target_alpha"])
 
     def update(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""

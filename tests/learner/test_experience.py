@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.experience import LocalExperience, RemoteExperience, TransitionBatch
+from learner.experience import LocalTransitions, RemoteTransitions, TransitionBatch
 from replay.server import ReplayServer, ReplaySpec
 from replay.table import TableSpec
 from replay.types import Batch, DeadlineExceeded, Layout
@@ -66,16 +66,16 @@ def test_split_gives_the_k_batches_in_order() -> None:
 # In this process.
 
 
-def local(env: str = "SquallTally-v0", **options: Any) -> LocalExperience:
+def local(env: str = "SquallTally-v0", **options: Any) -> LocalTransitions:
     experience = small_dqn(env, **options).train_dataloader()
-    assert isinstance(experience, LocalExperience)
+    assert isinstance(experience, LocalTransitions)
     return experience
 
 
 class Meter:
     """Counts what goes into and comes out of an experience's table."""
 
-    def __init__(self, experience: LocalExperience, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, experience: LocalTransitions, monkeypatch: pytest.MonkeyPatch) -> None:
         self.inserts = self.samples = 0
         self.first_sample_at: int | None = None
         table = experience._table
@@ -209,11 +209,11 @@ def pushes(count: int | None = None) -> Iterator[Any]:
 
 
 @pytest.fixture
-def remote() -> Iterator[Callable[..., RemoteExperience]]:
-    made: list[RemoteExperience] = []
+def remote() -> Iterator[Callable[..., RemoteTransitions]]:
+    made: list[RemoteTransitions] = []
 
-    def make(replay: InProcessReplay, length: int = 12) -> RemoteExperience:
-        made.append(RemoteExperience(replay, k=3, batch_size=5, length=length))  # type: ignore[arg-type]
+    def make(replay: InProcessReplay, length: int = 12) -> RemoteTransitions:
+        made.append(RemoteTransitions(replay, k=3, batch_size=5, length=length))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -222,7 +222,7 @@ def remote() -> Iterator[Callable[..., RemoteExperience]]:
         assert not any(thread.name == "prefetch" and thread.is_alive() for thread in threading.enumerate())
 
 
-Remote = Callable[..., RemoteExperience]
+Remote = Callable[..., RemoteTransitions]
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:

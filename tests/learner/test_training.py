@@ -80,7 +80,7 @@ class Room:
         keys = {"checkpoint_every": 10_000, "keep_checkpoints": 3, "publish_every": 10_000}
         keys = {key: options.pop(key, default) for key, default in keys.items()}
         hyperparameters = {**HYPERPARAMETERS, **options}
-        spec = DQN(**hyperparameters).replay_spec(largest_push=8)
+        spec = DQN(**hyperparameters).experience_spec()
         # An insert beyond the first 16 is worth an update of 8 samples; inserts come by 8.
         assert updates is None or updates % 8 == 0
         server = ReplayServer(spec, run_seed=0, max_env_steps=None if updates is None else 16 + updates)
@@ -612,7 +612,7 @@ def test_bfloat16_learns_too(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_a_learner_in_a_process_of_its_own(tmp_path: Path) -> None:
-    spec = DQN(**HYPERPARAMETERS).replay_spec(largest_push=8)
+    spec = DQN(**HYPERPARAMETERS).experience_spec()
     names = {role: f"learner-under-test-{os.getpid()}/{role}" for role in ("replay", "weights")}
     replay = ReplayActor.options(name=names["replay"]).remote(spec, run_seed=0)
     weights = WeightStoreActor.options(name=names["weights"]).remote(put=ray.put)

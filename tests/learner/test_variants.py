@@ -185,7 +185,7 @@ def test_the_combination_has_all_five_ideas() -> None:
     spec = module.policy_spec
     assert (spec.dueling, spec.noise) == (True, "independent")
     assert module.rollout_spec().n_steps == 4
-    assert module.replay_spec(largest_push=8).table.priority_exponent == 0.6
+    assert module.experience_spec().table.priority_exponent == 0.6
     assert type(module).td_error is DoubleDQN.td_error
     assert type(module).loss is PERDQN.loss
     assert {"noise", "beta_start", "n_steps", "gamma"} <= set(type(module).hyperparameter_types())
