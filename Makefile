@@ -5,10 +5,10 @@ BIN    := .venv/bin
 STAMP  := .venv/.squall-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint check bench clean
+.PHONY: help setup train test lint check bench results results-quick clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the whole stack, pinned
 
@@ -30,6 +30,12 @@ bench: $(STAMP) ## compare with peers, in tests/benchmarks; ARGS go to it
 	@test -f tests/benchmarks/__main__.py || \
 		{ echo "bench: there are no benchmarks yet: tests/benchmarks/__main__.py does not exist" >&2; exit 1; }
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+results: $(STAMP) ## train all that RESULTS.md holds, or go on with it, and write it; ARGS="dqn-cartpole", ARGS=--render
+	$(BIN)/python -m tests.results $(ARGS)
+
+results-quick: $(STAMP) ## train the quick rows of RESULTS.md, one seed each; fails where a score is missed
+	$(BIN)/python -m tests.results --quick $(ARGS)
 
 clean: ## remove caches and build output; .venv and runs stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,6 +24,7 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall status dqn-CartPole-v1-1              what a run does, process by process
   squall stop dqn-CartPole-v1-1                end it in order, with a checkpoint
   squall evaluate dqn-CartPole-v1-1            play greedy episodes with its best weights
+  squall plot dqn-CartPole-v1-1                draw its learning curve
 
 Everything lies under SQUALL_HOME (default ./runs). With --json a command prints one JSON document on
 standard output and nothing else; progress goes to standard error."""
@@ -128,6 +129,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     stop.add_argument("run", help="a run's name")
     _json(stop, _stop)
+
+    plot = commands.add_parser(
+        "plot",
+        help="draw learning curves",
+        description="Draw learning curves over environment steps. Runs that differ in nothing but the seed are one "
+        "curve: the line is the mean of the seeds, the band goes from the lowest to the highest seed.",
+        allow_abbrev=False,
+    )
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="a run's name; 'LABEL=RUN' puts it under a label of yours")
+    plot.add_argument(
+        "-o", "--output", type=Path, default=Path("curves.png"), metavar="FILE", help=".png, .pdf or .svg; curves.png"
+    )
+    plot.add_argument("--metric", default="eval/mean_reward", help="such as rollout/ep_rew_mean; eval/mean_reward")
+    plot.add_argument(
+        "--smooth", type=_count, default=1, metavar="N", help="mean of each run's last N points; default 1: as they are"
+    )
+    _json(plot, _plot)
     return parser
 
 
@@ -248,6 +266,24 @@ def _stop(parsed: argparse.Namespace, out: TextIO) -> int:
         command = store.send_command(parsed.run, "stop", {})
         result = store.wait_for_acknowledgement(parsed.run, command, STOP_DEADLINE)
     return _answer(out, parsed.json, {"run": parsed.run, **result}, f"run {parsed.run} is stopping")
+
+
+def _plot(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services.home import open_home_store
+    from services.plotting import plot_runs
+
+    with open_home_store() as store:
+        curves = plot_runs(store, parsed.runs, parsed.output, metric=parsed.metric, smooth=parsed.smooth)
+    for curve in curves:
+        if curve.left_out:
+            print(f"{curve.label}: {curve.left_out} points that are not finite are left out", file=sys.stderr)
+    payload = {
+        "output": str(parsed.output.absolute()),
+        "metric": parsed.metric,
+        "smooth": parsed.smooth,
+        "curves": [{"label": c.label, "seeds": c.seeds, "points": len(c.steps)} for c in curves],
+    }
+    return _answer(out, parsed.json, payload, f"{parsed.output}: {', '.join(curve.label for curve in curves)}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ FENCES = {
         "services/coordinator.py",
         "services/cli.py",
     ),
+    "matplotlib": ("services/plotting.py",),
     "torch": ("actors/", "learner/", "services/"),
     "pytorch_lightning": ("learner/", "services/"),
     "lightning": (),  # the same library under its other name

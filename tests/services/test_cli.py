@@ -94,7 +94,7 @@ def test_help_is_quick_and_worth_reading() -> None:
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "services.cli", "--help"], capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 5
-    for command in ("train", "evaluate", "runs", "status", "stop"):
+    for command in ("train", "evaluate", "runs", "status", "stop", "plot"):
         assert f"squall {command}" in done.stdout
     loaded = "import services.cli, sys; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0

@@ -1,0 +1,146 @@
+"""Scores, verdicts, RESULTS.md and the plots: all of it from rows and runs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from replay.types import ConfigurationError
+from services.plotting import Curve, aggregate, as_series, draw
+from tests.results.rows import BEST, LAST_THREE, PLOTS, Row
+from tests.results.training import Run
+
+REACHED, MISSED, SHOWN, NOT_YET = "reached", "not reached", "shown as it is", "not yet run"
+
+_INTRODUCTION = """\
+# Results
+
+`make results` trains what is missing and writes this page, the plots and
+[results.json](tests/results/results.json), from which `python -m tests.results --render` writes it again. Nothing
+here is typed by hand. The rows are declared in [rows.py](tests/results/rows.py); `make results-quick` makes the
+quick ones anew, one seed each, and fails where a score is missed.
+
+- **score**: mean return of the best weights on fresh greedy episodes (`eval_return_mean`), or, where it says so, the
+  lowest of the last three periodic evaluations. Full returns, nothing clipped.
+- **last**: mean return of the last weights on fresh greedy episodes (`final_return_mean`).
+- **reached**: the score of *every* seed is at least the wanted one, within the steps allowed. With `--steps N` a run
+  has N steps and those of the push that completed them.
+- **seconds**: wall time on the machine that the results were made on{cores}, shared by all processes of the run.
+
+Figures are in the order of the seeds; `?` is a seed not yet run. In the plots the line is the mean of the seeds'
+periodic evaluations and the band goes from the lowest seed to the highest.
+"""
+
+_HEADINGS = ("row", "seeds", "steps", "allowed", "score", "lowest", "mean", "last", "wanted", "seconds", "verdict")
+
+
+def runs_of(row: Row, runs: Mapping[str, Run]) -> dict[int, Run]:
+    """Return a row's runs by seed, without those that another command made."""
+    found = {seed: runs.get(row.run(seed)) for seed in row.seeds}
+    return {seed: run for seed, run in found.items() if run is not None and run.command == row.command(seed)}
+
+
+def score(row: Row, run: Run) -> float | None:
+    """Return what is compared with the row's threshold; None if the run has no such score."""
+    if row.metric == LAST_THREE:
+        last = [value for _, value in run.evaluations[-3:] if value is not None]
+        return min(last) if len(last) == 3 else None
+    best: float | None = run.summary["eval_return_mean"]
+    return best
+
+
+def reaches(row: Row, run: Run) -> bool:
+    """Return whether a run's score is at least the threshold, within the steps allowed; True without a threshold."""
+    reached = score(row, run)
+    return row.threshold is None or (reached is not None and reached >= row.threshold and run.steps <= row.within)
+
+
+def verdict(row: Row, runs: Mapping[int, Run]) -> str:
+    """Return one of the four verdicts on a row's runs by seed; `NOT_YET` names seeds if there are others."""
+    if not all(reaches(row, run) for run in runs.values()):
+        return MISSED
+    missing = [seed for seed in row.seeds if seed not in runs]
+    if missing:
+        return f"{NOT_YET}: seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if runs else NOT_YET
+    return SHOWN if row.threshold is None else REACHED
+
+
+def markdown(rows: Sequence[Row], runs: Mapping[str, Run], plots: Sequence[str]) -> str:
+    """Return RESULTS.md: a section an environment, with a table, plots and commands.
+
+    Args:
+        rows: in their order.
+        runs: by name; others than the rows' are ignored.
+        plots: names of those that were drawn.
+    """
+    ours = [run for row in rows for run in runs_of(row, runs).values()]
+    cores = " or ".join(str(count) for count in sorted({run.cores for run in ours}))
+    parts = [_INTRODUCTION.format(cores=f", with {cores} cores" if cores else "")]
+    for environment in dict.fromkeys(row.environment for row in rows):
+        here = [row for row in rows if row.environment == environment]
+        table = [_HEADINGS, ("---",) * len(_HEADINGS), *(_cells(row, runs_of(row, runs)) for row in here)]
+        parts += [f"## {environment}\n", "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n"]
+        parts += [f"{row.id}: {row.note}\n" for row in here if row.note]
+        names = dict.fromkeys(name for row in here for name in row.plots if name in plots)
+        parts += [f"![{PLOTS[name]}](tests/results/plots/{name}.png)\n" for name in names]
+        commands = [f"{row.command(row.seeds[0])}  # {row.id}" for row in here]
+        parts.append("The commands, each for the first of its seeds:\n\n```\n" + "\n".join(commands) + "\n```\n")
+    return "\n".join(parts)
+
+
+def _cells(row: Row, runs: Mapping[int, Run]) -> tuple[str, ...]:
+    def each(what: Callable[[Run], str]) -> str:
+        return ", ".join(what(runs[seed]) if seed in runs else "?" for seed in row.seeds) if runs else ""
+
+    known = [value for value in (score(row, run) for run in runs.values()) if value is not None]
+    wanted = "" if row.threshold is None else f"{row.threshold:g}"
+    return (
+        row.id,
+        ", ".join(map(str, row.seeds)),
+        f"{max(run.summary['env_steps'] for run in runs.values()):,}" if runs else "",
+        f"{row.within:,}",
+        each(lambda run: figure(score(row, run))),
+        figure(min(known)) if known else "",
+        figure(sum(known) / len(known)) if known else "",
+        each(lambda run: figure(run.summary["final_return_mean"])),
+        wanted if row.metric == BEST else f"{wanted} in the {LAST_THREE}",
+        each(lambda run: f"{run.summary['wall_seconds']:,.0f}"),
+        verdict(row, runs),
+    )
+
+
+def figure(value: float | None) -> str:
+    """Return a score in words."""
+    return "none" if value is None else f"{value:,.1f}"
+
+
+def draw_plots(rows: Sequence[Row], runs: Mapping[str, Run], folder: Path) -> list[str]:
+    """Draw every plot that there is a curve for; return their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, title in PLOTS.items():
+        here = [row for row in rows if name in row.plots]
+        one_algorithm = len(here) > 1 and len({row.algorithm for row in here}) == 1
+        curves = []
+        for row in sorted(here, key=lambda row: row.actors):
+            actors = f"{row.actors} actor{'s' if row.actors > 1 else ''}"
+            curve = _curve(actors if one_algorithm else row.algorithm, runs_of(row, runs))
+            curves += [] if curve is None else [curve]
+        thresholds = {row.threshold for row in here} - {None}
+        wanted = thresholds.pop() if len(thresholds) == 1 else None
+        if curves:
+            draw(
+                curves, folder / f"{name}.png", title=title, ylabel="mean return of a greedy evaluation", wanted=wanted
+            )
+            drawn.append(name)
+    return drawn
+
+
+def _curve(label: str, runs: Mapping[int, Run]) -> Curve | None:
+    """Return the curve of a row's evaluations; None where there are too few for one."""
+    points = {seed: [(s, math.nan if v is None else v) for s, v in run.evaluations] for seed, run in runs.items()}
+    try:
+        return aggregate(label, {seed: as_series(pairs) for seed, pairs in points.items()}) if points else None
+    except ConfigurationError:
+        return None

@@ -1,0 +1,140 @@
+"""What RESULTS.md holds, as data: one row an experiment of one algorithm on one environment, over seeds."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+BEST = "eval_return_mean"
+LAST_THREE = "last three evaluations"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One experiment.
+
+    Attributes:
+        id: names the row, and with `-seed<seed>` its runs.
+        algorithm: such as `dqn`.
+        environment: Gymnasium id.
+        within: environment steps that a run may be given.
+        threshold: what every seed's score must reach; None shows the row as it is.
+        metric: the score, `BEST` or `LAST_THREE`: the mean return of the best weights on fresh episodes, or the lowest
+            of the last three periodic evaluations.
+        seeds: one run each.
+        actors: rollout workers.
+        steps: `--steps`; None takes the preset's.
+        settings: `--set`.
+        quick: whether `--quick` runs its first seed.
+        plots: names of the plots with its curve, keys of `PLOTS`.
+        note: shown below the table.
+    """
+
+    id: str
+    algorithm: str
+    environment: str
+    within: int
+    threshold: float | None = None
+    metric: str = BEST
+    seeds: tuple[int, ...] = (0, 1, 2)
+    actors: int = 2
+    steps: int | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
+    quick: bool = False
+    plots: tuple[str, ...] = ()
+    note: str = ""
+
+    def run(self, seed: int) -> str:
+        """Return the name of a seed's run."""
+        return f"{self.id}-seed{seed}"
+
+    def arguments(self, seed: int) -> list[str]:
+        """Return what follows `squall train`."""
+        steps = [] if self.steps is None else ["--steps", str(self.steps)]
+        sets = [word for key, value in self.settings.items() for word in ("--set", f"{key}={value}")]
+        return [self.algorithm, self.environment, "--actors", str(self.actors), *steps, *sets, "--seed", str(seed)]
+
+    def command(self, seed: int) -> str:
+        """Return the command line that makes a seed's run."""
+        return shlex.join(["squall", "train", *self.arguments(seed)])
+
+
+PLOTS = {
+    "cartpole-dqn": "CartPole-v1: DQN and its variants",
+    "cartpole-policy-gradients": "CartPole-v1: policy gradients",
+    "cartpole-dqn-actors": "CartPole-v1: DQN with 1, 2 and 8 actors",
+    "cartpole-a2c-actors": "CartPole-v1: A2C with 1, 2 and 8 actors",
+    "acrobot": "Acrobot-v1",
+    "pendulum": "Pendulum-v1",
+    "halfcheetah": "HalfCheetah-v5",
+    "pong": "PongNoFrameskip-v4",
+}
+
+_VARIANTS = ("double-dqn", "dueling-dqn", "noisy-dqn", "n-step-dqn", "per-dqn", "non-distributional-rainbow")
+_ON_CARTPOLE = Row("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, plots=("cartpole-dqn",))
+_DQN = replace(_ON_CARTPOLE, quick=True, plots=("cartpole-dqn", "cartpole-dqn-actors"))
+_A2C = Row(
+    "a2c-cartpole",
+    "a2c",
+    "CartPole-v1",
+    300_000,
+    threshold=475,
+    plots=("cartpole-policy-gradients", "cartpole-a2c-actors"),
+)
+_ON_PONG = Row("dqn-pong", "dqn", "PongNoFrameskip-v4", 50_000, steps=50_000, seeds=(0,), plots=("pong",))
+
+
+def _with_actors(row: Row, actors: int) -> Row:
+    plot = f"cartpole-{row.algorithm}-actors"
+    return replace(row, id=f"{row.id}-actors{actors}", actors=actors, threshold=None, quick=False, plots=(plot,))
+
+
+ROWS = (
+    _DQN,
+    *(replace(_ON_CARTPOLE, id=f"{name}-cartpole", algorithm=name) for name in _VARIANTS),
+    *(
+        Row(
+            f"{name}-cartpole",
+            name,
+            "CartPole-v1",
+            150_000,
+            threshold=475,
+            metric=LAST_THREE,
+            plots=("cartpole-policy-gradients",),
+        )
+        for name in ("reinforce", "vpg")
+    ),
+    _A2C,
+    *(_with_actors(row, actors) for row in (_DQN, _A2C) for actors in (1, 8)),
+    *(
+        Row(f"{name}-acrobot", name, "Acrobot-v1", within, threshold=-100, plots=("acrobot",))
+        for name, within in (("dqn", 100_000), ("non-distributional-rainbow", 100_000), ("a2c", 500_000))
+    ),
+    Row(
+        "sac-pendulum",
+        "sac",
+        "Pendulum-v1",
+        20_000,
+        threshold=-170,
+        settings={"final_eval_episodes": 100},
+        plots=("pendulum",),
+    ),
+    Row("sac-halfcheetah", "sac", "HalfCheetah-v5", 100_000, seeds=(0,), steps=100_000, plots=("halfcheetah",)),
+    *(
+        replace(
+            _ON_PONG,
+            id=f"{name}-pong",
+            algorithm=name,
+            within=300_000,
+            threshold=18,
+            steps=300_000,
+            settings={"updates_per_step": 0.5},
+        )
+        for name in ("n-step-dqn", "non-distributional-rainbow")
+    ),
+    *(
+        replace(_ON_PONG, id=f"{name}-pong", algorithm=name)
+        for name in ("dqn", "double-dqn", "dueling-dqn", "noisy-dqn", "per-dqn")
+    ),
+)
