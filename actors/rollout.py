@@ -60,10 +60,12 @@ class Row:
 class Lanes:
     """A vector environment driven by a policy, with the episodes' true returns."""
 
-    def __init__(self, environment: EnvironmentSpec, lanes: int, seed: np.random.SeedSequence) -> None:
-        """Make the environment; `reset` it before the first step."""
+    def __init__(
+        self, environment: EnvironmentSpec, lanes: int, seed: np.random.SeedSequence, *, rendered: bool = False
+    ) -> None:
+        """Make the environment, `rendered` or not; `reset` it before the first step."""
         self.environment, self.lanes = environment, lanes
-        self.env = environment.make(lanes)
+        self.env = environment.make(lanes, rendered=rendered)
         self._seed = seed
         self._observation: Array = np.empty(0)
         self._returns = np.zeros(lanes)

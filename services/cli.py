@@ -24,6 +24,7 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall status dqn-CartPole-v1-1              what a run does, process by process
   squall stop dqn-CartPole-v1-1                end it in order, with a checkpoint
   squall evaluate dqn-CartPole-v1-1            play greedy episodes with its best weights
+  squall evaluate dqn-CartPole-v1-1 --video play.mp4  and record them
 
 Everything lies under SQUALL_HOME (default ./runs). With --json a command prints one JSON document on
 standard output and nothing else; progress goes to standard error."""
@@ -111,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--episodes", type=int, default=20, metavar="N", help="default 20")
     evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best")
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other episodes")
+    evaluate.add_argument(
+        "--video",
+        type=Path,
+        metavar="FILE.mp4",
+        help="record these very episodes to one H.264 file, one after the other; a file that is there is replaced. "
+        "At most 20,000 frames, shared evenly by the environments played at once (8, or as many as there are "
+        "episodes); what goes beyond is played and scored, not recorded, and the command says so",
+    )
     _json(evaluate, _evaluate)
 
     runs = commands.add_parser("runs", help="list runs", description="List runs, newest first.", allow_abbrev=False)
@@ -199,7 +208,15 @@ def _evaluate(parsed: argparse.Namespace, out: TextIO) -> int:
     from services import runs
     from services.display import render_summary
 
-    figures = runs.evaluate(parsed.run, episodes=parsed.episodes, which=parsed.checkpoint, seed=parsed.seed)
+    figures = runs.evaluate(
+        parsed.run, episodes=parsed.episodes, which=parsed.checkpoint, seed=parsed.seed, video=parsed.video
+    )
+    if left_out := figures.get("frames_left_out"):
+        print(
+            f"squall: the video is full: it has {figures['frames']:,} frames, and {left_out:,} more were played; "
+            f"fewer --episodes fit",
+            file=sys.stderr,
+        )
     return _answer(out, parsed.json, figures, render_summary(figures))
 
 

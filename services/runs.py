@@ -8,11 +8,12 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from actors.evaluation import run_episodes
+from actors.video import Video
 from learner.training import BEST, LAST, load_algorithm
 from replay.seeds import spawn_seed
 from replay.types import ConfigurationError
@@ -256,13 +257,22 @@ def find_checkpoint(what: str, which: str) -> Path:
     raise ConfigurationError(f"run {what!r} has no checkpoint yet")
 
 
-def evaluate(what: str, *, episodes: int, which: str, seed: int) -> dict[str, Any]:
-    """Play greedy episodes with a run's checkpoint; return the figures."""
+def evaluate(what: str, *, episodes: int, which: str, seed: int, video: Path | None = None) -> dict[str, Any]:
+    """Play greedy episodes with a run's checkpoint, recorded to `video` if that is named; return the figures.
+
+    Raises:
+        ConfigurationError: there is no checkpoint, or no video can be made; nothing was played.
+        VideoFailed: the video could not be written to its end.
+    """
     if seed < 0:
         raise ConfigurationError(f"seed must not be negative, got {seed}")
     path = find_checkpoint(what, which)
     algorithm = load_algorithm(path)
-    results = run_episodes(algorithm.policy, episodes, spawn_seed(seed, "evaluate"))
+    with nullcontext() if video is None else Video(video) as recording:
+        results = run_episodes(algorithm.policy, episodes, spawn_seed(seed, "evaluate"), video=recording)
+    recorded = {} if recording is None else {
+        "video": str(recording.path.absolute()), "frames": recording.frames, "frames_left_out": recording.left_out,
+    }  # fmt: skip
     returns = [result.episode_return for result in results]
     mean = sum(returns) / len(returns)
     return {
@@ -275,4 +285,5 @@ def evaluate(what: str, *, episodes: int, which: str, seed: int) -> dict[str, An
         "return_min": min(returns),
         "return_max": max(returns),
         "length_mean": sum(result.length for result in results) / len(results),
+        **recorded,
     }
