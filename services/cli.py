@@ -19,6 +19,7 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall train dqn CartPole-v1                 train, with the preset for that environment
   squall train dqn PongNoFrameskip-v4 --actors 8 --envs-per-actor 4
   squall train dqn CartPole-v1 --set learning_rate=0.001 --set hidden_sizes=[64,64]
+  squall train dqn CartPole-v1 --stop-at-return 475  end as soon as an evaluation is that good
   squall train --resume dqn-CartPole-v1-1      go on where a run ended or was lost
   squall runs                                  list runs
   squall status dqn-CartPole-v1-1              what a run does, process by process
@@ -93,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         "--envs-per-actor", type=_count, metavar="N", dest="num_envs", help="environments in each worker (num_envs)"
     )
     train.add_argument("--steps", type=_count, metavar="N", help="environment steps, over all workers, such as 1e6")
+    train.add_argument(
+        "--stop-at-return",
+        type=float,
+        metavar="X",
+        help="end early, in order and scored, as soon as a periodic evaluation's mean return is X or more",
+    )
     train.add_argument("--seed", type=_count, metavar="N", help="from which all others are spawned; default 0")
     train.add_argument("--name", help="name of the run; chosen if left out")
     train.add_argument("--config", type=Path, metavar="FILE", help="YAML of run keys, as saved in every run's folder")
@@ -179,7 +186,7 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_summary
     from services.home import CONFIG
 
-    flags = {key: getattr(parsed, key) for key in ("actors", "num_envs", "steps", "seed")}
+    flags = {key: getattr(parsed, key) for key in ("actors", "num_envs", "steps", "stop_at_return", "seed")}
     overrides = {key: value for key, value in flags.items() if value is not None}
     overrides |= dict(parse_assignment(text) for text in parsed.set)
     file = parsed.config

@@ -163,7 +163,7 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, 
     Raises:
         UnknownRun: there is no such run.
         RunIsLive: its coordinator is at work.
-        ConfigurationError: it has all its steps already, or its hyper-parameters are to change.
+        ConfigurationError: it has all its steps or its return already, or its hyper-parameters are to change.
     """
     with open_home_store() as store:
         before = store.get(run).config["hyperparameters"]
@@ -178,6 +178,12 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, 
         if progress.counters.env_steps >= config.steps:
             raise ConfigurationError(
                 f"run {run!r} has its {progress.counters.env_steps:,} steps already; give it more with --steps"
+            )
+        goal, best = config.stop_at_return, progress.best_return
+        if goal is not None and best is not None and best >= goal:
+            raise ConfigurationError(
+                f"run {run!r} has reached a mean return of {goal:g} already, its best is {best:g}; give it a higher "
+                f"--stop-at-return, or none with --set stop_at_return=null"
             )
         store.adopt(run, *this_process())
         config.save(folder / CONFIG)
@@ -218,6 +224,8 @@ def _supervise(
 def _last_line(run: str, why: str) -> str:
     if why == "steps":
         return f"run {run} has all its steps"
+    if why == "return":
+        return f"run {run} has reached its return; a higher one: squall train --resume {run} --stop-at-return ..."
     return f"run {run} {why}; go on with: squall train --resume {run}"
 
 

@@ -71,6 +71,12 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["dqn", "CartPole-v1", "--set", "replay_size=0"], "replay_size must be positive, got 0"),
         (["dqn", "CartPole-v1", "--set", "replay_size=900"], "the learner could never start"),
         (["dqn", "PongNoFrameskip-v4", "--set", "replay_size=100000000"], "GiB are available here"),
+        (
+            ["dqn", "CartPole-v1", "--stop-at-return", "9", "--set", "eval_every=0"],
+            "stop_at_return needs a periodic evaluation before the run's end: eval_every is 0",
+        ),
+        (["dqn", "CartPole-v1", "--stop-at-return", "9", "--steps", "2000", "--set", "eval_every=2000"], "2,000 steps"),
+        (["dqn", "CartPole-v1", "--stop-at-return", "nan"], "stop_at_return: input should be a finite number, got nan"),
         (["dqn", "CartPole-v1", "--name", "../up"], "a run name has"),
         (["dqn", "CartPole-v1", "--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
         (["--resume", "nothing"], "nothing"),
