@@ -30,6 +30,8 @@ gym.register_envs(ale_py)
 
 ATARI_FRAME_SKIP = 4
 ATARI_STACK = 4
+_ATARI_FRAMES_PER_SECOND = 60
+_RENDER_MODE = "rgb_array"
 FAILURE = "squall_failure"  # in a step's info: what a lane failed with; a user's own keys may be called anything
 
 
@@ -106,17 +108,22 @@ class EnvironmentSpec:
             n_steps=n_steps,
         )
 
-    def make(self, num_envs: int) -> VectorEnv[Any, Any, Any]:
+    def make(self, num_envs: int, *, rendered: bool = False) -> VectorEnv[Any, Any, Any]:
         """Make a vector environment of `num_envs` lanes.
 
+        Args:
+            num_envs: lanes.
+            rendered: make one whose `render()` returns a frame of each lane, `[height, width, 3]` uint8. The
+                episodes are those of the same seed without it.
+
         Raises:
-            ConfigurationError: num_envs is not positive, or the spec has no id.
+            ConfigurationError: num_envs is not positive, the spec has no id, or the environment has no frames to give.
         """
         if num_envs < 1:
             raise ConfigurationError(f"the number of environments must be positive, got {num_envs}")
         if self.id is None:
             raise ConfigurationError("this specification is of an outside simulator: there is no id to make it from")
-        return _make_vector(self.id, num_envs, self.arguments, self.search_path)
+        return _make_vector(self.id, num_envs, self.arguments, self.search_path, rendered=rendered)
 
     def observe(self, observation: Array) -> Array:
         """Return a batch of raw observations in the dtype they are kept in."""
@@ -224,13 +231,18 @@ def is_atari(name: str) -> bool:
 
 
 def _make_vector(
-    name: str, num_envs: int, arguments: Mapping[str, Any], search_path: tuple[str, ...]
+    name: str, num_envs: int, arguments: Mapping[str, Any], search_path: tuple[str, ...], *, rendered: bool = False
 ) -> VectorEnv[Any, Any, Any]:
     spec = _find(name, search_path)
     atari = spec.entry_point == "ale_py.env:AtariEnv"
+    native = atari and "obs_type" not in arguments
+    if rendered and not native:
+        _check_render_modes(name, _make_vector(name, 1, arguments, search_path))
+        arguments = {**arguments, "render_mode": _RENDER_MODE}
     try:
-        if atari and "obs_type" not in arguments:
-            return _make_atari(name, num_envs, {**spec.kwargs, **arguments})
+        if native:
+            kind = RenderedAtari if rendered else AtariVectorEnv
+            return _make_atari(kind, name, num_envs, {**spec.kwargs, **arguments})
         env: VectorEnv[Any, Any, Any]
         if spec.vector_entry_point is not None and not atari:
             env = gym.make_vec(spec, num_envs=num_envs, **arguments)
@@ -245,7 +257,15 @@ def _make_vector(
     return env
 
 
-def _make_atari(name: str, num_envs: int, arguments: Mapping[str, Any]) -> AtariVectorEnv:
+def _check_render_modes(name: str, env: VectorEnv[Any, Any, Any]) -> None:
+    modes = env.metadata.get("render_modes") or ()
+    env.close()
+    if _RENDER_MODE not in modes:
+        has = f"its render modes are {', '.join(modes)}" if modes else "it has no render mode"
+        raise ConfigurationError(f"{name} cannot be recorded: a video needs render mode {_RENDER_MODE}, {has}")
+
+
+def _make_atari(kind: type[AtariVectorEnv], name: str, num_envs: int, arguments: Mapping[str, Any]) -> AtariVectorEnv:
     """Make a native Atari vector: 84x84 grey, max-pool, skip 4, stack 4, no-op starts, fire reset, raw rewards."""
     arguments = dict(arguments)
     skip = arguments.pop("frameskip", 1)
@@ -257,7 +277,57 @@ def _make_atari(name: str, num_envs: int, arguments: Mapping[str, Any]) -> Atari
     if not arguments.get("grayscale", True):
         raise ConfigurationError(f"{name} is stacked in grey only: grayscale=False is not supported")
     arguments = {"reward_clipping": False, "stack_num": ATARI_STACK, "num_threads": 1, **arguments}
-    return AtariVectorEnv(num_envs=num_envs, frameskip=ATARI_FRAME_SKIP if skip == 1 else skip, **arguments)
+    return kind(num_envs=num_envs, frameskip=ATARI_FRAME_SKIP if skip == 1 else skip, **arguments)
+
+
+class RenderedAtari(AtariVectorEnv):
+    """A native Atari vector that renders, with the help of a twin whose observations are the screen itself.
+
+    The native vector keeps small grey frames only. The twin has the same seeds and gets the same actions; size,
+    colour and stack of an observation never reach the emulator, so both play the same game. Each row checks it.
+    """
+
+    def __init__(self, game: str, num_envs: int, *, frameskip: int, **arguments: Any) -> None:
+        """Make both."""
+        super().__init__(game=game, num_envs=num_envs, frameskip=frameskip, **arguments)
+        emulator, rom = ale_py.ALEInterface(), ale_py.roms.get_rom_path(game)
+        assert rom is not None
+        emulator.loadROM(rom)
+        height, width = emulator.getScreenDims()
+        screen = {"img_height": height, "img_width": width, "grayscale": False, "stack_num": 1}
+        self._twin = AtariVectorEnv(game=game, num_envs=num_envs, frameskip=frameskip, **{**arguments, **screen})
+        self._screens: Array = np.empty(0)
+        self.metadata = {
+            **self.metadata, "render_modes": [_RENDER_MODE], "render_fps": _ATARI_FRAMES_PER_SECOND / frameskip,
+        }  # fmt: skip
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset both; the first reset needs a seed."""
+        observation, info = super().reset(seed=seed, options=options)
+        screens, twins = self._twin.reset(seed=seed, options=options)
+        self._compare(screens, [*info.values()], [*twins.values()])
+        return observation, info
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step both."""
+        observation, reward, terminated, truncated, info = super().step(actions)
+        screens, *outcome, twins = self._twin.step(actions)
+        self._compare(screens, [reward, terminated, truncated, *info.values()], [*outcome, *twins.values()])
+        return observation, reward, terminated, truncated, info
+
+    def _compare(self, screens: Array, own: list[Any], twins: list[Any]) -> None:
+        if not all(np.array_equal(mine, other) for mine, other in zip(own, twins, strict=True)):
+            raise EnvironmentFailed("the emulator that renders plays another game than the one that is scored")
+        self._screens = screens[:, -1]
+
+    def render(self) -> tuple[Array, ...]:
+        """Return each lane's screen, `[height, width, 3]` uint8."""
+        return tuple(self._screens)
+
+    def close(self, **kwargs: Any) -> None:
+        """Close both."""
+        self._twin.close(**kwargs)
+        super().close(**kwargs)
 
 
 class RebuildingEnv(gym.Env[Any, Any]):

@@ -12,6 +12,7 @@ import torch
 from actors.environments import EnvironmentFailed
 from actors.policies import Policy, PolicySpec
 from actors.rollout import Lanes
+from actors.video import Video
 from actors.weights import Weights, unpack
 from replay.remote import actor_class
 from replay.seeds import spawn_seed
@@ -40,7 +41,13 @@ class Evaluation:
 
 
 def run_episodes(
-    policy: Policy, episodes: int, seed: np.random.SeedSequence, *, lanes: int | None = None, greedy: bool = True
+    policy: Policy,
+    episodes: int,
+    seed: np.random.SeedSequence,
+    *,
+    lanes: int | None = None,
+    greedy: bool = True,
+    video: Video | None = None,
 ) -> tuple[EpisodeResult, ...]:
     """Play whole episodes and return their results.
 
@@ -53,9 +60,10 @@ def run_episodes(
         seed: of the environments; another seed gives other episodes.
         lanes: lanes to play them in; None chooses.
         greedy: take the best actions instead of exploring ones.
+        video: records the episodes; they are the same with it and without.
 
     Raises:
-        ConfigurationError: episodes is not positive.
+        ConfigurationError: episodes is not positive, or there is nothing to record.
         EnvironmentFailed: an episode that does not end; give such an environment a time limit.
     """
     if episodes < 1:
@@ -66,12 +74,19 @@ def run_episodes(
     results: list[list[EpisodeResult]] = [[] for _ in range(width)]
     environment_seed, policy_seed = seed.spawn(2)
     policy.begin(policy_seed)
-    driver = Lanes(policy.spec.environment, width, environment_seed)
+    driver = Lanes(policy.spec.environment, width, environment_seed, rendered=video is not None)
     try:
         driver.reset()
+        if video is not None:
+            video.begin(driver.env, policy.spec.environment.id)
         rows = 0
         while any(len(done) < most for done, most in zip(results, quota, strict=True)):
-            for lane, result in driver.step(policy, step=0, greedy=greedy).episodes:
+            row = driver.step(policy, step=0, greedy=greedy)
+            if video is not None:
+                playing = [lane for lane in range(width) if len(results[lane]) < quota[lane]]
+                ended = {lane for lane, _ in row.episodes}
+                video.take(driver.env, playing, ended=ended, failed=set(np.flatnonzero(row.failed)))
+            for lane, result in row.episodes:
                 if len(results[lane]) < quota[lane]:
                     results[lane].append(result)
             rows += 1

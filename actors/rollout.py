@@ -84,6 +84,7 @@ class Lanes:
         *,
         gamma: float = 1.0,
         clip_rewards: bool = False,
+        rendered: bool = False,
     ) -> None:
         """Make the environment; `reset` it before the first step.
 
@@ -93,12 +94,13 @@ class Lanes:
             seed: of the environments.
             gamma: discount of one step.
             clip_rewards: whether the learner sees rewards clipped to [-1, 1]; the episodes' returns are never clipped.
+            rendered: whether the environment can draw itself.
         """
         self.environment, self.lanes = environment, lanes
         self._gamma, self._clip = gamma, clip_rewards
         self._discounted = np.zeros(lanes)
         self.returns = Moments()
-        self.env = environment.make(lanes)
+        self.env = environment.make(lanes, rendered=rendered)
         self._seed = seed
         self._observation: Array = np.empty(0)
         self._returns = np.zeros(lanes)

@@ -19,12 +19,14 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall train dqn CartPole-v1                 train, with the preset for that environment
   squall train dqn PongNoFrameskip-v4 --actors 8 --envs-per-actor 4
   squall train dqn CartPole-v1 --set learning_rate=0.001 --set hidden_sizes=[64,64]
+  squall train dqn CartPole-v1 --stop-at-return 475  end as soon as an evaluation is that good
   squall train --resume dqn-CartPole-v1-1      go on where a run ended or was lost
   squall runs                                  list runs
   squall status dqn-CartPole-v1-1              what a run does, process by process
   squall stop dqn-CartPole-v1-1                end it in order, with a checkpoint
   squall evaluate dqn-CartPole-v1-1            play greedy episodes with its best weights
   squall plot dqn-CartPole-v1-1                draw its learning curve
+  squall evaluate dqn-CartPole-v1-1 --video play.mp4  and record them
 
 Everything lies under SQUALL_HOME (default ./runs). With --json a command prints one JSON document on
 standard output and nothing else; progress goes to standard error."""
@@ -93,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         "--envs-per-actor", type=_count, metavar="N", dest="num_envs", help="environments in each worker (num_envs)"
     )
     train.add_argument("--steps", type=_count, metavar="N", help="environment steps, over all workers, such as 1e6")
+    train.add_argument(
+        "--stop-at-return",
+        type=float,
+        metavar="X",
+        help="end early, in order and scored, as soon as a periodic evaluation's mean return is X or more",
+    )
     train.add_argument("--seed", type=_count, metavar="N", help="from which all others are spawned; default 0")
     train.add_argument("--name", help="name of the run; chosen if left out")
     train.add_argument("--config", type=Path, metavar="FILE", help="YAML of run keys, as saved in every run's folder")
@@ -112,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--episodes", type=int, default=20, metavar="N", help="default 20")
     evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best")
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other episodes")
+    evaluate.add_argument(
+        "--video",
+        type=Path,
+        metavar="FILE.mp4",
+        help="record these very episodes to one H.264 file, one after the other; a file that is there is replaced. "
+        "At most 20,000 frames, shared evenly by the environments played at once (8, or as many as there are "
+        "episodes); what goes beyond is played and scored, not recorded, and the command says so",
+    )
     _json(evaluate, _evaluate)
 
     runs = commands.add_parser("runs", help="list runs", description="List runs, newest first.", allow_abbrev=False)
@@ -188,7 +204,7 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_summary
     from services.home import CONFIG
 
-    flags = {key: getattr(parsed, key) for key in ("actors", "num_envs", "steps", "seed")}
+    flags = {key: getattr(parsed, key) for key in ("actors", "num_envs", "steps", "stop_at_return", "seed")}
     overrides = {key: value for key, value in flags.items() if value is not None}
     overrides |= dict(parse_assignment(text) for text in parsed.set)
     file = parsed.config
@@ -217,7 +233,15 @@ def _evaluate(parsed: argparse.Namespace, out: TextIO) -> int:
     from services import runs
     from services.display import render_summary
 
-    figures = runs.evaluate(parsed.run, episodes=parsed.episodes, which=parsed.checkpoint, seed=parsed.seed)
+    figures = runs.evaluate(
+        parsed.run, episodes=parsed.episodes, which=parsed.checkpoint, seed=parsed.seed, video=parsed.video
+    )
+    if left_out := figures.get("frames_left_out"):
+        print(
+            f"squall: the video is full: it has {figures['frames']:,} frames, and {left_out:,} more were played; "
+            f"fewer --episodes fit",
+            file=sys.stderr,
+        )
     return _answer(out, parsed.json, figures, render_summary(figures))
 
 

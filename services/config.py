@@ -32,6 +32,9 @@ class RunConfig(BaseModel):
     steps: PositiveInt = Field(1_000_000, description="environment steps, over all workers")
     actors: PositiveInt = Field(2, description="rollout workers")
     eval_every: NonNegativeInt = Field(10_000, description="steps between evaluations; 0 evaluates at the end only")
+    stop_at_return: float | None = Field(
+        None, allow_inf_nan=False, description="mean return of a periodic evaluation that ends the run; null for none"
+    )
     eval_episodes: PositiveInt = Field(10, description="episodes of a periodic evaluation")
     final_eval_episodes: PositiveInt = Field(20, description="fresh episodes that score the best and the last weights")
     publish_every: PositiveInt = Field(100, description="updates between versions of the weights")
@@ -126,6 +129,11 @@ def resolve(
         raise _translated(error) from error
     if config.precision not in _PRECISIONS:
         raise ConfigurationError(f"precision must be one of {', '.join(_PRECISIONS)}, got {config.precision!r}")
+    if config.stop_at_return is not None and not 0 < config.eval_every < config.steps:
+        raise ConfigurationError(
+            f"stop_at_return needs a periodic evaluation before the run's end: "
+            f"eval_every is {config.eval_every:,} and the run has {config.steps:,} steps"
+        )
     return config, preset
 
 

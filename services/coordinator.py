@@ -99,6 +99,7 @@ class Coordinator:
             every=config.eval_every,
             episodes=config.eval_episodes,
             final_episodes=config.final_eval_episodes,
+            goal=config.stop_at_return,
         )
 
     def _worker(self, index: int, first: int) -> Process:
@@ -127,7 +128,7 @@ class Coordinator:
         return [self.weights, self.replay, self.learner, *self.workers, self.evaluator]
 
     def run(self) -> dict[str, Any]:
-        """Run until the steps are done, somebody stops it, or it cannot go on; return the summary.
+        """Run until the steps or the goal are reached, somebody stops it, or it cannot go on; return the summary.
 
         Raises:
             RunFailed: a process died again and again, or did not start.
@@ -138,10 +139,13 @@ class Coordinator:
                 process.start()
             self._watch_over()
             self._count_seconds()
-            if self.stopped_because is None:
-                self._finish()
+            if self.stopped_because is not None:
+                self._stop_in_order()
+            elif self.learner.done:
+                self._finish("steps")
             else:
                 self._stop_in_order()
+                self._finish("return")
             self._metrics()
             self._state = "ended"
             self._snapshot()
@@ -155,9 +159,9 @@ class Coordinator:
     # Watching.
 
     def _watch_over(self) -> None:
-        """Tick until the learner is done or somebody wants a stop."""
+        """Tick until the learner is done, an evaluation reaches the goal, or somebody wants a stop."""
         end = time.monotonic() + START_SECONDS
-        while not self.learner.done and self.stopped_because is None:
+        while not self.learner.done and self.stopped_because is None and not self.scoring.reached_goal:
             self._tick()
             if self._state == "starting":
                 silent = [process.name for process in self.processes if process.report is None]
@@ -243,9 +247,9 @@ class Coordinator:
 
     # The end.
 
-    def _finish(self) -> None:
+    def _finish(self, why: str) -> None:
         """Take in the final totals and score the run; an interruption leaves it unscored."""
-        self.stopped_because = "steps"
+        self.stopped_because = why
         self._state = "scoring"
         self._read_replay_last()
         end = time.monotonic() + SCORING_SECONDS

@@ -8,11 +8,12 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from actors.evaluation import run_episodes
+from actors.video import Video
 from learner.training import BEST, LAST, load_algorithm
 from replay.seeds import spawn_seed
 from replay.types import ConfigurationError
@@ -162,7 +163,7 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, 
     Raises:
         UnknownRun: there is no such run.
         RunIsLive: its coordinator is at work.
-        ConfigurationError: it has all its steps already, or its hyper-parameters are to change.
+        ConfigurationError: it has all its steps or its return already, or its hyper-parameters are to change.
     """
     with open_home_store() as store:
         before = store.get(run).config["hyperparameters"]
@@ -177,6 +178,12 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, 
         if progress.counters.env_steps >= config.steps:
             raise ConfigurationError(
                 f"run {run!r} has its {progress.counters.env_steps:,} steps already; give it more with --steps"
+            )
+        goal, best = config.stop_at_return, progress.best_return
+        if goal is not None and best is not None and best >= goal:
+            raise ConfigurationError(
+                f"run {run!r} has reached a mean return of {goal:g} already, its best is {best:g}; give it a higher "
+                f"--stop-at-return, or none with --set stop_at_return=null"
             )
         store.adopt(run, *this_process())
         config.save(folder / CONFIG)
@@ -217,6 +224,8 @@ def _supervise(
 def _last_line(run: str, why: str) -> str:
     if why == "steps":
         return f"run {run} has all its steps"
+    if why == "return":
+        return f"run {run} has reached its return; a higher one: squall train --resume {run} --stop-at-return ..."
     return f"run {run} {why}; go on with: squall train --resume {run}"
 
 
@@ -256,13 +265,22 @@ def find_checkpoint(what: str, which: str) -> Path:
     raise ConfigurationError(f"run {what!r} has no checkpoint yet")
 
 
-def evaluate(what: str, *, episodes: int, which: str, seed: int) -> dict[str, Any]:
-    """Play greedy episodes with a run's checkpoint; return the figures."""
+def evaluate(what: str, *, episodes: int, which: str, seed: int, video: Path | None = None) -> dict[str, Any]:
+    """Play greedy episodes with a run's checkpoint, recorded to `video` if that is named; return the figures.
+
+    Raises:
+        ConfigurationError: there is no checkpoint, or no video can be made; nothing was played.
+        VideoFailed: the video could not be written to its end.
+    """
     if seed < 0:
         raise ConfigurationError(f"seed must not be negative, got {seed}")
     path = find_checkpoint(what, which)
     algorithm = load_algorithm(path)
-    results = run_episodes(algorithm.policy, episodes, spawn_seed(seed, "evaluate"))
+    with nullcontext() if video is None else Video(video) as recording:
+        results = run_episodes(algorithm.policy, episodes, spawn_seed(seed, "evaluate"), video=recording)
+    recorded = {} if recording is None else {
+        "video": str(recording.path.absolute()), "frames": recording.frames, "frames_left_out": recording.left_out,
+    }  # fmt: skip
     returns = [result.episode_return for result in results]
     mean = sum(returns) / len(returns)
     return {
@@ -275,4 +293,5 @@ def evaluate(what: str, *, episodes: int, which: str, seed: int) -> dict[str, An
         "return_min": min(returns),
         "return_max": max(returns),
         "length_mean": sum(result.length for result in results) / len(results),
+        **recorded,
     }

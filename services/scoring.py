@@ -40,6 +40,7 @@ class Scoring:
         every: int,
         episodes: int,
         final_episodes: int,
+        goal: float | None = None,
     ) -> None:
         """Begin nothing yet; `tick` does.
 
@@ -52,10 +53,13 @@ class Scoring:
             every: environment steps between periodic evaluations; 0 for none.
             episodes: of a periodic evaluation.
             final_episodes: of a final one.
+            goal: mean return of a periodic evaluation at which `reached_goal` becomes true.
         """
         self._learner, self._evaluator, self._watcher = learner, evaluator, watcher
         self._progress, self._checkpoints = progress, checkpoints
         self._every, self._episodes, self._final_episodes = every, episodes, final_episodes
+        self._goal = goal
+        self.reached_goal = False
         self._asked: tuple[str, Any, int] | None = None
         self.history: list[dict[str, float]] = []
         self.final: tuple[Evaluation, Evaluation] | None = None
@@ -116,6 +120,9 @@ class Scoring:
             os.replace(self._checkpoints / CANDIDATE, self._checkpoints / BEST)
             text += ", the best so far"
         self._watcher.event("evaluation", text)
+        if self._goal is not None and evaluation.mean >= self._goal and not self.reached_goal:
+            self.reached_goal = True
+            self._watcher.event("goal", f"a mean return of {self._goal:g} is reached: the run stops learning")
         length = sum(episode.length for episode in evaluation.episodes) / len(evaluation.episodes)
         self._watcher.metrics(steps, {"eval/mean_reward": evaluation.mean, "eval/mean_ep_length": length})
 
@@ -129,8 +136,9 @@ class Scoring:
             while_waiting()
             if self.playing:
                 self._go_on()
-        last = self._score(self._checkpoints / LAST, "final-last", while_waiting)
-        best = self._checkpoints / BEST
+        best, last_path = self._checkpoints / BEST, self._checkpoints / LAST
+        # A learner that died while it was stopped may leave no last checkpoint behind.
+        last = self._score(last_path if last_path.exists() else best, "final-last", while_waiting)
         self.final = (self._score(best, "final-best", while_waiting) if best.exists() else last, last)
         (self._checkpoints / CANDIDATE).unlink(missing_ok=True)
 

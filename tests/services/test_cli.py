@@ -7,10 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import av
+import gymnasium as gym
 import pytest
 import ray
+from pytorch_lightning import Trainer
 
+from actors import video
+from learner import DQN
 from services.cli import main
 
 
@@ -65,6 +71,12 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["dqn", "CartPole-v1", "--set", "replay_size=0"], "replay_size must be positive, got 0"),
         (["dqn", "CartPole-v1", "--set", "replay_size=900"], "the learner could never start"),
         (["dqn", "PongNoFrameskip-v4", "--set", "replay_size=100000000"], "GiB are available here"),
+        (
+            ["dqn", "CartPole-v1", "--stop-at-return", "9", "--set", "eval_every=0"],
+            "stop_at_return needs a periodic evaluation before the run's end: eval_every is 0",
+        ),
+        (["dqn", "CartPole-v1", "--stop-at-return", "9", "--steps", "2000", "--set", "eval_every=2000"], "2,000 steps"),
+        (["dqn", "CartPole-v1", "--stop-at-return", "nan"], "stop_at_return: input should be a finite number, got nan"),
         (["dqn", "CartPole-v1", "--name", "../up"], "a run name has"),
         (["dqn", "CartPole-v1", "--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
         (["--resume", "nothing"], "nothing"),
@@ -107,3 +119,85 @@ def test_show_config_resolves_preset_file_and_flags(tmp_path: Path, capfd: pytes
     config = json.loads(capfd.readouterr().out)
     assert (config["seed"], config["hyperparameters"]["gamma"], config["hyperparameters"]["batch_size"]) == (7, 0.9, 16)
     assert config["hyperparameters"]["warm_start_size"] == 1000
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a checkpoint of CartPole, and one of an environment that cannot be rendered."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    if "SquallUnseen-v0" not in gym.registry:
+        gym.register("SquallUnseen-v0", Unseen, max_episode_steps=5)
+    for environment in ("CartPole-v1", "SquallUnseen-v0"):
+        trainer = Trainer(
+            max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+        )
+        trainer.fit(DQN(environment, warm_start_size=50, batch_size=8, replay_size=200, hidden_sizes=(8,)))
+        trainer.save_checkpoint(folder / f"{environment}.ckpt", weights_only=False)
+    return folder
+
+
+class Unseen(gym.Env[int, int]):
+    """Has another render mode than a video needs, and counts its steps."""
+
+    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012
+    observation_space = gym.spaces.Discrete(5)
+    action_space = gym.spaces.Discrete(2)
+    steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict[str, Any]]:
+        return 0, {}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        Unseen.steps += 1
+        return 0, 0.0, False, False, {}
+
+
+def test_evaluate_records_the_episodes_it_scores(
+    checkpoints: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("evaluate", str(checkpoints / "CartPole-v1.ckpt"), "--episodes", "3", "--json")
+    assert main(command) == 0
+    plain = json.loads(capfd.readouterr().out)
+    assert main([*command, "--video", str(tmp_path / "play.mp4")]) == 0
+    figures = json.loads(capfd.readouterr().out)
+    assert figures == plain | {
+        "video": str(tmp_path / "play.mp4"), "frames": round(3 * plain["length_mean"]) + 3, "frames_left_out": 0,
+    }  # fmt: skip
+    with av.open(tmp_path / "play.mp4") as container:
+        assert sum(1 for _ in container.decode(video=0)) == figures["frames"]
+
+    monkeypatch.setattr(video, "MOST_FRAMES", 12)
+    assert main([*command, "--video", str(tmp_path / "play.mp4")]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["frames"] == 12
+    assert "the video is full: it has 12 frames" in err
+
+
+@pytest.mark.parametrize(
+    ("environment", "name", "words"),
+    [
+        ("CartPole-v1", "play.gif", "a video is an .mp4 file, got "),
+        ("CartPole-v1", "nowhere/play.mp4", "nowhere/play.mp4: No such file or directory"),
+        (
+            "SquallUnseen-v0",
+            "play.mp4",
+            "SquallUnseen-v0 cannot be recorded: a video needs render mode rgb_array, its ",
+        ),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_before_anything_is_played(
+    environment: str, name: str, words: str, checkpoints: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps = Unseen.steps
+    line = refused(capfd, "evaluate", str(checkpoints / f"{environment}.ckpt"), "--video", str(tmp_path / name))
+    assert words in line
+    assert Unseen.steps == steps
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_video_library_is_named(
+    checkpoints: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    words = refused(capfd, "evaluate", str(checkpoints / "CartPole-v1.ckpt"), "--video", str(tmp_path / "play.mp4"))
+    assert "pip install av" in words

@@ -21,6 +21,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 SMALL = ("dqn", "CartPole-v1", "--set", "warm_start_size=500", "--set", "eval_episodes=2", "--set", "eval_every=1000")
 LONG = (*SMALL, "--steps", "1000000")
 
+AT_ITS_RETURN = (
+    *LONG, "--set", "eval_every=600", "--set", "final_eval_episodes=3", "--actors", "1", "--stop-at-return", "5",
+)  # fmt: skip
+
 Start = Callable[..., Run]
 
 
@@ -194,6 +198,36 @@ def test_an_interrupt_while_starting_is_obeyed(start: Start) -> None:
     assert run.process.returncode != 0
     assert run.leftovers() == []
     assert run.status()["state"] in ("finished", "failed")
+
+
+def test_a_run_ends_at_its_return(start: Start) -> None:
+    """Every episode of CartPole lasts more than five steps, so the first evaluation is good enough."""
+    run = start("goal", *AT_ITS_RETURN)
+    summary = run.finish(120)
+    assert summary["stopped_because"] == "return"
+    assert 600 <= summary["env_steps"] < 1_000_000
+    assert summary["eval_episodes"] == 3
+    assert summary["eval_return_mean"] > 5
+    assert summary["final_return_mean"] > 5
+    assert "a mean return of 5 is reached: the run stops learning" in run.err.read_text()
+    saved = torch.load(run.home / "goal" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == summary["updates"] > 0
+    assert yaml.safe_load((run.home / "goal" / "config.yaml").read_text())["stop_at_return"] == 5.0
+    status = run.status()
+    assert (status["state"], status["stopped_because"]) == ("finished", "return")
+
+    refused = squall(run.home, "train", "--resume", "goal", "--steps", "2000000")
+    assert refused.returncode == 2
+    assert "run 'goal' has reached a mean return of 5 already" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_at_its_return_goes_on_without_one(start: Start) -> None:
+    summary = start("goal", *AT_ITS_RETURN).finish(120)
+    steps = str(summary["env_steps"] + 500)
+    again = start("goal", "--resume", "goal", "--set", "stop_at_return=null", "--steps", steps).finish(120)
+    assert again["stopped_because"] == "steps"
+    assert again["updates"] > summary["updates"]
 
 
 def test_two_runs_at_once_do_not_meet(start: Start) -> None:
