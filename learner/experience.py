@@ -152,6 +152,10 @@ class Experience(Generic[Item]):
     def published(self, version: int) -> None:
         """Take note that the learner published a version of its weights."""
 
+    def update_priorities(self, ids: Array, priorities: Array) -> None:
+        """Say how much is to be learned from transitions, `[B]` each; trajectories have no priorities."""
+        raise NotImplementedError
+
     # A stream has no place to go back to; with these two Lightning lets it go on in the middle of an epoch.
 
     def state_dict(self) -> dict[str, Any]:

@@ -75,6 +75,11 @@ class TrajectoryQueue:
         return any(batch.begun for batch in self._batches)
 
     @property
+    def incomplete(self) -> bool:
+        """Whether units of a batch under way are still to come."""
+        return any(batch.begun and not batch.complete for batch in self._batches)
+
+    @property
     def steps(self) -> int:
         """Environment steps held."""
         return sum(unit.steps for batch in self._batches for unit in batch.units if unit is not None)

@@ -86,7 +86,7 @@ class TrajectoryServer:
 
     @property
     def _finished(self) -> bool:
-        """Whether nothing more will come. A batch that was begun when the steps were reached is completed first."""
+        """Whether no batch will come any more. One that was begun when the steps were reached is completed first."""
         return self._enough and not self._queue.begun
 
     @property
@@ -101,7 +101,7 @@ class TrajectoryServer:
         """Issue up to `count` permits, or say what to wait for."""
         caller = f"worker-{worker}"
         self._queue.forget_earlier(worker, incarnation)
-        if self._finished:
+        if self._enough and not self._queue.incomplete:
             self._desk.note(caller, None)
             return PermitReply(finished=True)
         issued = self._queue.request_permits(worker, incarnation, count, may_begin=not self._enough)

@@ -323,15 +323,15 @@ class Algorithm(pl.LightningModule):
         self.run_progress = saved.get("run", {})
         self._returns_seen = saved.get("returns_seen", 0)
 
-    def run_n_episodes(self, env: OneLane, n_epsiodes: int | None = None, n_episodes: int = 1) -> list[float]:
+    def run_n_episodes(self, env: OneLane, n_epsiodes: int = 1, n_episodes: int | None = None) -> list[float]:
         """Play whole greedy episodes in `env`; return their returns.
 
         Args:
             env: made by `make_environment`.
-            n_epsiodes: the reference page's spelling of the following.
-            n_episodes: how many.
+            n_epsiodes: how many, as the reference page spells it.
+            n_episodes: how many; goes before the other.
         """
-        return play_episodes(env, n_episodes if n_epsiodes is None else n_epsiodes, self.greedy_action)
+        return play_episodes(env, n_epsiodes if n_episodes is None else n_episodes, self.greedy_action)
 
     def greedy_action(self, observation: Array) -> Array:
         """Return the best action for one observation."""

@@ -135,15 +135,15 @@ class DQN(OffPolicyAlgorithm):
         return {"loss": loss.detach()}
 
     def run_n_episodes(  # type: ignore[override]  # as on the reference page
-        self, env: OneLane, n_epsiodes: int | None = None, epsilon: float = 1.0, n_episodes: int = 1
+        self, env: OneLane, n_epsiodes: int = 1, epsilon: float = 1.0, n_episodes: int | None = None
     ) -> list[float]:
         """Play whole episodes in `env` with a constant epsilon; return their returns.
 
         Args:
             env: made by `make_environment`.
-            n_epsiodes: the reference page's spelling of `n_episodes`.
+            n_epsiodes: how many, as the reference page spells it.
             epsilon: probability of a random action.
-            n_episodes: how many.
+            n_episodes: how many; goes before `n_epsiodes`.
         """
 
         def choose(observation: Array) -> Array:
@@ -151,4 +151,4 @@ class DQN(OffPolicyAlgorithm):
             action = self.greedy_action(observation)
             return np.asarray(self.policy.rng.integers(self.policy.actions)) if explore else action
 
-        return play_episodes(env, n_episodes if n_epsiodes is None else n_epsiodes, choose)
+        return play_episodes(env, n_epsiodes if n_episodes is None else n_episodes, choose)

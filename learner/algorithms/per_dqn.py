@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actors.environments import EnvironmentSpec
 from learner.algorithms.dqn import DQN
-from learner.experience import LocalTransitions, RemoteTransitions, TransitionBatch
+from learner.experience import TransitionBatch
 from learner.value_learning import huber, importance_weights
 from replay.server import ReplaySpec
 from replay.types import ConfigurationError
@@ -77,7 +77,7 @@ class PERDQN(DQN):
     def loss(self, batch: TransitionBatch) -> Tensor:
         """See `DQN.loss`; sends the batch's new priorities to the replay."""
         error = self.td_error(batch)
-        assert isinstance(self.experience, LocalTransitions | RemoteTransitions)
+        assert self.experience is not None
         priorities = error.detach().abs() + PRIORITY_EPSILON
         self.experience.update_priorities(batch.ids.cpu().numpy(), priorities.cpu().numpy())
         return (importance_weights(batch.probability, batch.size, self.beta) * huber(error)).mean()

@@ -73,7 +73,7 @@ def test_exploring_actions_are_uniform(epsilon: float) -> None:
     expected = np.full(5, epsilon / 5)
     expected[best] += 1 - epsilon
     assert chi_square_p(np.bincount(actions, minlength=5), expected) > FALSE_ALARM
-    assert acting.exploration_rate(0) == epsilon
+    assert acting.spec.exploration_rate(0) == epsilon
 
 
 def test_exploration_follows_the_step() -> None:
@@ -81,14 +81,16 @@ def test_exploration_follows_the_step() -> None:
     best = acting.act(same(1), step=0, greedy=True).action[0]
     strayed = [float((acting.act(same(), step=step).action != best).mean()) for step in (0, 50, 100, 200)]
     assert strayed == pytest.approx([0.8, 0.4, 0.0, 0.0], abs=0.08)
-    assert acting.exploration_rate(50) == 0.5
+    assert acting.spec.exploration_rate(50) == 0.5
 
 
 def test_the_ladder_follows_the_worker() -> None:
     acting = PolicySpec("epsilon_greedy", ENVIRONMENT, (8,), EpsilonSchedule(ladder=True)).build()
     for worker in (0, 3):
         acting.begin(np.random.SeedSequence(0), worker, 4)
-        assert acting.exploration_rate(10**6) == pytest.approx(0.4 ** (1 + 7 * worker / 3))
+        assert acting.spec.exploration.at(10**6, acting.worker, acting.workers) == pytest.approx(
+            0.4 ** (1 + 7 * worker / 3)
+        )
 
 
 def test_greedy_actions_are_the_best_and_use_no_randomness() -> None:

@@ -183,6 +183,7 @@ def test_a_checkpoint_holds_plain_values(tmp_path: Path) -> None:
         "algorithm": "dqn",
         "env_steps": module.env_steps,
         "recent_returns": list(module.recent_returns),
+        "returns_seen": 0,
         "run": {"episodes": 3},
     }
     assert module.env_steps > 50

@@ -25,7 +25,7 @@ def test_every_name_is_tested() -> None:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_it_is_the_class_of_that_name_with_that_learning_rate(name: str) -> None:
-    optimizer = make_optimizer(name, nn.Linear(2, 2).parameters(), 0.125)
+    optimizer = make_optimizer(name, (nn.Linear(2, 2).parameters(), 0.125))
     assert type(optimizer) is PLAIN[name]
     assert [group["lr"] for group in optimizer.param_groups] == [0.125]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
@@ -35,7 +35,7 @@ def test_it_is_the_class_of_that_name_with_that_learning_rate(name: str) -> None
 def test_it_steps_as_the_plain_one_does(name: str) -> None:
     ours, plain = nn.Linear(3, 2), nn.Linear(3, 2)
     plain.load_state_dict(ours.state_dict())
-    optimizers = [make_optimizer(name, ours.parameters(), 0.01), PLAIN[name](plain.parameters(), lr=0.01)]
+    optimizers = [make_optimizer(name, (ours.parameters(), 0.01)), PLAIN[name](plain.parameters(), lr=0.01)]
     for seed in range(5):
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
         for module, optimizer in zip((ours, plain), optimizers, strict=True):
@@ -48,4 +48,4 @@ def test_it_steps_as_the_plain_one_does(name: str) -> None:
 
 def test_a_name_that_is_none_raises() -> None:
     with pytest.raises(KeyError, match="adagrad"):
-        make_optimizer("adagrad", nn.Linear(2, 2).parameters(), 0.1)
+        make_optimizer("adagrad", (nn.Linear(2, 2).parameters(), 0.1))

@@ -33,7 +33,7 @@ from learner.training import (
 )
 from replay.remote import RemoteActor
 from replay.server import ReplayActor, ReplayClient, ReplayServer
-from replay.types import ConfigurationError, DeadlineExceeded, Push
+from replay.types import ConfigurationError, DeadlineExceeded, Moments, Push
 from tests.learner.toys import CARTPOLE, InProcessReplay, copies, make_push, same
 
 HYPERPARAMETERS = {
@@ -278,6 +278,7 @@ def test_progress_lands_in_the_checkpoint(tmp_path: Path) -> None:
         "algorithm": "dqn",
         "env_steps": 1234,
         "recent_returns": [],
+        "returns_seen": 0,
         "run": {"episodes": 7, "best": 1.5},
     }
 
@@ -320,7 +321,7 @@ def sample(room: Room) -> Any:
 
 def replies(batches: list[Any]) -> Any:
     left = iter(batches)
-    return lambda k, batch_size, stop: SimpleNamespace(batch=next(left, None), wait=None)
+    return lambda k, batch_size, stop: SimpleNamespace(batch=next(left, None), wait=None, returns=Moments())
 
 
 # Requests from other threads.
@@ -333,9 +334,9 @@ def test_a_checkpoint_is_answered_while_the_learner_waits(waiting: tuple[Room, F
     assert room.files == {"candidate.ckpt"}
     written = load_algorithm(room.folder / "candidate.ckpt")
     assert written.env_steps == 5
-    assert same(loaded(weights), copies(written.policy))
-    assert weights.version == 1
-    assert room.weights.versions == [0, 1]
+    # Nothing was learned since they were published: as a new version they would make on-policy experience stale.
+    assert weights.version == 0
+    assert room.weights.versions == [0]
     room.learner.checkpoint(seconds=20.0)
     assert room.files == {"candidate.ckpt", LAST}
 
@@ -391,7 +392,8 @@ def test_a_request_that_fails_fails_for_who_asked_alone(waiting: tuple[Room, Fut
     (room.folder / "blocked").write_text("no folder")
     with pytest.raises(OSError, match="blocked"):
         room.learner.checkpoint("blocked/candidate.ckpt", seconds=20.0)
-    assert room.learner.checkpoint("candidate.ckpt", seconds=20.0).version == 1
+    # Nothing was learned meanwhile: these are the weights that were published at the start.
+    assert room.learner.checkpoint("candidate.ckpt", seconds=20.0).version == 0
     assert not fit.done()
 
 
@@ -405,7 +407,7 @@ def test_a_request_before_the_fit_is_answered_by_it(tmp_path: Path, background: 
     asked = background(lambda: room.learner.checkpoint("early.ckpt", seconds=20.0))
     assert eventually(lambda: not room.learner._requests.empty())
     room.fit()
-    assert asked.result(20.0).version == 1
+    assert asked.result(20.0).version == 0
     assert room.files == {"early.ckpt", LAST}
 
 

@@ -81,7 +81,7 @@ def test_a_noisy_policy_explores_by_its_noise_and_evaluates_without_it() -> None
     assert len(exploring) > 1
     assert len(greedy) == 1
     assert policy.training
-    assert policy.exploration_rate(0) == 0.0
+    assert policy.spec.exploration_rate(0) == 0.0
 
 
 def test_epsilon_does_nothing_in_a_noisy_dqn_and_says_so() -> None:
