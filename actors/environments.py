@@ -224,10 +224,13 @@ def _find(name: str, search_path: tuple[str, ...]) -> Any:
         raise ConfigurationError(f"unknown environment {name}{hint}") from error
 
 
-def is_atari(name: str) -> bool:
-    """Return whether an id names an Atari game."""
+def family(name: str) -> str | None:
+    """Return "atari" or "mujoco" for an id of one of these, else None."""
     spec = gym.registry.get(name)
-    return spec is not None and spec.entry_point == "ale_py.env:AtariEnv"
+    entry_point = str(spec.entry_point) if spec is not None else ""
+    if entry_point == "ale_py.env:AtariEnv":
+        return "atari"
+    return "mujoco" if entry_point.startswith("gymnasium.envs.mujoco") else None
 
 
 def _make_vector(

@@ -1,6 +1,6 @@
 """Tuned hyper-parameters per algorithm and environment, as data: one YAML file an algorithm.
 
-A key is an environment id, or `atari` for every Atari id without a preset of its own. Under it, `run` holds keys
+A key is an environment id, or `atari` or `mujoco` for every id of that family without a preset of its own. Under it, `run` holds keys
 of the run configuration and `hyperparameters` those of the algorithm's constructor.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from actors.environments import is_atari
+from actors.environments import family
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ def load_preset(algorithm: str, environment: str) -> Preset | None:
         return None
     presets = yaml.safe_load(file.read_text())
     base = load_preset(presets["inherits"], environment) if "inherits" in presets else None
-    own = presets.get(environment)
-    if own is None and is_atari(environment):
-        own = presets.get("atari")
+    own = presets.get(environment) or presets.get(family(environment))
     if base is None and own is None:
         return None
     base, own = base or Preset(), own or {}

@@ -223,7 +223,7 @@ def test_hyperparameters_reach_rollout_and_replay() -> None:
     assert (exploration.start, exploration.end, exploration.last_frame, exploration.ladder) == (0.9, 0.1, 77, True)
     assert rollout.policy.hidden_sizes == (12,)
     replay = module.experience_spec()
-    assert (replay.table.capacity, replay.minimum_size, replay.largest_push) == (2_000, 70, 33)
+    assert (replay.table.capacity, replay.minimum_size, replay.largest_push) == (2_000, 70, 24)
     assert (replay.batch_size, replay.batches_per_sample, replay.samples_per_insert) == (6, 7, 1.5)
 
 
