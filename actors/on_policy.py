@@ -12,6 +12,7 @@ from replay.remote import actor_class
 from replay.types import DeadlineExceeded, EpisodeResult, InsertReply, PermitReply, Push
 
 _SECONDS_FOR_WEIGHTS = 300.0
+_SECONDS_BEFORE_ASKING_AGAIN = 0.02
 
 
 class Queue(Protocol):
@@ -81,7 +82,9 @@ class OnPolicyWorker(RolloutWorker):
             self._stop.set()
             return False
         if not self._load_version(reply.permits[0].version):
+            # They are those of a server or store that was recreated; the learner is about to publish anew.
             self._queue.revoke(self.worker, self.incarnation)
+            self._stop.wait(_SECONDS_BEFORE_ASKING_AGAIN)
             return False
         if self._whole_episodes:
             builder.begin(self._lanes.reset())

@@ -175,7 +175,8 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, 
         folder = home() / run
         program = plan(config, run, folder / "checkpoints")
         progress = Progress.resumed(folder / "checkpoints" / LAST)
-        if progress.counters.env_steps >= config.steps:
+        # A run that was ended while it was being scored has all its steps, and goes on with the scoring.
+        if progress.counters.env_steps >= config.steps and _is_scored(folder):
             raise ConfigurationError(
                 f"run {run!r} has its {progress.counters.env_steps:,} steps already; give it more with --steps"
             )
@@ -188,6 +189,11 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, 
         store.adopt(run, *this_process())
         config.save(folder / CONFIG)
         return _supervise(config, program, folder, store, progress, notes)
+
+
+def _is_scored(folder: Path) -> bool:
+    file = folder / SUMMARY
+    return file.exists() and json.loads(file.read_text())["eval_return_mean"] is not None
 
 
 def _supervise(

@@ -125,6 +125,44 @@ def test_every_process_may_die_and_the_run_still_reaches_its_score(start: Start)
     assert run.leftovers() == []
 
 
+ON_POLICY = (
+    "a2c", "CartPole-v1", "--set", "eval_every=4000", "--set", "eval_episodes=2", "--set", "final_eval_episodes=3",
+)  # fmt: skip
+
+
+def test_an_on_policy_run_trains_on_each_step_once(start: Start) -> None:
+    run = start("on-policy", *ON_POLICY, "--steps", "8000", "--actors", "3")
+    summary = run.finish(240)
+    assert summary["stopped_because"] == "steps"
+    # A batch of 128 rows, of which those after an episode's end are no steps; the last one is trained on too.
+    assert 8000 <= summary["env_steps"] < 8000 + 128
+    assert summary["samples_per_insert"] == 1.0
+    assert summary["weights_version"] == summary["updates"]
+    assert summary["updates"] * 110 < summary["env_steps"] <= summary["updates"] * 128
+    assert summary["replay_size"] == 0
+    status = run.status()
+    assert status["replay"]["discarded_steps"] == 0
+    assert sum(json.loads(line)["mean"] > 0 for line in map(json.dumps, status["evaluations"])) == 1
+    assert run.leftovers() == []
+
+
+@pytest.mark.slow
+def test_every_process_of_an_on_policy_run_may_die(start: Start) -> None:
+    run = start("on-policy-killed", *ON_POLICY, "--steps", "1000000")
+    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 20)
+    for role in ("worker", "replay", "weights", "learner"):
+        os.kill(run.pid_of(role), signal.SIGKILL)
+        after = run.wait_for(
+            lambda s, role=role: any(p["role"] == role and p["restarts"] == 1 and p["pid"] for p in s["processes"])
+        )
+        run.wait_for(lambda s, at=after: s["env_steps"] > at["env_steps"] + 2000 and s["updates"] > at["updates"] + 20)
+    assert squall(run.home, "stop", "on-policy-killed").returncode == 0
+    summary = run.finish(30)
+    # What a dead learner took is lost; nothing is trained on twice, whatever died.
+    assert 0.9 < summary["samples_per_insert"] <= 1.0
+    assert run.leftovers() == []
+
+
 def test_stop_ends_a_run_in_order(start: Start) -> None:
     run = start("stopped", *LONG)
     run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
