@@ -79,10 +79,9 @@ class TrajectoryQueue:
         """Whether units of a batch under way are still to come."""
         return any(batch.begun and not batch.complete for batch in self._batches)
 
-    @property
-    def steps(self) -> int:
-        """Environment steps held."""
-        return sum(unit.steps for batch in self._batches for unit in batch.units if unit is not None)
+    def __len__(self) -> int:
+        """Return the trajectories held."""
+        return sum(unit is not None for batch in self._batches for unit in batch.units)
 
     @property
     def bytes(self) -> int:

@@ -38,8 +38,8 @@ class QueueStats:
 
     Attributes:
         counters: the run's totals; what was accepted counts as inserted, what was taken as sampled.
-        size: steps held.
-        capacity: trajectories that can be held.
+        size: trajectories held.
+        capacity: trajectories it can hold.
         bytes: memory of what is held.
         version: of the weights that permits are issued for.
         complete_batches: batches that wait for the learner.
@@ -156,7 +156,7 @@ class TrajectoryServer:
         """Return what `squall status` shows."""
         return QueueStats(
             counters=self._counters,
-            size=self._queue.steps,
+            size=len(self._queue),
             capacity=self.spec.units_per_batch * (1 + self.spec.max_policy_lag),
             bytes=self._queue.bytes,
             version=self._queue.version,

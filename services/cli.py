@@ -220,10 +220,10 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
         return _answer(out, parsed.json, config.model_dump(), config.as_yaml())
     notes = []
     if preset is None and file is None:
-        notes.append(
-            f"no preset of {config.algorithm} for {config.environment}: the algorithm's defaults are used, which are "
-            f"for Pong; a small task wants other warm_start_size and eps_last_frame (--show-config lists all keys)"
-        )
+        note = f"no preset of {config.algorithm} for {config.environment}: the algorithm's defaults are used"
+        if "eps_last_frame" in config.hyperparameters:
+            note += ", which are for Pong; a small task wants other warm_start_size and eps_last_frame"
+        notes.append(f"{note} (--show-config lists all keys)")
     summary = runs.resume(config, parsed.resume, notes) if parsed.resume else runs.train(config, parsed.name, notes)
     _answer(out, parsed.json, summary, render_summary(summary))
     return {"interrupted": 130, "terminated": 143}.get(summary["stopped_because"], 0)

@@ -11,6 +11,7 @@ Where it departs from the papers and the reference page, and why:
   updates differ from that to second order, and one step is one step to whoever counts.
 - The first `warm_start_size` steps are drawn uniformly from the action box, as in the authors' code.
 - Densities, and so the entropy target of -1 nat a dimension, are over actions scaled to [-1, 1].
+- The log-deviation is squashed into [-5, 2] by tanh rather than clipped to [-20, 2]: a clipped one has no gradient.
 - With `n_steps` > 1 the steps between add no entropy to the target.
 - The reference page's version has no temperature at all. Its `eps_start`, `eps_end` and `eps_last_frame` have no
   meaning: the policy explores by itself. They are accepted, do nothing, and warn when changed.
