@@ -506,5 +506,5 @@ def test_actions_are_uniform_before_the_random_steps_are_over_and_not_after() ->
     ("low", "high"), [((-math.inf,), (1.0,)), ((0.0,), (math.inf,)), ((-1.0, -math.inf), (1.0, math.inf))]
 )
 def test_squashing_needs_a_finite_box(low: tuple[float, ...], high: tuple[float, ...]) -> None:
-    with pytest.raises(ConfigurationError, match="squashing needs finite bounds of actions, got low .*inf"):
+    with pytest.raises(ConfigurationError, match=r"squashing needs finite bounds of actions, got low .*inf"):
         squashed(box(low, high))
