@@ -489,7 +489,7 @@ def test_actions_are_uniform_before_the_random_steps_are_over_and_not_after() ->
     low, high = np.array(WIDE.actions.low), np.array(WIDE.actions.high)
 
     def straying(step: int) -> float:
-        chosen = [acting.act(same(), step=step) for _ in range(10)]
+        chosen = [acting.act(same(), step=step) for _ in range(50)]
         assert all((each.log_probability is None) == (step < 100) for each in chosen)
         flat = np.concatenate([each.action for each in chosen]).reshape(-1, 6)
         assert ((flat >= low - 1e-5) & (flat <= high + 1e-5)).all()
