@@ -241,7 +241,7 @@ class CategoricalPolicy(StochasticPolicy):
 class _BoxPolicy(StochasticPolicy):
     """Base of the policies over a box: `unit` actions lie in [-1, 1] and are stretched to the box.
 
-    A side of the box that is not finite is not stretched: there a unit is the environment's own.
+    Where a bound is not finite, or both are equal, nothing is stretched: there a unit is the environment's own.
     """
 
     def __init__(self, spec: PolicySpec, outputs_per_action: int) -> None:
@@ -251,12 +251,12 @@ class _BoxPolicy(StochasticPolicy):
         self.size = len(actions.low)
         super().__init__(spec, self.size * outputs_per_action)
         low, high = torch.tensor(actions.low), torch.tensor(actions.high)
-        bounded = low.isfinite() & high.isfinite()
+        stretched = low.isfinite() & high.isfinite() & (low < high)
         self.center: Tensor
         self.scale: Tensor
         # Not persistent: they follow from the spec.
-        self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0), persistent=False)
-        self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0), persistent=False)
+        self.register_buffer("center", torch.where(stretched, (low + high) / 2, 0.0), persistent=False)
+        self.register_buffer("scale", torch.where(stretched, (high - low) / 2, 1.0), persistent=False)
 
     def to_unit(self, action: Tensor) -> Tensor:
         """Return actions `[B, *action_shape]` as flat ones in [-1, 1], `[B, D]`."""

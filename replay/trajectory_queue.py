@@ -70,14 +70,22 @@ class TrajectoryQueue:
         return sum(1 for _ in takewhile(lambda batch: batch.complete, self._batches))
 
     @property
+    def _under_way(self) -> list[_OpenBatch]:
+        """The newest batch of which units are handed out or in, and those before it, which leave before it does."""
+        batches = list(self._batches)
+        while batches and not batches[-1].begun:
+            batches.pop()
+        return batches
+
+    @property
     def begun(self) -> bool:
-        """Whether a batch is under way: some of its units are handed out or in."""
-        return any(batch.begun for batch in self._batches)
+        """Whether a batch is under way."""
+        return bool(self._under_way)
 
     @property
     def incomplete(self) -> bool:
-        """Whether units of a batch under way are still to come."""
-        return any(batch.begun and not batch.complete for batch in self._batches)
+        """Whether units of the batches under way are still to come."""
+        return any(not batch.complete for batch in self._under_way)
 
     def __len__(self) -> int:
         """Return the trajectories held."""
@@ -100,10 +108,10 @@ class TrajectoryQueue:
     ) -> tuple[Permit, ...] | str:
         """Issue up to `count` permits of the oldest batch that has any; or say why there is none.
 
-        Without `may_begin` a batch of which nothing is handed out yet stays so.
+        Without `may_begin` only of batches under way.
         """
-        for batch in self._batches:
-            if batch.unissued and (may_begin or batch.begun):
+        for batch in self._batches if may_begin else self._under_way:
+            if batch.unissued:
                 units = [batch.unissued.popleft() for _ in range(min(count, len(batch.unissued)))]
                 for unit in units:
                     batch.holders[unit] = (worker, incarnation, self.version)

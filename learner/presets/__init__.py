@@ -1,7 +1,7 @@
 """Tuned hyper-parameters per algorithm and environment, as data: one YAML file an algorithm.
 
-A key is an environment id, or `atari` or `mujoco` for every id of that family without a preset of its own. Under it, `run` holds keys
-of the run configuration and `hyperparameters` those of the algorithm's constructor.
+A key is an environment id, or `atari` or `mujoco` for every id of that family without a preset of its own. Under it,
+`run` holds keys of the run configuration and `hyperparameters` those of the algorithm's constructor.
 """
 
 from __future__ import annotations

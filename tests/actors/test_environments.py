@@ -23,6 +23,7 @@ from actors.environments import (
     EnvironmentSpec,
     OneLane,
     RebuildingEnv,
+    family,
     seeds_for,
     specify,
 )
@@ -102,6 +103,24 @@ def test_fire_is_pressed_at_a_reset() -> None:
         lives[fire] = int(info["lives"][0])
         env.close()
     assert lives == {True: 4, False: 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (PONG, "atari"),
+        ("ALE/Breakout-v5", "atari"),
+        ("HalfCheetah-v5", "mujoco"),
+        ("Humanoid-v4", "mujoco"),
+        ("CartPole-v1", None),
+        ("Pendulum-v1", None),
+        ("SquallShort-v0", None),
+        ("some.module:Outside-v0", None),
+        ("Nowhere-v0", None),
+    ],
+)
+def test_families(name: str, expected: str | None) -> None:
+    assert family(name) == expected
 
 
 def test_atari_rewards_are_not_clipped() -> None:

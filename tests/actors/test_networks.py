@@ -1,13 +1,17 @@
-"""Torsos and heads: which one an environment gets, shapes, scaling, and sizes that are refused."""
+"""Torsos, heads and critics: which one an environment gets, shapes, scaling, and sizes that are refused."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from actors.environments import DiscreteActions, EnvironmentSpec
-from actors.networks import NatureCNN, QNetwork, VectorTorso, make_torso
+from actors.networks import Critics, NatureCNN, ParallelLinear, QNetwork, RunningNorm, VectorTorso, make_torso
+from actors.weights import pack, unpack
 from replay.types import ConfigurationError
 
 
@@ -116,3 +120,180 @@ def test_images_must_not_be_too_small(shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigurationError, match="at least 36x36 pixels"):
         make_torso(spec(shape, "uint8"), (16,))
     assert make_torso(spec((3, 36, 36), "uint8"), (16,))(torch.zeros(1, 3, 36, 36, dtype=torch.uint8)).shape == (1, 16)
+
+
+def split(rows: list[list[float]], cuts: list[int]) -> list[torch.Tensor]:
+    """Divide rows at `cuts`; batches may be empty."""
+    array = np.array(rows, np.float32).reshape(len(rows), -1)
+    return [torch.from_numpy(part) for part in np.split(array, sorted(cut % (len(rows) + 1) for cut in cuts))]
+
+
+@given(
+    rows=st.lists(st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=3), min_size=1, max_size=40),
+    cuts=st.lists(st.integers(0, 40), max_size=6),
+)
+@settings(deadline=None)
+def test_running_statistics_are_those_of_all_rows_however_they_came(rows: list[list[float]], cuts: list[int]) -> None:
+    norm = RunningNorm(3)
+    for batch in split(rows, cuts):
+        norm.observe(batch)
+    everything = np.array(rows, np.float64)
+    assert norm.count.item() == len(rows)
+    np.testing.assert_allclose(norm.mean.numpy(), everything.mean(0), atol=1e-4)
+    np.testing.assert_allclose(norm.variance.numpy(), everything.var(0), rtol=1e-4, atol=1e-3)
+
+
+def test_running_statistics_do_not_drift_far_from_zero() -> None:
+    norm = RunningNorm(2)
+    rows = np.random.default_rng(0).normal((1000.0, -3.0), (2.0, 0.01), (4000, 2))
+    for batch in np.split(rows.astype(np.float32), 400):
+        norm.observe(torch.from_numpy(batch))
+    np.testing.assert_allclose(norm.mean.numpy(), rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(norm.variance.numpy(), rows.astype(np.float32).astype(np.float64).var(0), rtol=1e-3)
+
+
+def test_normalising_is_the_identity_before_anything_was_seen() -> None:
+    vectors = torch.tensor([[-9.5, 0.0, 3.25], [1e-3, 10.0, -10.0]])
+    norm = RunningNorm(3)
+    assert norm(vectors).equal(vectors)
+    norm.observe(torch.empty(0, 3))
+    assert norm.count.item() == 0
+    assert norm(vectors).equal(vectors)
+
+
+def test_what_is_normalised_is_shifted_scaled_and_clipped() -> None:
+    norm = RunningNorm(2)
+    norm.observe(torch.tensor([[1.0, -2.0], [3.0, 6.0]]))  # means 2 and 2, deviations 1 and 4
+    torch.testing.assert_close(norm(torch.tensor([[2.0, 6.0], [0.0, -2.0]])), torch.tensor([[0.0, 1.0], [-2.0, -1.0]]))
+    assert norm(torch.tensor([[1e6, -1e6], [12.5, -39.0]])).tolist() == [[10.0, -10.0], [10.0, -10.0]]
+
+
+def test_a_batch_of_one_is_seen_and_leaves_no_nan() -> None:
+    norm = RunningNorm(2)
+    norm.observe(torch.tensor([[5.0, -5.0]]))
+    assert (norm.mean.tolist(), norm.variance.tolist(), norm.count.item()) == ([5.0, -5.0], [0.0, 0.0], 1.0)
+    assert norm(torch.tensor([[5.0, -4.0]])).tolist() == [[0.0, 10.0]]
+
+
+def test_forward_never_changes_the_statistics() -> None:
+    torso = VectorTorso(3, (4,), normalize=True)
+    torso.observe(torch.randn(5, 3))
+    before = {name: value.clone() for name, value in torso.state_dict().items()}
+    torso.train()
+    torso(torch.randn(7, 3))
+    assert all(value.equal(before[name]) for name, value in torso.state_dict().items())
+
+
+def test_the_statistics_travel_with_the_weights() -> None:
+    there, here = VectorTorso(3, (4,), normalize=True), VectorTorso(3, (4,), normalize=True)
+    there.observe(torch.randn(5, 3) * 4 + 2)
+    assert {"norm.mean", "norm.variance", "norm.count"} <= set(there.state_dict())
+    unpack(pack(there, 0), here)
+    assert all(value.equal(here.state_dict()[name]) for name, value in there.state_dict().items())
+    vectors = torch.randn(6, 3)
+    assert here(vectors).equal(there(vectors))
+    # And go on where they stood.
+    for torso in (there, here):
+        torso.observe(vectors)
+    assert here(vectors).equal(there(vectors))
+
+
+@pytest.mark.parametrize(
+    ("environment", "normalized"),
+    [
+        (spec((2, 3)), True),
+        (spec((5,), "int64"), True),
+        (spec((), "int64", 4), False),
+        (spec((4, 84, 84), "uint8"), False),
+    ],
+)
+def test_vectors_alone_are_normalised(environment: EnvironmentSpec, normalized: bool) -> None:
+    torso = make_torso(environment, (8,), normalize=True)
+    assert any(isinstance(module, RunningNorm) for module in torso.modules()) == normalized
+    assert not any(isinstance(module, RunningNorm) for module in make_torso(environment, (8,)).modules())
+    if isinstance(torso, VectorTorso):
+        torso.observe(observations(environment, 3))
+        assert torso(observations(environment, 3)).isfinite().all()
+    if normalized:
+        assert isinstance(torso, VectorTorso)
+        assert torso.norm is not None
+        assert torso.norm.count.item() == 3
+
+
+def test_the_activation_is_chosen() -> None:
+    torso = make_torso(spec((2,)), (5, 7), activation="tanh")
+    assert isinstance(torso, VectorTorso)
+    assert [type(layer) for layer in torso.layers] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh]
+    with pytest.raises(ConfigurationError, match="activation must be one of relu, tanh, got 'swish'"):
+        make_torso(spec((2,)), (5,), activation="swish")
+
+
+def twins(critics: Critics, index: int) -> nn.Sequential:
+    """Return critic `index` as plain layers with the same weights."""
+    plain = nn.Sequential()
+    for layer in critics.layers:
+        if isinstance(layer, ParallelLinear):
+            linear = nn.Linear(*layer.weight.shape[1:])
+            with torch.no_grad():
+                linear.weight.copy_(layer.weight[index].T)
+                linear.bias.copy_(layer.bias[index, 0])
+            plain.append(linear)
+        else:
+            plain.append(layer)
+    return plain
+
+
+@pytest.mark.parametrize("actions", [1, 6])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize(
+    "environment",
+    [spec((7,)), spec((2, 3)), spec((), "int64", 4), spec((3, 36, 36), "uint8")],
+    ids=lambda e: str(e)[20:50],
+)
+def test_each_critic_is_a_network_of_its_own(environment: EnvironmentSpec, count: int, actions: int) -> None:
+    critics = Critics(environment, actions, (16, 8), count=count, activation="tanh")
+    observation, action = observations(environment, 5), torch.randn(5, actions)
+    values = critics(observation, action)
+    assert values.shape == (count, 5)
+    inputs = torch.cat([critics.torso(observation), action], 1)
+    for index in range(count):
+        torch.testing.assert_close(values[index], twins(critics, index)(inputs)[:, 0], rtol=1e-4, atol=1e-5)
+    assert len({tuple(row.tolist()) for row in values}) == count
+    assert critics(observation[:1], action[:1]).shape == (count, 1)
+
+
+def test_critics_of_vectors_see_the_observation_itself() -> None:
+    critics = Critics(spec((2, 3)), 2, (4,), normalize=True)
+    observation = torch.randn(4, 2, 3)
+    assert critics.torso(observation).equal(observation.reshape(4, 6))
+    critics.torso.observe(observation)  # type: ignore[operator]
+    torch.testing.assert_close(critics.torso(observation).mean(0), torch.zeros(6), atol=1e-5, rtol=0)
+
+
+def test_a_critic_s_gradient_is_its_own() -> None:
+    critics = Critics(spec((3,)), 2, (8, 8), count=3)
+    critics(torch.randn(6, 3), torch.randn(6, 2))[0].sum().backward()
+    for parameter in critics.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad[0].any()
+        assert not parameter.grad[1:].any()
+
+
+def test_the_action_has_a_gradient_through_every_critic() -> None:
+    critics = Critics(spec((3,)), 2, (8,), count=2, activation="tanh")
+    action = torch.randn(4, 2, requires_grad=True)
+    for values in critics(torch.randn(4, 3), action):
+        (gradient,) = torch.autograd.grad(values.sum(), action, retain_graph=True)
+        assert (gradient != 0).all()
+
+
+@pytest.mark.parametrize("inputs", [1, 9, 400])
+def test_parallel_layers_begin_as_linear_ones(inputs: int) -> None:
+    torch.manual_seed(0)
+    layer, bound = ParallelLinear(50, inputs, 40), inputs**-0.5
+    for parameter in layer.parameters():
+        assert parameter.abs().max() <= bound
+        # Uniform: the deviation of 2000 or more numbers strays from its own by less than 5 %.
+        assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert abs(parameter.mean().item()) < 0.1 * bound
+        assert not parameter[0].equal(parameter[1])

@@ -7,22 +7,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
+import torch
 
 from actors import policies, rollout
-from actors.environments import EnvironmentFailed, specify
-from actors.policies import PolicySpec
-from actors.rollout import RolloutActor, RolloutSpec, RolloutWorker, WorkerReport
+from actors.environments import EnvironmentFailed, EnvironmentSpec, specify
+from actors.policies import Policy, PolicySpec, StochasticPolicy
+from actors.rollout import Lanes, RolloutActor, RolloutSpec, RolloutWorker, WorkerReport
 from actors.weights import WeightClient, Weights, WeightStoreActor, pack
 from replay.remote import RemoteActor
 from replay.server import ReplayActor, ReplayClient, ReplayServer, ReplaySpec
 from replay.table import TableSpec
-from replay.types import DeadlineExceeded, EpisodeResult, InsertReply, LayoutMismatch, Push
+from replay.types import DeadlineExceeded, EpisodeResult, InsertReply, LayoutMismatch, Moments, Push
 from tests.actors.naive import NaiveExperience, assert_holds
-from tests.actors.toys import TEST_POLICIES, Lever, Script, theatre
+from tests.actors.toys import TEST_POLICIES, Lever, Script, Scripted, theatre
 
 SHORT = specify("SquallShort-v0")
 SCRIPTED = specify("SquallScripted-v0")
@@ -217,6 +220,134 @@ def sum_in_order(rewards: list[float]) -> float:
     for reward in rewards:
         total += reward
     return total
+
+
+def discounted_returns(twin: NaiveExperience, clip: bool) -> list[float]:
+    """Return `G_t = gamma G_{t-1} + r_t` of every step that did not fail; G starts anew with each episode."""
+    found = []
+    for at, lane in enumerate(twin.lanes):
+        for episode in lane.episodes:
+            total = 0.0
+            for step in episode:
+                total = twin.gamma * total + (min(max(step.reward, -1.0), 1.0) if clip else step.reward)
+                if (step.row, at) not in twin.failures:
+                    found.append(total)
+    return found
+
+
+def assert_are_moments_of(moments: Moments, numbers: list[float]) -> None:
+    assert moments.count == len(numbers)
+    assert moments.mean == pytest.approx(np.mean(numbers), rel=1e-9, abs=1e-12)
+    assert moments.std == pytest.approx(np.std(numbers), rel=1e-9)
+
+
+def one_policy(environment: EnvironmentSpec, kind: str = "random") -> Policy:
+    policy = PolicySpec(kind, environment).build()
+    policy.begin(np.random.SeedSequence(0))
+    return policy
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+def test_discounted_returns_are_the_twin_s(gamma: float, clip: bool) -> None:
+    """Over random rewards, terminations, truncations, and the rows after them, which are no steps."""
+    lanes = Lanes(SHORT, 4, np.random.SeedSequence(3), gamma=gamma, clip_rewards=clip)
+    twin = NaiveExperience(lanes, segment_length=1, n_steps=1, gamma=gamma)
+    policy = one_policy(SHORT)
+    lanes.reset()
+    for _ in range(150):
+        lanes.step(policy, step=0)
+    numbers = discounted_returns(twin, clip)
+    assert {step.terminated for lane in twin.lanes for episode in lane.episodes for step in episode if step.ended} == {
+        True,
+        False,
+    }
+    assert 300 < len(numbers) < 550
+    assert_are_moments_of(lanes.returns, numbers)
+
+
+def test_a_failed_step_and_its_rebuilt_episode_start_discounted_returns_anew() -> None:
+    scripts = {0: Script(length=4, reward=2.0, raises_at=frozenset({3})), 2: Script(length=3, reward=-0.5)}
+    with theatre(scripts, default=Script(length=3, reward=0.25, truncates=True)):
+        lanes = Lanes(SCRIPTED, 2, np.random.SeedSequence(0), gamma=0.5)
+        twin = NaiveExperience(lanes, segment_length=1, n_steps=1, gamma=0.5)
+        policy = one_policy(SCRIPTED)
+        lanes.reset()
+        rows = [lanes.step(policy, step=0) for _ in range(10)]
+        lanes.close()
+    assert [row.failed.tolist() for row in rows].count([True, False]) == 1
+    # Lane 0: 2 and 3, then the failure and a reset, then those of instance 2.
+    first = [2.0, 3.0, -0.5, -0.75, -0.875, -0.5, -0.75]
+    second = [0.25, 0.375, 0.4375] * 2 + [0.25, 0.375]
+    assert discounted_returns(twin, clip=False) == first + second
+    assert_are_moments_of(lanes.returns, first + second)
+
+
+def test_a_reset_starts_discounted_returns_anew_and_keeps_their_moments() -> None:
+    with theatre(default=LONG):
+        lanes = Lanes(SCRIPTED, 1, np.random.SeedSequence(0), gamma=0.5)
+        policy = one_policy(SCRIPTED)
+        for _ in range(2):
+            lanes.reset()
+            for _ in range(3):
+                lanes.step(policy, step=0)
+        lanes.close()
+    assert_are_moments_of(lanes.returns, [1.0, 1.5, 1.75] * 2)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_moments_of_returns_come_with_the_pushes(clip: bool) -> None:
+    spec = make_spec(SHORT, "random", lanes=3, length=8, n_steps=3, clip=clip)
+    server = make_server(spec)
+    replay = Direct(server)
+    worker = make_worker(spec, replay)
+    twin = NaiveExperience(worker._lanes, segment_length=8, n_steps=3, gamma=0.97)
+    with running(worker) as end:
+        wait_until(lambda: len(replay.pushes) > 6)
+        worker.stop()
+        end()
+    numbers = discounted_returns(twin, clip)
+    merged = Moments()
+    for push in replay.pushes:
+        assert 0 < push.returns.count <= 3 * 10
+        merged = merged.merged(push.returns)
+    assert_are_moments_of(merged, numbers)
+    served = server.sample(1, 1)
+    assert_are_moments_of(served.returns, numbers)
+    assert server.insert(replay.pushes[-1]).repeated
+    assert server.sample(1, 1).returns == served.returns
+
+
+def test_a_row_shows_what_the_learner_sees() -> None:
+    with theatre({0: Script(reward=7.0), 1: Script(reward=-0.5)}):
+        for clip in (False, True):
+            lanes = Lanes(SCRIPTED, 2, np.random.SeedSequence(0), clip_rewards=clip)
+            policy = one_policy(SCRIPTED, "lever")
+            lanes.reset()
+            rows = [lanes.step(policy, step=0) for _ in range(5)]
+            lanes.close()
+            if not clip:
+                assert rows[0].reward.tolist() == [7.0, -0.5]
+                assert dict(rows[4].episodes) == {0: EpisodeResult(35.0, 5), 1: EpisodeResult(-2.5, 5)}
+                Scripted.theatre.made = 0
+    assert rows[0].reward.tolist() == [1.0, -0.5]
+    assert dict(rows[4].episodes) == {0: EpisodeResult(35.0, 5), 1: EpisodeResult(-2.5, 5)}
+    # This policy is no distribution.
+    assert (rows[0].log_probability.dtype, rows[0].log_probability.tolist()) == (np.float32, [0.0, 0.0])
+
+
+def test_a_row_has_the_policy_s_log_probabilities_and_unclipped_actions() -> None:
+    stacks = specify("SquallStacks-v0")  # its box is [-2, 2], and it refuses actions outside
+    lanes = Lanes(stacks, 50, np.random.SeedSequence(0))
+    policy = PolicySpec("gaussian", replace(stacks, observation_shape=(24,)), (4,)).build()
+    policy.begin(np.random.SeedSequence(1))
+    observation = lanes.reset()
+    row = lanes.step(policy, step=0)
+    assert isinstance(policy, StochasticPolicy)
+    assert np.abs(row.action).max() > 2.0
+    log_probability, _ = policy.log_probability(policy(torch.from_numpy(observation)), torch.from_numpy(row.action))
+    assert row.log_probability.dtype == np.float32
+    np.testing.assert_allclose(row.log_probability, log_probability.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_pushes_are_numbered_signed_and_bounded() -> None:

@@ -1,4 +1,4 @@
-"""Presets: whatever stands in the files can be used, and Atari ids share one unless they have their own."""
+"""Presets: whatever stands in the files can be used, and ids of a family share one unless they have their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import learner.presets
+from actors.environments import ContinuousActions, EnvironmentSpec
 from learner import DQN
 from learner.algorithms import ALGORITHMS
 from learner.presets import Preset, load_preset
@@ -18,6 +19,9 @@ from replay.types import ConfigurationError
 from services.config import RUN_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = {"atari": "PongNoFrameskip-v4", "mujoco": "HalfCheetah-v5"}
+# As HalfCheetah-v5: MuJoCo itself is an extra.
+CHEETAH = EnvironmentSpec(None, (17,), "float32", 1, ContinuousActions((6,), (-1.0,) * 6, (1.0,) * 6))
 FILES = sorted(Path(learner.presets.__file__).parent.glob("*.yaml"))
 
 
@@ -29,7 +33,7 @@ def environments_of(algorithm: str) -> set[str]:
 
 
 def resolved(algorithm: str, environment: str) -> dict[str, Any]:
-    preset = load_preset(algorithm, "PongNoFrameskip-v4" if environment == "atari" else environment)
+    preset = load_preset(algorithm, FAMILIES.get(environment, environment))
     assert preset is not None
     return {"run": preset.run, "hyperparameters": preset.hyperparameters}
 
@@ -48,7 +52,7 @@ def test_there_are_presets_for_algorithms_only() -> None:
 
 @pytest.mark.parametrize(("algorithm", "environment", "content"), ALL, ids=[f"{a}-{e}" for a, e, _ in ALL])
 def test_every_preset_names_what_exists(algorithm: str, environment: str, content: dict[str, Any]) -> None:
-    assert environment == "atari" or environment in gym.registry
+    assert FAMILIES.get(environment, environment) in gym.registry
     assert set(content) <= {"run", "hyperparameters"}
     assert set(content["run"]) <= set(RUN_KEYS) - {"seed"}
     assert set(content["hyperparameters"]) <= set(ALGORITHMS[algorithm].hyperparameter_types()) - {"seed"}
@@ -56,8 +60,11 @@ def test_every_preset_names_what_exists(algorithm: str, environment: str, conten
 
 @pytest.mark.parametrize(("algorithm", "environment", "content"), ALL, ids=[f"{a}-{e}" for a, e, _ in ALL])
 def test_every_preset_makes_an_algorithm(algorithm: str, environment: str, content: dict[str, Any]) -> None:
-    name = "PongNoFrameskip-v4" if environment == "atari" else environment
-    module = ALGORITHMS[algorithm].from_preset(name)
+    kind = ALGORITHMS[algorithm]
+    if environment == "mujoco":
+        module = kind(CHEETAH, **content["hyperparameters"])
+    else:
+        module = kind.from_preset(FAMILIES.get(environment, environment))
     assert {key: module.hparams[key] for key in content["hyperparameters"]} == content["hyperparameters"]
     rest = {
         key: parameter.default
@@ -87,6 +94,15 @@ def test_atari_ids_share_a_preset(environment: str) -> None:
     preset = load_preset("dqn", environment)
     shared = next(content for name, key, content in ALL if (name, key) == ("dqn", "atari"))
     assert preset == Preset(shared["run"], shared["hyperparameters"])
+
+
+@pytest.mark.parametrize("environment", ["HalfCheetah-v5", "Humanoid-v4"])
+def test_mujoco_ids_share_a_preset(environment: str) -> None:
+    preset = load_preset("sac", environment)
+    shared = next(content for name, key, content in ALL if (name, key) == ("sac", "mujoco"))
+    assert preset == Preset(shared["run"], shared["hyperparameters"])
+    assert preset != load_preset("sac", "Pendulum-v1")
+    assert load_preset("sac", "BipedalWalker-v3") is None
 
 
 def test_a_preset_of_its_own_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
-"""Pearson's chi-square test, without scipy."""
+"""The tests of Pearson and Kolmogorov, without scipy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -31,3 +32,13 @@ def chi_square_tail(statistic: float, freedom: int) -> float:
     width = 2.0 / (9.0 * freedom)
     z = ((statistic / freedom) ** (1.0 / 3.0) - (1.0 - width)) / math.sqrt(width)
     return 0.5 * math.erfc(z / math.sqrt(2.0))
+
+
+def kolmogorov_p(samples: npt.ArrayLike, distribution: Callable[[npt.NDArray[np.float64]], npt.ArrayLike]) -> float:
+    """Return the probability that a right sampler of many numbers strays as far from its distribution function."""
+    ordered = np.sort(np.asarray(samples, np.float64))
+    count, expected = len(ordered), np.asarray(distribution(ordered))
+    ranks = np.arange(count + 1) / count
+    distance = max(np.abs(expected - ranks[:-1]).max(), np.abs(ranks[1:] - expected).max())
+    terms = [(-1) ** (k - 1) * math.exp(-2.0 * count * (k * distance) ** 2) for k in range(1, 101)]
+    return min(1.0, 2.0 * sum(terms))

@@ -254,6 +254,94 @@ def test_refuses_counts_that_cannot_work(units: int, lag: int, text: str) -> Non
         TrajectoryQueue(units, max_policy_lag=lag)
 
 
+def test_a_new_incarnation_takes_back_what_earlier_ones_of_its_worker_hold() -> None:
+    queue = TrajectoryQueue(2, max_policy_lag=2)
+    held = [*permits_of(queue, 0, 2), *permits_of(queue, 0, 1, incarnation=2)]
+    (other,), (newer,) = permits_of(queue, 1, 1), permits_of(queue, 0, 1, incarnation=5)
+    queue.forget_earlier(0, 5)
+    assert permits_of(queue, 0, 9, incarnation=5) == (held[1], held[0])
+    assert permits_of(queue, 0, 9, incarnation=5) == (held[2],)
+    assert not queue.put(held[0], 0, 0, trajectory(0))
+    assert queue.put(newer, 0, 5, trajectory(0))
+    queue.forget_earlier(0, 4)  # a late word of an older one changes nothing
+    assert queue.put(other, 1, 0, trajectory(0))
+    assert queue.put(held[0], 0, 5, trajectory(0))
+
+
+def test_what_is_in_stays_when_its_maker_is_forgotten() -> None:
+    queue = TrajectoryQueue(2)
+    done, lost = permits_of(queue, 0, 2)
+    assert queue.put(done, 0, 0, trajectory(0, tag=1))
+    queue.forget_earlier(0, 1)
+    assert permits_of(queue, 0, 9, incarnation=1) == (lost,)
+    assert queue.put(lost, 0, 1, trajectory(0, tag=2))
+    assert [tag_of(unit) for unit in batch_of(queue)] == [1, 2]
+
+
+def test_a_batch_is_begun_with_its_first_permit_and_incomplete_until_its_last_unit() -> None:
+    queue = TrajectoryQueue(2)
+
+    def state() -> tuple[bool, bool]:
+        return queue.begun, queue.incomplete
+
+    assert state() == (False, False)
+    (first,), _ = permits_of(queue, 0, 1), permits_of(queue, 1, 1)
+    assert state() == (True, True)
+    assert queue.put(first, 0, 0, trajectory(0))
+    queue.revoke(1, 0)
+    assert state() == (True, True)
+    (second,) = permits_of(queue, 0, 9)
+    assert queue.put(second, 0, 0, trajectory(0))
+    assert state() == (True, False)
+    batch_of(queue)
+    assert state() == (False, False)
+    queue.publish(1)
+    permits_of(queue, 0, 1)
+    queue.revoke(0, 0)
+    assert state() == (False, False), "nothing of it is handed out any more"
+
+
+def test_a_batch_may_be_gone_on_with_but_not_begun() -> None:
+    queue = TrajectoryQueue(2, max_policy_lag=1)
+    assert isinstance(queue.request_permits(0, 0, 9, may_begin=False), str)
+    permits_of(queue, 0, 1)
+    assert queue.request_permits(1, 0, 9, may_begin=False) == (Permit(0, 1, 0),)
+    assert isinstance(queue.request_permits(1, 0, 9, may_begin=False), str)
+    assert permits_of(queue, 1, 9) == (Permit(1, 0, 0), Permit(1, 1, 0))
+
+
+def test_a_batch_before_one_that_was_begun_is_under_way_too() -> None:
+    """Batches leave in order, so what stands before it holds it up."""
+    queue = TrajectoryQueue(1, max_policy_lag=2)
+    (lost,), (kept,) = permits_of(queue, 0, 1), permits_of(queue, 1, 1)
+    assert queue.put(kept, 1, 0, trajectory(0))
+    queue.revoke(0, 0)
+    assert queue.begun
+    assert queue.incomplete
+    assert queue.request_permits(1, 0, 9, may_begin=False) == (lost,)
+    assert isinstance(queue.request_permits(1, 0, 9, may_begin=False), str)
+    assert queue.put(lost, 1, 0, trajectory(0))
+    assert not queue.incomplete
+    assert queue.complete_batches == 2
+
+
+def test_steps_and_memory_are_of_what_is_held() -> None:
+    queue = TrajectoryQueue(2, max_policy_lag=1)
+    assert (queue.steps, queue.bytes) == (0, 0)
+    permits = [*permits_of(queue, 0, 2), *permits_of(queue, 0, 1)]
+    made = [trajectory(0, steps=steps) for steps in (1, 4, 9)]
+    for permit, unit in zip(permits, made, strict=True):
+        assert queue.put(permit, 0, 0, unit)
+    assert queue.steps == 14
+    arrays = ("observation", "action", "reward", "discount", "valid", "log_probability")
+    assert queue.bytes == sum(unit.bytes for unit in made)
+    assert queue.bytes == pytest.approx(sum(getattr(unit, name).nbytes for unit in made for name in arrays), rel=0.2)
+    batch_of(queue)
+    assert (queue.steps, queue.bytes) == (9, made[2].bytes)
+    queue.publish(2)
+    assert (queue.steps, queue.bytes, queue.discarded_steps) == (0, 0, 9)
+
+
 @settings(deadline=None)
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_whatever_happens_each_step_is_taken_once_or_discarded_once_within_the_lag(
@@ -267,7 +355,7 @@ def test_whatever_happens_each_step_is_taken_once_or_discarded_once_within_the_l
     discarded = offered = 0
     for tag in range(150):
         worker = rng.randrange(workers)
-        match rng.choice(["ask", "ask", "put", "put", "put", "take", "publish", "die"]):
+        match rng.choice(["ask", "ask", "put", "put", "put", "take", "publish", "die", "return"]):
             case "ask":
                 permits = queue.request_permits(worker, incarnations[worker], rng.randint(1, 3))
                 if not isinstance(permits, str):
@@ -295,6 +383,9 @@ def test_whatever_happens_each_step_is_taken_once_or_discarded_once_within_the_l
             case "die":
                 queue.revoke(worker, incarnations[worker])
                 incarnations[worker] += 1
+            case "return":
+                incarnations[worker] += 1
+                queue.forget_earlier(worker, incarnations[worker])
         assert queue.discarded_steps >= discarded
     assert len(taken) == len(set(taken))
     assert set(taken) <= put

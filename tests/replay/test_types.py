@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from replay.types import (
     ConfigurationError,
@@ -15,6 +17,7 @@ from replay.types import (
     EpisodeResult,
     Layout,
     LayoutMismatch,
+    Moments,
     NotEnoughMemory,
     Permit,
     Push,
@@ -166,6 +169,11 @@ def test_a_trajectory_that_does_not_fit_is_named(name: str, change: Any, message
         replace(good, **{name: change(getattr(good, name))}).check(STACKED)
 
 
+def test_a_trajectory_knows_its_memory() -> None:
+    assert trajectory(VECTOR, 4).bytes == 4 * (5 * 3 + 4 * 2 + 4 * 4)
+    assert trajectory(STACKED, 4).bytes == 5 * 4 * 2 * 2 + 4 * 8 + 4 * 4 * 4
+
+
 def test_only_valid_rows_are_steps() -> None:
     assert replace(trajectory(VECTOR, 4), valid=np.array([True, False, True, True])).steps == 3
 
@@ -176,6 +184,46 @@ def test_a_push_counts_the_steps_in_it() -> None:
     half_valid = replace(trajectory(VECTOR, 4), valid=np.array([True, True, False, False]))
     assert Push(0, 0, 0, trajectories=((Permit(0, 0, 3), half_valid),)).steps == 2
     assert Push(0, 0, 0).steps == 0
+
+
+def assert_moments(moments: Moments, numbers: list[float]) -> None:
+    assert moments.count == len(numbers)
+    if numbers:
+        size = max(1.0, *(abs(number) for number in numbers))
+        assert moments.mean == pytest.approx(np.mean(numbers), rel=1e-9, abs=1e-9 * size)
+        assert moments.squares == pytest.approx(np.var(numbers) * len(numbers), rel=1e-9, abs=1e-9 * size**2)
+        assert moments.std == pytest.approx(np.std(numbers), rel=1e-6, abs=1e-5 * size)
+
+
+@given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=8), max_size=8))
+def test_moments_are_those_of_all_numbers_however_they_were_divided(parts: list[list[float]]) -> None:
+    moments = [Moments.of(np.array(part)) for part in parts]
+    for one, part in zip(moments, parts, strict=True):
+        assert_moments(one, part)
+    everything = [number for part in parts for number in part]
+    forwards = backwards = Moments()
+    for one in moments:
+        forwards = forwards.merged(one)
+    for one in reversed(moments):
+        backwards = one.merged(backwards)
+    assert_moments(forwards, everything)
+    assert_moments(backwards, everything)
+
+
+def test_moments_of_nothing() -> None:
+    assert Moments.of(np.empty(0)) == Moments() == Moments().merged(Moments())
+    assert Moments().std == 0.0
+    some = Moments.of(np.array([1.0, 5.0]))
+    assert some == Moments(2, 3.0, 8.0)
+    assert some.std == 2.0
+    assert some.merged(Moments()) == Moments().merged(some) == some
+
+
+def test_equal_numbers_do_not_deviate() -> None:
+    constant = Moments.of(np.full(7, 0.1))
+    assert constant.std == pytest.approx(0.0, abs=1e-15)
+    assert constant.merged(constant).std == pytest.approx(0.0, abs=1e-15)
+    assert Moments.of(np.array([3.0])).std == 0.0
 
 
 def test_what_crosses_processes_is_frozen_and_survives_the_journey() -> None:
