@@ -89,7 +89,7 @@ def test_overrides_win_over_the_preset() -> None:
         DQN.from_preset("CartPole-v1", learning_rat=0.5)
 
 
-@pytest.mark.parametrize("environment", ["PongNoFrameskip-v4", "ALE/Breakout-v5"])
+@pytest.mark.parametrize("environment", ["BreakoutNoFrameskip-v4", "ALE/Breakout-v5"])
 def test_atari_ids_share_a_preset(environment: str) -> None:
     preset = load_preset("dqn", environment)
     shared = next(content for name, key, content in ALL if (name, key) == ("dqn", "atari"))

@@ -325,21 +325,21 @@ def test_a_batch_before_one_that_was_begun_is_under_way_too() -> None:
     assert queue.complete_batches == 2
 
 
-def test_steps_and_memory_are_of_what_is_held() -> None:
+def test_number_and_memory_are_of_what_is_held() -> None:
     queue = TrajectoryQueue(2, max_policy_lag=1)
-    assert (queue.steps, queue.bytes) == (0, 0)
+    assert (len(queue), queue.bytes) == (0, 0)
     permits = [*permits_of(queue, 0, 2), *permits_of(queue, 0, 1)]
     made = [trajectory(0, steps=steps) for steps in (1, 4, 9)]
     for permit, unit in zip(permits, made, strict=True):
         assert queue.put(permit, 0, 0, unit)
-    assert queue.steps == 14
+    assert len(queue) == 3
     arrays = ("observation", "action", "reward", "discount", "valid", "log_probability")
     assert queue.bytes == sum(unit.bytes for unit in made)
     assert queue.bytes == pytest.approx(sum(getattr(unit, name).nbytes for unit in made for name in arrays), rel=0.2)
     batch_of(queue)
-    assert (queue.steps, queue.bytes) == (9, made[2].bytes)
+    assert (len(queue), queue.bytes) == (1, made[2].bytes)
     queue.publish(2)
-    assert (queue.steps, queue.bytes, queue.discarded_steps) == (0, 0, 9)
+    assert (len(queue), queue.bytes, queue.discarded_steps) == (0, 0, 9)
 
 
 @settings(deadline=None)

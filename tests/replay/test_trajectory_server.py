@@ -233,7 +233,7 @@ def test_stats_say_what_is_held() -> None:
     assert server.insert(push(late, worker=1)).repeated
     assert server.stats() == QueueStats(
         counters=Counters(104, 90, 84),
-        size=4,
+        size=2,
         capacity=6,
         bytes=2 * trajectory(7).bytes,
         version=7,
