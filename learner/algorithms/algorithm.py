@@ -20,7 +20,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from actors.environments import EnvironmentSpec, OneLane, specify
+from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec, OneLane, specify
 from actors.evaluation import run_episodes
 from actors.networks import ACTIVATIONS, VectorTorso
 from actors.policies import Policy, PolicySpec
@@ -166,6 +166,18 @@ class Algorithm(pl.LightningModule):
             "normalize": self.hparams["normalize_observations"],
             "activation": self.hparams["activation"],
         }
+
+    def need_actions(self, kind: type[DiscreteActions | ContinuousActions], space: str) -> None:
+        """Refuse an environment whose actions are not of a `kind`, which Gymnasium calls a `space`.
+
+        Raises:
+            ConfigurationError: naming the space that the environment has.
+        """
+        environment = self.environment
+        if not isinstance(environment.actions, kind):
+            has = environment.description.partition("actions ")[2] or environment.actions
+            name = type(self).__name__
+            raise ConfigurationError(f"{name} needs a {space} action space; {environment.id or 'env'} has {has}")
 
     def rollout_spec(self) -> RolloutSpec:
         """Return how experience for this algorithm is made."""
