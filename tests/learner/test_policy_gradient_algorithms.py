@@ -18,7 +18,17 @@ from learner import AdvantageActorCritic, Reinforce, VanillaPolicyGradient
 from learner.algorithms.on_policy import OnPolicyAlgorithm
 from learner.experience import TrajectoryBatch
 from replay.types import ConfigurationError, Trajectory
-from tests.learner.toys import CARTPOLE, Batches, UpdateWatcher, copies, make_trajectory, quiet_trainer, same, small, toy
+from tests.learner.toys import (
+    CARTPOLE,
+    Batches,
+    UpdateWatcher,
+    copies,
+    make_trajectory,
+    quiet_trainer,
+    same,
+    small,
+    toy,
+)
 
 ON_POLICY: list[type[OnPolicyAlgorithm]] = [Reinforce, VanillaPolicyGradient, AdvantageActorCritic]
 
@@ -324,7 +334,9 @@ def test_short_episodes_are_not_favoured(num_envs: int, batches: int) -> None:
 def test_without_entropy_and_with_returns_of_mean_0_it_is_reinforce() -> None:
     """With gamma 0 the returns are the rewards."""
     rewards = np.array([1.0, -3.0, 0.5, 1.5], np.float32)
-    centred = batch_of([replace(make_trajectory(4), reward=rewards), replace(make_trajectory(4, seed=1), reward=-rewards)])
+    centred = batch_of(
+        [replace(make_trajectory(4), reward=rewards), replace(make_trajectory(4, seed=1), reward=-rewards)]
+    )
     shifted = centred._replace(reward=centred.reward + 2.0)
 
     def updated(cls: type[Reinforce], batch: TrajectoryBatch, **options: Any) -> list[Tensor]:
