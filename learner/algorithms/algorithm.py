@@ -249,6 +249,8 @@ class Algorithm(pl.LightningModule):
     def training_step(self, batch: TransitionBatch | TrajectoryBatch, _: int = 0) -> None:
         """Make one update for each of the k batches in `batch`, as far as `max_steps` allows."""
         logged: dict[str, Tensor] = {}
+        if isinstance(self.experience, LocalExperience):
+            self.env_steps = self.experience.env_steps
         if self.hparams["normalize_rewards"]:
             self._take_in_returns()
         for part in batch.split():
@@ -269,7 +271,6 @@ class Algorithm(pl.LightningModule):
     def _log(self, logged: dict[str, Tensor]) -> None:
         rates = {f"train/{name}": value for name, value in logged.items()}
         if isinstance(self.experience, LocalExperience):
-            self.env_steps = self.experience.env_steps
             self.recent_returns.extend(episode.episode_return for episode in self.experience.episodes)
             self.experience.episodes.clear()
             rate = self.policy_spec.exploration_rate(self.env_steps)
