@@ -20,7 +20,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from actors.environments import EnvironmentSpec, OneLane, specify
+from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec, OneLane, specify
 from actors.evaluation import run_episodes
 from actors.networks import ACTIVATIONS, VectorTorso
 from actors.policies import Policy, PolicySpec
@@ -167,6 +167,18 @@ class Algorithm(pl.LightningModule):
             "activation": self.hparams["activation"],
         }
 
+    def need_actions(self, kind: type[DiscreteActions | ContinuousActions], space: str) -> None:
+        """Refuse an environment whose actions are not of a `kind`, which Gymnasium calls a `space`.
+
+        Raises:
+            ConfigurationError: naming the space that the environment has.
+        """
+        environment = self.environment
+        if not isinstance(environment.actions, kind):
+            has = environment.description.partition("actions ")[2] or environment.actions
+            name = type(self).__name__
+            raise ConfigurationError(f"{name} needs a {space} action space; {environment.id or 'env'} has {has}")
+
     def rollout_spec(self) -> RolloutSpec:
         """Return how experience for this algorithm is made."""
         raise NotImplementedError
@@ -237,6 +249,8 @@ class Algorithm(pl.LightningModule):
     def training_step(self, batch: TransitionBatch | TrajectoryBatch, _: int = 0) -> None:
         """Make one update for each of the k batches in `batch`, as far as `max_steps` allows."""
         logged: dict[str, Tensor] = {}
+        if isinstance(self.experience, LocalExperience):
+            self.env_steps = self.experience.env_steps
         if self.hparams["normalize_rewards"]:
             self._take_in_returns()
         for part in batch.split():
@@ -257,7 +271,6 @@ class Algorithm(pl.LightningModule):
     def _log(self, logged: dict[str, Tensor]) -> None:
         rates = {f"train/{name}": value for name, value in logged.items()}
         if isinstance(self.experience, LocalExperience):
-            self.env_steps = self.experience.env_steps
             self.recent_returns.extend(episode.episode_return for episode in self.experience.episodes)
             self.experience.episodes.clear()
             rate = self.policy_spec.exploration_rate(self.env_steps)

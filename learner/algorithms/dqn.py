@@ -29,7 +29,7 @@ from learner.algorithms.off_policy import OffPolicyAlgorithm
 from learner.experience import TransitionBatch
 from learner.value_learning import huber, q_learning
 from replay.seeds import spawn_seed
-from replay.types import Array, ConfigurationError
+from replay.types import Array
 
 
 class DQN(OffPolicyAlgorithm):
@@ -89,9 +89,7 @@ class DQN(OffPolicyAlgorithm):
             ConfigurationError: a value that cannot work, or an action space that is not Discrete.
         """
         super().__init__(env, seed=seed, avg_reward_len=avg_reward_len, min_episode_reward=min_episode_reward, **kwargs)
-        if not isinstance(self.environment.actions, DiscreteActions):
-            space = self.environment.description.partition("actions ")[2] or self.environment.actions
-            raise ConfigurationError(f"DQN needs a Discrete action space; {self.environment.id or 'env'} has {space}")
+        self.need_actions(DiscreteActions, "Discrete")
         self.seed_networks()
         self.policy = EpsilonGreedyPolicy(PolicySpec("epsilon_greedy", self.environment, **self.policy_options()))
         self.policy.begin(spawn_seed(seed, "policy"))

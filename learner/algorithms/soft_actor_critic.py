@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from actors.environments import EnvironmentSpec
+from actors.environments import ContinuousActions, EnvironmentSpec
 from actors.networks import Critics
 from actors.policies import PolicySpec, SquashedGaussianPolicy
 from learner.algorithms.algorithm import warn_of_inert
@@ -103,6 +103,7 @@ class SAC(OffPolicyAlgorithm):
             ConfigurationError: a value that cannot work, or an action space that is no bounded box.
         """
         super().__init__(env, seed=seed, avg_reward_len=avg_reward_len, min_episode_reward=min_episode_reward, **kwargs)
+        self.need_actions(ContinuousActions, "Box")
         warn_of_inert(self, "the policy explores by itself", "eps_start", "eps_end", "eps_last_frame")
         if init_alpha <= 0:
             raise ConfigurationError(f"init_alpha must be positive, got {init_alpha}")

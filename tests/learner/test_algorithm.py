@@ -16,7 +16,10 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor
 
 from actors.environments import DiscreteActions, EnvironmentSpec, OneLane, specify
-from learner import DQN
+from actors.networks import RunningNorm
+from actors.weights import pack, unpack
+from learner import DQN, SAC, AdvantageActorCritic, Reinforce, VanillaPolicyGradient
+from learner.algorithms import ALGORITHMS, Algorithm
 from learner.experience import LocalExperience, TransitionBatch
 from learner.training import load_algorithm, read_checkpoint
 from replay.types import ConfigurationError
@@ -25,11 +28,15 @@ from tests.learner.toys import (
     Batches,
     Chain,
     UpdateWatcher,
+    box_batch,
     copies,
     quiet_trainer,
     random_batch,
     same,
+    small,
     small_dqn,
+    small_sac,
+    toy,
 )
 
 # The Trainer: where a run stops, checkpoints and syncs its target.
@@ -467,3 +474,280 @@ def test_a_test_by_itself_leaves_training_as_it_was() -> None:
     assert same(before, copies(module))
     assert module.training
     quiet_trainer(max_steps=3).fit(module)
+
+
+# Every algorithm.
+
+EVERY = list(ALGORITHMS.values())
+CONTINUOUS: list[type[Algorithm]] = [Reinforce, VanillaPolicyGradient, AdvantageActorCritic, SAC]
+
+
+@pytest.mark.parametrize("observes", ["image", "vector", "discrete"])
+@pytest.mark.parametrize("cls", EVERY)
+def test_one_training_step_changes_what_learns(cls: type[Algorithm], observes: str) -> None:
+    module = small(cls, toy(observes=observes, box=2 * (cls is SAC)))
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(module)
+    assert trainer.global_step == 1
+    changed = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any(name.startswith("policy.") for name in changed)
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    own = {SAC: {"critics.", "target_", "log_alpha"}, AdvantageActorCritic: {"critic."}}.get(cls, set())
+    assert all(any(name.startswith(prefix) for name in changed) for prefix in own)
+
+
+@pytest.mark.parametrize("box", [1, 6])
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_one_training_step_with_actions_in_a_box(cls: type[Algorithm], box: int) -> None:
+    module = small(cls, toy(box=box), num_envs=2)
+    before = copies(module.policy)
+    seen: list[Any] = []
+
+    class Keep(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(batch)
+
+    quiet_trainer(Keep(), max_steps=1).fit(module)
+    assert not same(before, copies(module.policy))
+    assert seen[0].action.shape[-1] == box
+    assert seen[0].action.dtype == torch.float32
+
+
+@pytest.mark.parametrize("cls", [cls for cls in EVERY if cls not in CONTINUOUS])
+def test_value_based_algorithms_refuse_a_box_by_name(cls: type[Algorithm]) -> None:
+    complaint = rf"^{cls.__name__} needs a Discrete action space; SquallToy-v0 has Box\(-2.0, 2.0, \(2,\), float32\)$"
+    with pytest.raises(ConfigurationError, match=complaint):
+        cls(toy(box=2))
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_arguments_of_every_algorithm_come_back_out_of_a_mixed_namespace(cls: type[Algorithm]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--devices", type=int, default=1)
+    assert cls.add_model_specific_args(parser) is parser
+    env = "Pendulum-v1" if cls is SAC else "CartPole-v1"
+    rate = next(name for name in ("lr", "learning_rate", "q_learning_rate") if name in cls.hyperparameter_types())
+    words = [
+        "--env", env, "--devices", "2", "--gamma", "0.5", f"--{rate}", "0.25", "--seed", "0", "--normalize_rewards",
+        "--optimizer_options", '{"eps": 0.001}', "--activation", "tanh", "--no-normalize_observations",
+    ]  # fmt: skip
+    module = cls.from_args(parser.parse_args(words), num_envs=3)
+    changed = {
+        "gamma": 0.5, rate: 0.25, "seed": 0, "normalize_rewards": True, "optimizer_options": {"eps": 0.001},
+        "activation": "tanh", "num_envs": 3,
+    }  # fmt: skip
+    assert dict(module.hparams) == {**dict(cls(env).hparams), **changed}
+    plain = cls.from_args(parser.parse_args(["--env", env]))
+    assert dict(plain.hparams) == dict(cls(env).hparams)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_a_checkpoint_of_every_algorithm_loads_by_itself(cls: type[Algorithm], tmp_path: Path) -> None:
+    module = small(cls, toy(box=2 * (cls is SAC)), normalize_observations=True, normalize_rewards=True, gamma=0.5)
+    trainer = quiet_trainer(max_steps=2)
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = load_algorithm(tmp_path / "a.ckpt")
+    assert type(loaded) is cls
+    assert dict(loaded.hparams) == dict(module.hparams)
+    assert (loaded.env_steps, loaded._returns_seen) == (module.env_steps, module._returns_seen)
+    assert loaded.return_std == module.return_std != 1.0
+    state, other = module.state_dict(), loaded.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    observation = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    greedy = [it.policy.act(observation, step=0, greedy=True).action for it in (module.eval(), loaded.eval())]
+    np.testing.assert_array_equal(*greedy)
+
+
+# The longest gradient, learning rates, the optimizer's options, the activation.
+
+
+@pytest.mark.parametrize("longest", [None, 0.01])
+def test_each_group_of_the_optimizer_is_clipped_by_itself(longest: float | None) -> None:
+    """With a learning rate of 1, SGD's step is the gradient it was given."""
+    rates = {"policy_learning_rate": 1.0, "q_learning_rate": 1.0}
+    module = small_sac(optimizer="sgd", max_grad_norm=longest, init_alpha=5.0, sync_rate=99, **rates)
+    parts = [list(module.policy.parameters()), list(module.critics.parameters()), [module.log_alpha]]
+    before = [[p.detach().clone() for p in part] for part in parts]
+    quiet_trainer(max_steps=1).fit(module, Batches([box_batch(64)]))
+    lengths = [
+        torch.cat([(new.detach() - old).ravel() for new, old in zip(part, olds, strict=True)]).norm().item()
+        for part, olds in zip(parts, before, strict=True)
+    ]
+    if longest is None:
+        assert min(lengths) > 0.1
+    else:
+        assert lengths == pytest.approx([longest] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("linear", lambda step: max(1 - step / 100, 0.0)),
+        ("cosine", lambda step: (1 + np.cos(np.pi * min(step / 100, 1.0))) / 2),
+        ("constant", lambda step: 1.0),
+    ],
+)
+def test_the_learning_rate_follows_the_environment_steps(schedule: str, factor: Callable[[int], float], k: int) -> None:
+    """All steps count that were taken before the update, the warm start's too."""
+    module = small_dqn(
+        "SquallTally-v0", learning_rate=0.1, learning_rate_schedule=schedule, learning_rate_last_frame=100,
+        updates_per_training_step=k, num_envs=2,
+    )  # fmt: skip
+    seen: list[tuple[int, float]] = []
+    watcher = UpdateWatcher(lambda t, m: seen.append((m.experience.env_steps, t.optimizers[0].param_groups[0]["lr"])))
+    quiet_trainer(watcher, max_steps=120).fit(module)
+    assert [rate for _, rate in seen] == pytest.approx([0.1 * factor(step) for step, _ in seen], abs=1e-12)
+    assert 16 <= seen[0][0] < 40
+    assert seen[-1][0] > 100
+    assert len({step for step, _ in seen}) > 10
+
+
+def test_without_a_last_frame_the_learning_rate_is_constant() -> None:
+    seen = set()
+    watcher = UpdateWatcher(lambda t, m: seen.add(t.optimizers[0].param_groups[0]["lr"]))
+    quiet_trainer(watcher, max_steps=5).fit(small_dqn(learning_rate=0.125))
+    assert seen == {0.125}
+
+
+def test_a_resumed_fit_keeps_the_first_learning_rate(tmp_path: Path) -> None:
+    """Half-way down a resume must not begin a second descent from there."""
+    options = {"learning_rate": 0.1, "learning_rate_schedule": "linear", "learning_rate_last_frame": 200}
+    trainer = quiet_trainer(max_steps=60)
+    trainer.fit(small_dqn("SquallTally-v0", **options))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    groups = read_checkpoint(tmp_path / "a.ckpt")["optimizer_states"][0]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == [0.1]
+    assert groups[0]["lr"] < 0.08
+    seen: list[tuple[int, float]] = []
+    watcher = UpdateWatcher(lambda t, m: seen.append((m.env_steps, t.optimizers[0].param_groups[0]["lr"])))
+    again = quiet_trainer(watcher, max_steps=80)
+    again.fit(small_dqn("SquallTally-v0", **options), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert seen[0][0] >= 60
+    assert [rate for _, rate in seen] == pytest.approx([0.1 * (1 - step / 200) for step, _ in seen], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"optimizer_options": {"epsilon": 1e-3}}, "^optimizer_options of adam: .*'epsilon'"),
+        ({"optimizer_options": {"eps": -1.0}}, "^optimizer_options of adam: .*-1.0"),
+        ({"optimizer_options": {"eps": "small"}}, "^optimizer_options of adam: "),
+        ({"optimizer": "sgd", "optimizer_options": {"eps": 1e-3}}, "^optimizer_options of sgd: .*'eps'"),
+        ({"activation": "gelu"}, "^activation must be one of relu, tanh, got 'gelu'$"),
+        ({"learning_rate_schedule": "steps"}, "^learning_rate_schedule must be one of constant, .*, got 'steps'$"),
+        ({"learning_rate_schedule": "linear"}, "^a linear learning_rate_schedule needs learning_rate_last_frame$"),
+        ({"learning_rate_last_frame": 0}, "^learning_rate_last_frame must be positive, got 0$"),
+    ],
+)
+@pytest.mark.parametrize("cls", [DQN, Reinforce])
+def test_common_options_that_cannot_work_are_refused(
+    cls: type[Algorithm], options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=complaint):
+        cls(CARTPOLE, **options)
+
+
+@pytest.mark.parametrize("cls", [DQN, SAC, AdvantageActorCritic])
+def test_options_reach_the_optimizer_and_the_activation_the_networks(cls: type[Algorithm]) -> None:
+    module = small(cls, toy(box=2 * (cls is SAC)), optimizer_options={"eps": 1e-3}, activation="tanh")
+    optimizer = module.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-3}
+    kinds = [type(layer) for layer in module.modules()]
+    assert torch.nn.Tanh in kinds
+    assert torch.nn.ReLU not in kinds
+    assert module.policy_spec.activation == "tanh"
+
+
+# Running statistics.
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_statistics_change_after_the_update_and_are_shared_by_all_networks(cls: type[Algorithm]) -> None:
+    module = small(cls, toy(box=2 * (cls is SAC)), normalize_observations=True)
+    norms = [layer for layer in module.modules() if isinstance(layer, RunningNorm)]
+    assert len(norms) == {SAC: 3}.get(cls, 2 if issubclass(cls, DQN) else 1)  # type: ignore[call-overload]
+    seen: list[np.ndarray[Any, Any]] = []
+    update = module.update
+
+    def watched(batch: Any) -> dict[str, Tensor]:
+        before = [norm.count.item() for norm in norms]
+        logged = update(batch)
+        assert [norm.count.item() for norm in norms] == before == [sum(map(len, seen))] * len(norms)
+        seen.append(batch.visited.numpy().copy())
+        return logged
+
+    module.update = watched  # type: ignore[method-assign]
+    quiet_trainer(max_steps=3).fit(module)
+    visited = np.concatenate(seen).astype(np.float64)
+    for norm in norms:
+        assert norm.count == len(visited)
+        np.testing.assert_allclose(norm.mean.numpy(), visited.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(norm.variance.numpy(), visited.var(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_statistics_travel_with_the_weights(cls: type[Algorithm]) -> None:
+    module = small(cls, toy(box=2 * (cls is SAC)), normalize_observations=True)
+    quiet_trainer(max_steps=2).fit(module)
+    worker = module.policy_spec.build()
+    unpack(pack(module.policy, 1), worker)
+    observation = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32) * 3
+    here, there = (it.eval().act(observation, step=0, greedy=True).action for it in (module.policy, worker))
+    np.testing.assert_array_equal(here, there)
+    (norm,) = [layer for layer in worker.modules() if isinstance(layer, RunningNorm)]
+    assert norm.count > 0
+    assert norm.mean.any()
+
+
+@pytest.mark.parametrize("cls", [DQN, Reinforce, SAC])
+def test_without_normalisation_there_are_no_statistics(cls: type[Algorithm]) -> None:
+    module = small(cls, toy(box=2 * (cls is SAC)))
+    assert not any(isinstance(layer, RunningNorm) for layer in module.modules())
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_rewards_are_divided_by_the_deviation_of_discounted_returns(normalize: bool) -> None:
+    """Three steps of 5 at gamma 1/2 make 5, 7.5 and 8.75; reported returns stay 15."""
+    module = small(Reinforce, toy(lengths=(3,), pays=5.0), gamma=0.5, normalize_rewards=normalize, num_batch_episodes=2)
+    update, rewards = module.update, []
+
+    def watched(batch: Any) -> dict[str, Tensor]:
+        rewards.append(batch.reward)
+        return update(batch)
+
+    module.update = watched  # type: ignore[method-assign]
+    quiet_trainer(max_steps=3).fit(module)
+    expected = 5.0 / np.std([5.0, 7.5, 8.75]) if normalize else 5.0
+    assert len(rewards) == 3
+    for reward in rewards:
+        assert reward.ravel().tolist() == pytest.approx([expected] * 6, rel=1e-5)
+    assert list(module.recent_returns) == [15.0] * 6
+    assert module.mean_return == 15.0
+
+
+def test_a_resumed_fit_goes_on_with_the_deviation_it_had(tmp_path: Path) -> None:
+    """A new process has seen few returns: until it has seen as many, the old figure is the better one."""
+    options = {"gamma": 0.5, "normalize_rewards": True, "num_batch_episodes": 2}
+    trainer = quiet_trainer(max_steps=4)
+    trainer.fit(small(Reinforce, toy(lengths=(3,), pays=5.0), **options))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = small(Reinforce, toy(lengths=(3,), pays=50.0), **options)
+    deviations = []
+    watcher = UpdateWatcher(lambda trainer, module: deviations.append(module.return_std.item()))
+    quiet_trainer(watcher, max_steps=10).fit(module, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    deviation = float(np.std([5.0, 7.5, 8.75]))
+    assert deviations == pytest.approx([deviation] * 3 + [10 * deviation] * 3, rel=1e-5)
+
+
+def test_an_algorithm_plays_as_many_greedy_episodes_as_it_is_asked_to() -> None:
+    module = small(Reinforce, toy(lengths=(3,), pays=2.0))
+    lane = OneLane(module.environment, seed=0)
+    assert module.run_n_episodes(lane) == [6.0]
+    assert module.run_n_episodes(lane, 2) == [6.0] * 2
+    assert module.run_n_episodes(lane, n_epsiodes=2, n_episodes=3) == [6.0] * 3
+    lane.close()

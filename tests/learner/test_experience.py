@@ -12,11 +12,32 @@ import numpy as np
 import pytest
 import torch
 
-from learner.experience import LocalTransitions, RemoteTransitions, TransitionBatch
+from learner import AdvantageActorCritic, Reinforce
+from learner.experience import (
+    Experience,
+    LocalTransitions,
+    RemoteTrajectories,
+    RemoteTransitions,
+    StalePolicy,
+    TrajectoryBatch,
+    TransitionBatch,
+)
 from replay.server import ReplayServer, ReplaySpec
 from replay.table import TableSpec
-from replay.types import Batch, DeadlineExceeded, Layout
-from tests.learner.toys import InProcessReplay, Tally, make_push, quiet_trainer, small_dqn
+from replay.trajectory_server import QueueSpec, TrajectoryServer
+from replay.types import Batch, DeadlineExceeded, Layout, Moments, Push
+from tests.learner.toys import (
+    CARTPOLE,
+    InProcessQueue,
+    InProcessReplay,
+    Tally,
+    make_push,
+    make_trajectory,
+    quiet_trainer,
+    small,
+    small_dqn,
+    toy,
+)
 
 # Batches as tensors.
 
@@ -61,6 +82,40 @@ def test_split_gives_the_k_batches_in_order() -> None:
             assert torch.equal(getattr(part, name), getattr(whole, name)[i])
     (again,) = parts[1].split()
     assert again is parts[1]
+
+
+def test_trajectories_as_tensors_are_filled_up_behind_their_ends() -> None:
+    trajectories = [make_trajectory(2, seed=0, version=7), make_trajectory(4, seed=1, version=5, ends="truncated")]
+    batch = TrajectoryBatch.of(trajectories)
+    assert batch.version == 5, "the oldest"
+    assert batch.valid.tolist() == [[True, True, False, False], [True] * 4]
+    for u, trajectory in enumerate(trajectories):
+        rows = len(trajectory.action)
+        for name in ("action", "reward", "discount", "log_probability"):
+            tensor, array = getattr(batch, name), getattr(trajectory, name)
+            np.testing.assert_array_equal(tensor[u, :rows].numpy(), array)
+            assert not tensor[u, rows:].any()
+            assert tensor.numpy().dtype == array.dtype
+        np.testing.assert_array_equal(batch.observation[u, : rows + 1].numpy(), trajectory.observation)
+        assert (batch.observation[u, rows + 1 :].numpy() == trajectory.observation[-1]).all()
+        trajectory.observation[:] = 99.0
+    assert not (batch.observation == 99.0).any(), "a copy"
+
+
+def test_visited_are_the_observations_of_steps_in_the_order_of_valid() -> None:
+    trajectories = [make_trajectory(2, seed=0), make_trajectory(3, seed=1)]
+    batch = TrajectoryBatch.of(trajectories)
+    expected = np.concatenate([trajectory.observation[:-1] for trajectory in trajectories])
+    np.testing.assert_array_equal(batch.visited.numpy(), expected)
+    np.testing.assert_array_equal(
+        batch.reward[batch.valid].numpy(), np.concatenate([trajectory.reward for trajectory in trajectories])
+    )
+    (again,) = batch.split()
+    assert again is batch
+    halved = batch.map(lambda tensor: tensor[:1])
+    assert (len(halved.reward), halved.version) == (1, batch.version)
+    transitions = TransitionBatch.of(a_batch()).split()[0]
+    assert transitions.visited is transitions.observation
 
 
 # In this process.
@@ -192,6 +247,77 @@ def test_priorities_reach_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experience._table, "update_priorities", lambda *arguments: got.append(arguments))
     experience.update_priorities(np.array([3]), np.array([0.5]))
     assert got == [(np.array([3]), np.array([0.5]))]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 4])
+def test_unrolls_go_on_across_batches(num_envs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 trajectories of 5 rows; a lane's last observation is the first of its next, for nothing is reset."""
+    module = small(AdvantageActorCritic, toy(lengths=(2, 7)), num_envs=num_envs, batch_size=20, unroll_length=5)
+    resets = 0
+    experience = module.train_dataloader()
+    reset = experience._lanes.reset
+
+    def counted() -> Any:
+        nonlocal resets
+        resets += 1
+        return reset()
+
+    monkeypatch.setattr(experience._lanes, "reset", counted)
+    last: dict[int, torch.Tensor] = {}
+    for _ in range(4):
+        batch = experience.next()
+        assert batch.reward.shape == (4, 5)
+        for unit in range(4):
+            lane = unit % num_envs
+            if lane in last:
+                assert torch.equal(batch.observation[unit, 0], last[lane])
+            last[lane] = batch.observation[unit, -1]
+        # What follows a row that ended an episode is no step, and the row after it is the next reset.
+        for observation, valid in zip(batch.observation, batch.valid, strict=True):
+            for row in range(5):
+                step, length = observation[row, :2].tolist()
+                assert bool(valid[row]) is (step < length)
+                if not valid[row]:
+                    assert observation[row + 1, 0] == 0
+    assert resets == 1
+
+
+def test_only_steps_of_unrolls_are_counted() -> None:
+    module = small(AdvantageActorCritic, toy(lengths=(2,)), num_envs=4, batch_size=24, unroll_length=6)
+    experience = module.train_dataloader()
+    batch = experience.next()
+    assert experience.env_steps == int(batch.valid.sum()) == 4 * 4
+    assert [episode.length for episode in experience.episodes] == [2] * 8  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("num_envs", "episodes"), [(1, 2), (3, 4), (4, 3)])
+def test_whole_episodes_begin_at_a_reset_and_lanes_play_in_turn(num_envs: int, episodes: int) -> None:
+    module = small(Reinforce, toy(lengths=(1, 3, 6)), num_envs=num_envs, num_batch_episodes=episodes)
+    experience = module.train_dataloader()
+    starts = set()
+    for _ in range(5):
+        batch = experience.next()
+        assert len(batch.reward) == episodes
+        assert not batch.observation[:, 0, 0].any()
+        starts |= {tuple(observation.tolist()) for observation in batch.observation[:, 0]}
+    assert len(starts) == 5 * episodes, "each reset has seeds of its own"
+
+
+def test_moments_of_discounted_returns_are_those_of_all_steps() -> None:
+    """G is 5, 7.5, 8.75 over an episode's three steps, then anew."""
+    module = small(Reinforce, toy(lengths=(3,), pays=5.0), gamma=0.5, num_batch_episodes=2)
+    experience = module.train_dataloader()
+    for batches in (1, 2):
+        experience.next()
+        assert experience.returns.count == 6 * batches
+        assert experience.returns.mean == pytest.approx(np.mean([5.0, 7.5, 8.75]))
+        assert experience.returns.std == pytest.approx(np.std([5.0, 7.5, 8.75]))
+
+
+def test_trajectories_have_no_priorities() -> None:
+    with pytest.raises(NotImplementedError):
+        Experience[Any](3).update_priorities(np.array([3]), np.array([0.5]))
+    assert len(Experience[Any](3)) == 3
 
 
 # From a replay server.
@@ -376,3 +502,138 @@ def test_both_kinds_go_on_in_the_middle_of_an_epoch(remote: Remote) -> None:
     for experience in (local(), remote(InProcessReplay(server()))):
         assert experience.state_dict() == {}
         experience.load_state_dict({})
+
+
+# From a trajectory server.
+
+TRAJECTORIES = Layout((4,), "float32", 1, (), "int64", segment_length=1, n_steps=1)
+
+
+class Worker:
+    """Fills the batch that is open, at each call."""
+
+    def __init__(self, server: TrajectoryServer, index: int = 0) -> None:
+        self.server, self.index, self.pushes = server, index, 0
+
+    def __call__(self) -> None:
+        permits = self.server.request_permits(self.index, 0, 2).permits
+        if not permits:
+            time.sleep(0.002)
+            return
+        made = tuple((permit, make_trajectory(3, seed=self.pushes, version=permit.version)) for permit in permits)
+        self.server.insert(Push(self.index, 0, self.pushes, trajectories=made, returns=Moments(3, 1.0, 12.0)))
+        self.pushes += 1
+
+
+def queue_of(lag: int = 0, filled: bool = True, max_env_steps: int | None = None) -> InProcessQueue:
+    server = TrajectoryServer(QueueSpec(TRAJECTORIES, 4, lag), max_env_steps=max_env_steps)
+    return InProcessQueue(server, Worker(server) if filled else None)
+
+
+@pytest.fixture
+def on_policy() -> Iterator[Callable[..., RemoteTrajectories]]:
+    made: list[RemoteTrajectories] = []
+
+    def make(client: InProcessQueue, lag: int = 0, length: int = 5) -> RemoteTrajectories:
+        made.append(RemoteTrajectories(client, max_policy_lag=lag, length=length))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for experience in made:
+        experience.close()
+        assert not any(thread.name == "prefetch" and thread.is_alive() for thread in threading.enumerate())
+
+
+OnPolicy = Callable[..., RemoteTrajectories]
+
+
+def test_a_batch_is_fetched_only_when_it_is_asked_for(on_policy: OnPolicy) -> None:
+    client = queue_of()
+    experience = on_policy(client)
+    batches = iter(experience)
+    time.sleep(0.02)
+    assert client.takes == 0
+    for version in range(3):
+        batch = next(batches)
+        assert (batch.version, tuple(batch.reward.shape)) == (version, (4, 3))
+        time.sleep(0.05)
+        assert client.takes == version + 1, "nothing ahead"
+        experience.published(version + 1)
+    assert client.published == [1, 2, 3]
+    assert client.server.stats().version == 3
+    assert experience.returns.count > 0
+    assert experience.returns.std == 2.0
+
+
+def test_without_a_new_version_there_is_no_second_batch(on_policy: OnPolicy) -> None:
+    experience = on_policy(queue_of())
+    batches = iter(experience)
+    next(batches)
+    timer = threading.Timer(0.2, experience.interrupt)
+    timer.start()
+    assert list(batches) == []
+    assert experience.waiting_for is not None
+    timer.join()
+
+
+def test_a_trajectory_older_than_the_lag_is_refused(on_policy: OnPolicy) -> None:
+    """The server lets a lag of 1 pass that the learner was not told of."""
+    client = queue_of(lag=1)
+    for _ in range(2):
+        client.fill()  # type: ignore[misc]
+    experience = on_policy(client, lag=0)
+    experience.published(1)
+    with pytest.raises(StalePolicy, match="a trajectory of version 0 came when 1 was published"):
+        next(iter(experience))
+
+
+def test_a_trajectory_within_the_lag_is_taken(on_policy: OnPolicy) -> None:
+    client = queue_of(lag=1)
+    for _ in range(2):
+        client.fill()  # type: ignore[misc]
+    experience = on_policy(client, lag=1)
+    experience.published(1)
+    assert next(iter(experience)).version == 0
+
+
+def test_an_on_policy_epoch_ends_when_the_run_is_finished(on_policy: OnPolicy) -> None:
+    """Batches of 4 x 3 steps; the third reaches the 30 steps there are."""
+    experience = on_policy(queue_of(max_env_steps=30), length=2)
+    taken = []
+    for epoch in range(3):
+        taken.append(0)
+        for batch in experience:
+            taken[epoch] += 1
+            experience.published(batch.version + 1)
+    assert taken == [2, 1, 0]
+    assert experience.finished
+
+
+def test_an_interrupt_ends_an_on_policy_wait_at_once(on_policy: OnPolicy) -> None:
+    experience = on_policy(queue_of(filled=False))
+    timer = threading.Timer(0.1, experience.interrupt)
+    begun = time.monotonic()
+    timer.start()
+    assert list(experience) == []
+    assert time.monotonic() - begun < 3.0
+    timer.join()
+
+
+def test_a_trainer_takes_one_batch_an_update_and_ends_with_the_run(on_policy: OnPolicy) -> None:
+    client = queue_of(max_env_steps=30)
+    module = small(Reinforce, CARTPOLE)
+    module.experience = experience = on_policy(client, length=100)
+    versions: list[int] = []
+    trained = module.update
+
+    def update(batch: TrajectoryBatch) -> dict[str, torch.Tensor]:
+        versions.append(batch.version)
+        logged = trained(batch)
+        experience.published(batch.version + 1)
+        return logged
+
+    module.update = update  # type: ignore[method-assign]
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(module, experience)
+    assert versions == [0, 1, 2]
+    assert trainer.global_step == client.takes == 3

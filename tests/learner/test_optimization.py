@@ -1,4 +1,4 @@
-"""Optimizers by name: the right class and learning rate, and what PyTorch's plain implementation would do."""
+"""Optimizers by name: the right class and learning rates, what PyTorch's plain one would do, and schedules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from learner.optimization import OPTIMIZERS, make_optimizer
+from learner.optimization import OPTIMIZERS, SCHEDULES, make_optimizer, set_learning_rate
 from tests.learner.toys import copies
 
 PLAIN: dict[str, Any] = {
@@ -49,3 +49,54 @@ def test_it_steps_as_the_plain_one_does(name: str) -> None:
 def test_a_name_that_is_none_raises() -> None:
     with pytest.raises(KeyError, match="adagrad"):
         make_optimizer("adagrad", (nn.Linear(2, 2).parameters(), 0.1))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_each_group_has_its_own_rate_and_steps_with_it(name: str) -> None:
+    slow, fast = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = make_optimizer(name, (slow.parameters(), 0.0), (fast.parameters(), 0.5))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.5]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.0, 0.5]
+    before = [copies(slow), copies(fast)]
+    (slow(torch.ones(1, 2)) + fast(torch.ones(1, 2))).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(before[0], copies(slow), strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(before[1], copies(fast), strict=True))
+
+
+@pytest.mark.parametrize(("name", "option", "value"), [
+    ("adam", "eps", 1e-3), ("adamw", "weight_decay", 0.5), ("rmsprop", "alpha", 0.5), ("sgd", "momentum", 0.5),
+])  # fmt: skip
+def test_options_reach_every_group(name: str, option: str, value: float) -> None:
+    groups = [(nn.Linear(2, 2).parameters(), rate) for rate in (0.1, 0.2)]
+    optimizer = make_optimizer(name, *groups, options={option: value})
+    assert [group[option] for group in optimizer.param_groups] == [value, value]
+
+
+def test_an_option_that_is_none_raises() -> None:
+    with pytest.raises(TypeError, match="epsilon"):
+        make_optimizer("adam", (nn.Linear(2, 2).parameters(), 0.1), options={"epsilon": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [1.0, 0.75, 0.5, 0.0, 0.0]),
+        # (1 + cos(pi / 4)) / 2 = 0.853553...
+        ("cosine", [1.0, 0.8535533905932737, 0.5, 0.0, 0.0]),
+    ],
+)
+def test_schedules_by_hand(schedule: str, factors: list[float]) -> None:
+    """At 0, a quarter, half, all of the steps and beyond; each time of the first rate, not of the last."""
+    optimizer = make_optimizer("sgd", (nn.Linear(2, 2).parameters(), 0.4), (nn.Linear(2, 2).parameters(), 8.0))
+    for step, factor in zip((0, 25, 50, 100, 1_000), factors, strict=True):
+        set_learning_rate(optimizer, schedule, step, 100)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([0.4 * factor, 8.0 * factor], abs=1e-12)
+    set_learning_rate(optimizer, schedule, 0, 100)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.4, 8.0]
+
+
+def test_every_schedule_is_tested() -> None:
+    assert set(SCHEDULES) == {"constant", "linear", "cosine"}

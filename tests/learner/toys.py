@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -13,13 +13,17 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from actors.environments import DiscreteActions, EnvironmentSpec
-from learner import DQN
+from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec, specify
+from learner import DQN, SAC
+from learner.algorithms import Algorithm
+from learner.algorithms.off_policy import OffPolicyAlgorithm
 from learner.experience import TransitionBatch
 from replay.server import ReplayServer
-from replay.types import Layout, Push, SampleReply, Segment
+from replay.trajectory_server import TrajectoryServer
+from replay.types import Layout, Push, SampleReply, Segment, TakeReply, Trajectory
 
 CARTPOLE = EnvironmentSpec("CartPole-v1", (4,), "float32", 1, DiscreteActions(2))
+PENDULUM = EnvironmentSpec("Pendulum-v1", (3,), "float32", 1, ContinuousActions((1,), (-2.0,), (2.0,)))
 
 
 class Chain(gym.Env[Any, Any]):
@@ -66,7 +70,47 @@ class Tally(gym.Env[Any, Any]):
         return self.np_random.uniform(-1.0, 1.0, 2), 5.0, self._step == 3, False, {}
 
 
+class Toy(gym.Env[Any, Any]):
+    """Observes an image of noise, a number of noise, or `(step of the episode, its length, noise, noise)`."""
+
+    def __init__(
+        self, observes: str = "vector", box: int = 0, lengths: Sequence[int] = (3,), pays: float | None = None
+    ) -> None:
+        """Episodes of a length drawn from `lengths`; actions in a box of `box` dimensions; `pays` None pays noise."""
+        self.observation_space = {
+            "image": spaces.Box(0, 255, (36, 36, 3), np.uint8),
+            "vector": spaces.Box(-np.inf, np.inf, (4,), np.float32),
+            "discrete": spaces.Discrete(5),
+        }[observes]
+        self.action_space = spaces.Box(-2.0, 2.0, (box,), np.float32) if box else spaces.Discrete(3)
+        self._observes, self._lengths, self._pays = observes, lengths, pays
+
+    def _observe(self) -> Any:
+        if self._observes == "image":
+            return self.np_random.integers(0, 256, (36, 36, 3)).astype(np.uint8)
+        if self._observes == "discrete":
+            return int(self.np_random.integers(5))
+        return np.array([self._step, self._length, *self.np_random.normal(size=2)], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._step, self._length = 0, int(self.np_random.choice(self._lengths))
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action), action
+        self._step += 1
+        reward = float(self.np_random.normal()) if self._pays is None else self._pays
+        return self._observe(), reward, self._step == self._length, False, {}
+
+
+def toy(**arguments: Any) -> EnvironmentSpec:
+    """Specify a `Toy` made with `arguments`."""
+    return specify("SquallToy-v0", arguments)
+
+
 for name, entry, arguments in (
+    ("SquallToy-v0", Toy, {}),
     ("SquallChain-v0", Chain, {}),
     ("SquallTruncatedChain-v0", Chain, {"truncates": True}),
     ("SquallTally-v0", Tally, {}),
@@ -79,6 +123,20 @@ def small_dqn(env: Any = CARTPOLE, **options: Any) -> DQN:
     """Make a DQN that begins to learn after a few steps."""
     small = {"batch_size": 8, "replay_size": 1_000, "warm_start_size": 16, "hidden_sizes": [8], "segment_length": 4}
     return DQN(env, **{**small, **options})
+
+
+def small_sac(env: Any = PENDULUM, **options: Any) -> SAC:
+    """Make a SAC that begins to learn after a few steps."""
+    return small(SAC, env, **options)
+
+
+Kind = TypeVar("Kind", bound=Algorithm)
+
+
+def small(cls: type[Kind], env: Any, **options: Any) -> Kind:
+    """Make an algorithm of any class that begins to learn after a few steps."""
+    off_policy = {"batch_size": 8, "replay_size": 1_000, "warm_start_size": 16, "segment_length": 4}
+    return cls(env, **{"hidden_sizes": [8], **(off_policy if issubclass(cls, OffPolicyAlgorithm) else {}), **options})
 
 
 def quiet_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -103,13 +161,13 @@ class UpdateWatcher(pl.Callback):
 class Batches:
     """An epoch of given batches, sized as Lightning wants it."""
 
-    def __init__(self, batches: Sequence[TransitionBatch]) -> None:
+    def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[TransitionBatch]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
 
 
@@ -125,6 +183,41 @@ def random_batch(*shape: int, seed: int = 0) -> TransitionBatch:
         ids=torch.zeros(shape, dtype=torch.int64),
         probability=torch.full(shape, 0.01),
         size=100,
+    )
+
+
+def box_batch(*shape: int, seed: int = 0) -> TransitionBatch:
+    """Make Pendulum-shaped transitions, `[*shape, ...]`."""
+    rng = torch.Generator().manual_seed(seed)
+    return random_batch(*shape, seed=seed)._replace(
+        observation=torch.randn(*shape, 3, generator=rng),
+        action=torch.rand(*shape, 1, generator=rng) * 4 - 2,
+        next_observation=torch.randn(*shape, 3, generator=rng),
+    )
+
+
+def make_trajectory(
+    steps: int,
+    *,
+    seed: int = 0,
+    ends: str = "terminated",
+    gamma: float = 0.9,
+    box: int = 0,
+    version: int = 0,
+) -> Trajectory:
+    """Make one whole episode of noise: four numbers to observe, two actions or a box of `box` dimensions."""
+    rng = np.random.default_rng(seed)
+    discount = np.full(steps, gamma, np.float32)
+    discount[-1] = gamma * (ends == "truncated")
+    return Trajectory(
+        observation=rng.normal(size=(steps + 1, 4)).astype(np.float32),
+        action=rng.normal(size=(steps, box)).astype(np.float32) if box else rng.integers(2, size=steps),
+        reward=rng.normal(size=steps).astype(np.float32),
+        discount=discount,
+        valid=np.ones(steps, np.bool_),
+        log_probability=np.zeros(steps, np.float32),
+        version=version,
+        episodic=True,
     )
 
 
@@ -183,3 +276,30 @@ class InProcessReplay:
 
     def update_priorities(self, ids: Any, priorities: Any) -> None:
         self.updated.append((ids, priorities))
+
+
+class InProcessQueue:
+    """A `TrajectoryServer` behind the face of a `TrajectoryClient`; a take that has to wait calls `fill`."""
+
+    def __init__(self, server: TrajectoryServer, fill: Callable[[], None] | None = None) -> None:
+        self.server, self.fill = server, fill
+        self.waiting_for: str | None = None
+        self.takes = 0
+        self.published: list[int] = []
+
+    def take(self, *, stop: threading.Event) -> TakeReply | None:
+        while not stop.is_set():
+            reply = self.server.take()
+            self.waiting_for = reply.wait
+            if reply.wait is None:
+                self.takes += reply.trajectories is not None
+                return reply
+            if self.fill is None:
+                stop.wait(0.002)
+            else:
+                self.fill()
+        return None
+
+    def publish(self, version: int) -> None:
+        self.published.append(version)
+        self.server.publish(version)
