@@ -71,13 +71,15 @@ class Algorithm(pl.LightningModule):
             avg_reward_len: episodes in the reported mean return.
             min_episode_reward: return reported before the first episode has ended.
             num_envs: environments stepped side by side by each worker.
-            hidden_sizes: widths of the dense layers; None gives (512,) for images and (256, 256) otherwise.
+            hidden_sizes: widths of the dense layers; None gives (512,) for images and otherwise (256, 256), or
+                (128,) for on-policy algorithms.
             activation: of the dense layers, "relu" or "tanh".
             optimizer: one of "adam", "adamw", "rmsprop", "sgd".
             optimizer_options: more arguments of it, such as `eps`.
             max_grad_norm: longest gradient, of each of the optimizer's groups; None does not clip.
             learning_rate_schedule: "constant", "linear" or "cosine", the last two down to 0.
-            learning_rate_last_frame: environment step, over all workers, at which the schedule ends.
+            learning_rate_last_frame: environment step, over all workers, at which the schedule ends; `squall train`
+                takes the run's steps for None.
             normalize_observations: shift and scale vector observations by running statistics of what the learner
                 saw; they are part of the weights.
             normalize_rewards: divide rewards by the running deviation of the discounted return.
@@ -112,7 +114,10 @@ class Algorithm(pl.LightningModule):
         preset = load_preset(cls.name, env)
         if preset is None:
             raise ConfigurationError(f"{cls.name} has no preset for {env}; {cls.__name__}({env!r}) uses its defaults")
-        return cls(env, **{**preset.hyperparameters, **overrides})
+        values = {**preset.hyperparameters, **overrides}
+        if values.get("learning_rate_schedule", "constant") != "constant":
+            values.setdefault("learning_rate_last_frame", preset.run["steps"])
+        return cls(env, **values)
 
     @classmethod
     def hyperparameter_types(cls) -> dict[str, inspect.Parameter]:

@@ -12,11 +12,11 @@ import yaml
 
 import learner.presets
 from actors.environments import ContinuousActions, EnvironmentSpec
-from learner import DQN
+from learner import DQN, AdvantageActorCritic
 from learner.algorithms import ALGORITHMS
 from learner.presets import Preset, load_preset
 from replay.types import ConfigurationError
-from services.config import RUN_KEYS
+from services.config import RUN_KEYS, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"atari": "PongNoFrameskip-v4", "mujoco": "HalfCheetah-v5"}
@@ -126,3 +126,16 @@ def test_presets_are_part_of_what_is_installed() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert "learner.presets" in setuptools["packages"]
     assert setuptools["package-data"]["learner.presets"] == ["*.yaml"]
+
+
+def test_a_schedule_ends_with_the_run() -> None:
+    preset = load_preset("a2c", "CartPole-v1")
+    assert preset is not None
+    assert preset.hyperparameters["learning_rate_schedule"] == "linear"
+    assert AdvantageActorCritic.from_preset("CartPole-v1").hparams["learning_rate_last_frame"] == preset.run["steps"]
+    config, _ = resolve("a2c", "CartPole-v1", overrides={"steps": 7_000})
+    assert config.hyperparameters["learning_rate_last_frame"] == 7_000
+    config, _ = resolve("a2c", "CartPole-v1", overrides={"learning_rate_last_frame": 9_000})
+    assert config.hyperparameters["learning_rate_last_frame"] == 9_000
+    config, _ = resolve("dqn", "CartPole-v1")
+    assert config.hyperparameters["learning_rate_last_frame"] is None
