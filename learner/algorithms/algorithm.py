@@ -409,6 +409,8 @@ def _check(hparams: Mapping[str, Any]) -> None:
         raise ConfigurationError(
             f"a {hparams['learning_rate_schedule']} learning_rate_schedule needs learning_rate_last_frame"
         )
+    if "lr" in (hparams["optimizer_options"] or {}):
+        raise ConfigurationError("optimizer_options must not hold lr: the learning rate has a parameter of its own")
     try:
         make_optimizer(
             hparams["optimizer"], ([nn.Parameter(torch.zeros(1))], 1.0), options=hparams["optimizer_options"]

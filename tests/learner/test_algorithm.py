@@ -636,6 +636,7 @@ def test_a_resumed_fit_keeps_the_first_learning_rate(tmp_path: Path) -> None:
         ({"optimizer_options": {"epsilon": 1e-3}}, "^optimizer_options of adam: .*'epsilon'"),
         ({"optimizer_options": {"eps": -1.0}}, "^optimizer_options of adam: .*-1.0"),
         ({"optimizer_options": {"eps": "small"}}, "^optimizer_options of adam: "),
+        ({"optimizer_options": {"lr": 0.5}}, "^optimizer_options must not hold lr"),
         ({"optimizer": "sgd", "optimizer_options": {"eps": 1e-3}}, "^optimizer_options of sgd: .*'eps'"),
         ({"activation": "gelu"}, "^activation must be one of relu, tanh, got 'gelu'$"),
         ({"learning_rate_schedule": "steps"}, "^learning_rate_schedule must be one of constant, .*, got 'steps'$"),

@@ -19,7 +19,7 @@ from replay.types import ConfigurationError
 from services.config import RUN_KEYS, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = {"atari": "PongNoFrameskip-v4", "mujoco": "HalfCheetah-v5"}
+FAMILIES = {"atari": "BreakoutNoFrameskip-v4", "mujoco": "HalfCheetah-v5"}
 # As HalfCheetah-v5: MuJoCo itself is an extra.
 CHEETAH = EnvironmentSpec(None, (17,), "float32", 1, ContinuousActions((6,), (-1.0,) * 6, (1.0,) * 6))
 FILES = sorted(Path(learner.presets.__file__).parent.glob("*.yaml"))
@@ -71,6 +71,8 @@ def test_every_preset_makes_an_algorithm(algorithm: str, environment: str, conte
         for key, parameter in type(module).hyperparameter_types().items()
         if key not in content["hyperparameters"]
     }
+    if content["hyperparameters"].get("learning_rate_schedule", "constant") != "constant" and environment != "mujoco":
+        rest["learning_rate_last_frame"] = content["run"]["steps"]
     assert {key: module.hparams[key] for key in rest} == rest
 
 

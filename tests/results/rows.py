@@ -101,6 +101,7 @@ ROWS = (
             150_000,
             threshold=475,
             metric=LAST_THREE,
+            quick=name == "vpg",
             plots=("cartpole-policy-gradients",),
         )
         for name in ("reinforce", "vpg")
@@ -118,6 +119,7 @@ ROWS = (
         20_000,
         threshold=-170,
         settings={"final_eval_episodes": 100},
+        quick=True,
         plots=("pendulum",),
     ),
     Row("sac-halfcheetah", "sac", "HalfCheetah-v5", 100_000, seeds=(0,), steps=100_000, plots=("halfcheetah",)),
