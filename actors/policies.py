@@ -40,7 +40,8 @@ class EpsilonSchedule:
     def at(self, step: int, worker: int = 0, workers: int = 1) -> float:
         """Return epsilon at a global step count."""
         if self.ladder and workers > 1:
-            return float(0.4 ** (1 + 7 * worker / (workers - 1)))
+            # A worker that outlived others may have an index beyond their number.
+            return float(0.4 ** (1 + 7 * min(worker / (workers - 1), 1.0)))
         done = min(step / self.last_frame, 1.0)
         return self.start + done * (self.end - self.start)
 

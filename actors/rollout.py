@@ -369,6 +369,10 @@ class RolloutWorker:
         """Ask `run` to send what it has and return."""
         self._stop.set()
 
+    def place(self, workers: int) -> None:
+        """Take note of how many workers there are now, which a ladder of exploration rates depends on."""
+        self._policy.workers = workers
+
     def report(self) -> WorkerReport:
         """Return what `squall status` shows."""
         return WorkerReport(

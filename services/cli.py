@@ -23,6 +23,8 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall train --resume dqn-CartPole-v1-1      go on where a run ended or was lost
   squall runs                                  list runs
   squall status dqn-CartPole-v1-1              what a run does, process by process
+  squall watch dqn-CartPole-v1-1               the same, live
+  squall scale dqn-CartPole-v1-1 --actors 8    more or fewer rollout workers, while it runs
   squall stop dqn-CartPole-v1-1                end it in order, with a checkpoint
   squall evaluate dqn-CartPole-v1-1            play greedy episodes with its best weights
   squall plot dqn-CartPole-v1-1                draw its learning curve
@@ -31,7 +33,6 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
 Everything lies under SQUALL_HOME (default ./runs). With --json a command prints one JSON document on
 standard output and nothing else; progress goes to standard error."""
 
-STOP_DEADLINE = 30.0
 _WIDTH_OF_A_PIPE = 200
 
 
@@ -140,6 +141,22 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--events", type=int, default=10, metavar="N", help="how many of its last events; default 10")
     _json(status, _status)
 
+    watch = commands.add_parser(
+        "watch", help="follow a run live", description="Follow a run live, from any terminal.", allow_abbrev=False
+    )
+    watch.add_argument("run", help="a run's name")
+    _json(watch, _watch, "print a JSON document a line on standard output, one a second, until the run ends")
+
+    scale = commands.add_parser(
+        "scale",
+        help="change the number of rollout workers",
+        description="Change the number of rollout workers of a run that is on. Who leaves sends what it has first.",
+        allow_abbrev=False,
+    )
+    scale.add_argument("run", help="a run's name")
+    scale.add_argument("--actors", type=_count, required=True, metavar="N", help="rollout workers there shall be")
+    _json(scale, _scale)
+
     stop = commands.add_parser(
         "stop", help="end a run in order", description="End a run in order, with a checkpoint.", allow_abbrev=False
     )
@@ -176,8 +193,8 @@ def _count(text: str) -> int:
     return int(number)
 
 
-def _json(parser: argparse.ArgumentParser, command: Any) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
+def _json(parser: argparse.ArgumentParser, command: Any, help: str = "print JSON on standard output") -> None:
+    parser.add_argument("--json", action="store_true", help=help)
     parser.set_defaults(command=command)
 
 
@@ -256,40 +273,50 @@ def _runs(parsed: argparse.Namespace, out: TextIO) -> int:
 
 
 def _status(parsed: argparse.Namespace, out: TextIO) -> int:
-    from rich.console import Group
-
-    from services.display import render_events, render_snapshot
+    from services import control
+    from services.display import render_status
     from services.home import open_home_store
 
     with open_home_store() as store:
-        record = store.get(parsed.run)
-        snapshot = store.read_snapshot(parsed.run) or {}
-        events = store.events(parsed.run, limit=parsed.events)
-    payload = {
-        **snapshot,
-        "run": record.name,
-        "algorithm": record.algorithm,
-        "environment": record.environment,
-        "seed": record.seed,
-        "state": record.state,
-        "stopped_because": record.stopped_because,
-        "heartbeat": record.heartbeat,
-        "events": [{"time": e.time, "kind": e.kind, "text": e.text} for e in events],
-    }
-    told = "env_steps" in snapshot
-    shown: list[Any] = [render_snapshot(record.name, payload) if told else f"{record.name}: {record.state}"]
-    if record.stopped_because:
-        shown.append(f"{record.state}: {record.stopped_because}")
-    return _answer(out, parsed.json, payload, Group(*shown, render_events(events)))
+        payload = control.status(store, parsed.run, events=parsed.events)
+    return _answer(out, parsed.json, payload, render_status(payload))
+
+
+def _watch(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services import control
+    from services.display import Display, render_status
+    from services.home import open_home_store
+
+    with open_home_store() as store, Display(parsed.run) as display:
+        for news in control.follow(store, parsed.run):
+            if parsed.json:
+                _answer(out, True, news.plain(), "")
+                out.flush()
+                continue
+            for event in news.events:
+                display.event(event.kind, event.text, event.time)
+            if "env_steps" in news.status:
+                display.snapshot(news.status)
+    return 0 if parsed.json else _answer(out, False, {}, render_status(news.status))
+
+
+def _scale(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services import control
+    from services.home import open_home_store
+
+    with open_home_store() as store:
+        answer = control.command(store, parsed.run, "scale", {"actors": parsed.actors})
+    text = f"run {parsed.run}: {answer['before']} workers, now {answer['actors']}"
+    return _answer(out, parsed.json, {"run": parsed.run, **answer}, text)
 
 
 def _stop(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services import control
     from services.home import open_home_store
 
     with open_home_store() as store:
-        command = store.send_command(parsed.run, "stop", {})
-        result = store.wait_for_acknowledgement(parsed.run, command, STOP_DEADLINE)
-    return _answer(out, parsed.json, {"run": parsed.run, **result}, f"run {parsed.run} is stopping")
+        answer = control.command(store, parsed.run, "stop")
+    return _answer(out, parsed.json, {"run": parsed.run, **answer}, f"run {parsed.run} is stopping")
 
 
 def _plot(parsed: argparse.Namespace, out: TextIO) -> int:

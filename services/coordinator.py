@@ -24,10 +24,12 @@ from replay.server import ReplayStats
 from replay.trajectory_server import QueueStats
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
-from services.processes import CrashLoop, Death, Process
+from services.crew import Crew
+from services.processes import CrashLoop, Death, Process, describe_death
 from services.program import Program
 from services.progress import Progress, Watcher
 from services.scoring import Scoring
+from services.store import Command
 
 TICK_SECONDS = 0.1
 REPORT_SECONDS = 0.5
@@ -39,6 +41,7 @@ SCORING_SECONDS = 3600.0
 LAST_REPORT_SECONDS = 5.0
 RATE_WINDOW_SECONDS = 10.0
 RETURNS_KEPT = 100
+MOST_ACTORS = 10_000
 INCARNATIONS_A_GENERATION = 1_000
 
 
@@ -89,7 +92,9 @@ class Coordinator:
             is_at_work=lambda before, now: now.updates > before.updates,
         )  # fmt: skip
         self.evaluator = Process("evaluator", 0, lambda _: program.start_evaluator(), first_incarnation=first)
-        self.workers = [self._worker(index, first) for index in range(program.actors)]
+        self.crew = Crew(program.start_worker, first_incarnation=first)
+        self.crew.scale(program.actors)
+        self._checkpointing: list[tuple[Command, Any]] = []
         self.scoring = Scoring(
             self.learner,
             self.evaluator,
@@ -100,16 +105,6 @@ class Coordinator:
             episodes=config.eval_episodes,
             final_episodes=config.final_eval_episodes,
             goal=config.stop_at_return,
-        )
-
-    def _worker(self, index: int, first: int) -> Process:
-        return Process(
-            "worker",
-            index,
-            lambda incarnation: self.program.start_worker(index, incarnation),
-            run=lambda handle: handle.run.remote(),
-            first_incarnation=first,
-            is_at_work=lambda _, now: now.pushes > 0,
         )
 
     def _start_replay(self, incarnation: int) -> Any:
@@ -124,8 +119,8 @@ class Coordinator:
 
     @property
     def processes(self) -> list[Process]:
-        """All processes, in the order they are started."""
-        return [self.weights, self.replay, self.learner, *self.workers, self.evaluator]
+        """All processes that shall be up, in the order they are started."""
+        return [self.weights, self.replay, self.learner, *self.crew.workers, self.evaluator]
 
     def run(self) -> dict[str, Any]:
         """Run until the steps or the goal are reached, somebody stops it, or it cannot go on; return the summary.
@@ -153,7 +148,7 @@ class Coordinator:
         except (CrashLoop, DeadlineExceeded) as error:
             raise RunFailed(str(error)) from error
         finally:
-            for process in self.processes:
+            for process in [*self.processes, *self.crew.leaving]:
                 process.kill()
 
     # Watching.
@@ -173,13 +168,57 @@ class Coordinator:
 
     def _tick(self) -> None:
         time.sleep(TICK_SECONDS)
-        self.stopped_because = self.watcher.stop_wanted()
+        self._obey()
         self._poll(self.processes)
+        for process, word in self.crew.see_off():
+            self.watcher.event("scale", f"{process.name} {word}")
         self._read_replay()
         self._every("report", REPORT_SECONDS, self._ask_for_reports)
         self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
         self._every("metrics", METRICS_SECONDS, self._metrics)
         self.scoring.tick()
+
+    # Commands.
+
+    def _obey(self) -> None:
+        """Look at signals and commands; whatever is wanted is under way when this returns."""
+        self.stopped_because = self.stopped_because or self.watcher.stop_wanted()
+        for command in self.watcher.commands():
+            if command.kind == "stop":
+                self.stopped_because = self.stopped_because or "stopped"
+                self.watcher.answer(command, {"ok": True})
+            elif self._state not in ("starting", "running"):
+                self.watcher.answer(command, {"error": f"the run is {self._state}"})
+            elif command.kind == "scale":
+                self.watcher.answer(command, self._scale(command.arguments.get("actors")))
+            elif command.kind == "checkpoint" and self.learner.handle is not None:
+                self._checkpointing.append((command, self.learner.handle.checkpoint.remote(LAST)))
+            else:
+                self.watcher.answer(command, {"error": f"cannot obey {command.kind!r} now"})
+        for command, reference in [pair for pair in self._checkpointing if is_ready(pair[1])]:
+            self._checkpointing.remove((command, reference))
+            self.watcher.answer(command, self._checkpointed(reference))
+
+    def _scale(self, wanted: Any) -> dict[str, Any]:
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= MOST_ACTORS:
+            return {"error": f"actors must be a whole number from 1 to {MOST_ACTORS}, got {wanted!r}"}
+        before = len(self.crew.workers)
+        joining, _ = self.crew.scale(wanted)
+        for process in joining:
+            process.start()
+        self.watcher.event("scale", f"scaled from {before} to {wanted} workers")
+        return {"actors": wanted, "before": before}
+
+    def _checkpointed(self, reference: Any) -> dict[str, Any]:
+        try:
+            weights = ray.get(reference)
+        except RayError as error:
+            return {"error": f"no checkpoint: {describe_death(error).line}"}
+        path = str(self.checkpoints / LAST)
+        self.watcher.event("checkpoint", f"wrote {path}")
+        return {"checkpoint": path, "weights_version": weights.version}
+
+    # Watching, in parts.
 
     def _every(self, what: str, seconds: float, action: Callable[[], None]) -> None:
         now = time.monotonic()
@@ -197,7 +236,7 @@ class Coordinator:
         self.watcher.event("death", f"{process.name} is gone: {death.line}\n{death.details}".strip())
         if process is self.replay:
             self._carried = self.progress.counters
-            if any(worker.done for worker in self.workers):
+            if any(worker.done for worker in self.crew.workers):
                 # They were told that the run has its steps; the last report may be older than that.
                 steps = max(self._carried.env_steps, self.program.steps)
                 self._carried = replace(self._carried, env_steps=steps)
@@ -263,10 +302,11 @@ class Coordinator:
         self._poll([self.evaluator])
         self.evaluator.ask_for_report()
         self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
-        wanted = self.watcher.stop_wanted()
-        if wanted is not None:
-            self.stopped_because = wanted
+        reason, self.stopped_because = self.stopped_because, None
+        self._obey()
+        if self.stopped_because is not None:
             raise _Interrupted
+        self.stopped_because = reason
         if time.monotonic() > end:
             raise DeadlineExceeded(f"waited {SCORING_SECONDS:.0f} s for the final evaluation")
 
@@ -289,7 +329,9 @@ class Coordinator:
         """Let workers send what they have and the learner write its checkpoint, within a deadline."""
         self._state = "stopping"
         self._snapshot()
-        stopping = [p for p in [*self.workers, self.learner] if p.handle is not None and not p.done]
+        stopping = [
+            p for p in [*self.crew.workers, *self.crew.leaving, self.learner] if p.handle is not None and not p.done
+        ]
         for process in stopping:
             process.handle.stop.remote()
         end = time.monotonic() + STOP_SECONDS
@@ -300,7 +342,7 @@ class Coordinator:
                 if death is not None:
                     self.watcher.event("death", f"{process.name} is gone: {death.line}")
             self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
-            self.watcher.stop_wanted()  # a second `squall stop` gets its answer too
+            self._obey()  # a second `squall stop` gets its answer too
         self._read_replay_last()
 
     # What others see.
@@ -328,7 +370,7 @@ class Coordinator:
 
     def _waiting(self) -> dict[str, str]:
         waiting = {}
-        for process in [self.learner, *self.workers]:
+        for process in [self.learner, *self.crew.workers]:
             reason = getattr(process.report, "waiting_for", None)
             if reason and not process.done:
                 waiting[process.name] = reason
@@ -360,7 +402,12 @@ class Coordinator:
                 "best_return": self.progress.best_return,
                 "evaluations": self.scoring.history[-100:],
                 "seconds": self.progress.seconds,
-                "processes": [own, *(process.describe(ended=self._state == "ended") for process in self.processes)],
+                "actors": len(self.crew.workers),
+                "processes": [
+                    own,
+                    *(process.describe(ended=self._state == "ended") for process in self.processes),
+                    *({**process.describe(), "state": "leaving"} for process in self.crew.leaving),
+                ],
             }
         )
 
@@ -394,7 +441,7 @@ class Coordinator:
             "algorithm": self.config.algorithm,
             "environment": self.config.environment,
             "seed": self.config.seed,
-            "actors": self.config.actors,
+            "actors": len(self.crew.workers),
             "env_steps": counters.env_steps,
             "updates": self._updates,
             "samples_per_insert": round(counters.samples_per_insert, 4),

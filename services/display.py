@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from services.store import Event, RunRecord
+from services.store import RunRecord
 
 
 class Display:
@@ -43,10 +43,21 @@ class Display:
         if self._live is not None:
             self._live.update(render_snapshot(self._run, snapshot, processes=False))
 
-    def event(self, kind: str, text: str) -> None:
-        """Show that something happened."""
+    def event(self, kind: str, text: str, at: float | None = None) -> None:
+        """Show that something happened, now or at a moment in Unix seconds."""
         if self._live is not None or kind not in self._QUIET:
-            self.console.print(f"{time.strftime('%H:%M:%S')} {text.splitlines()[0]}", markup=False, soft_wrap=True)
+            clock = time.strftime("%H:%M:%S", time.localtime(at))
+            self.console.print(f"{clock} {text.splitlines()[0]}", markup=False, soft_wrap=True)
+
+
+def render_status(status: dict[str, Any]) -> Group:
+    """Return what `services.control.status` tells as a renderable."""
+    run = status["run"]
+    told = "env_steps" in status
+    parts: list[Any] = [render_snapshot(run, status) if told else f"{run}: {status['state']}"]
+    if status["stopped_because"]:
+        parts.append(f"{status['state']}: {status['stopped_because']}")
+    return Group(*parts, render_events(status["events"]))
 
 
 def render_snapshot(run: str, snapshot: dict[str, Any], *, processes: bool = True) -> Group:
@@ -98,13 +109,12 @@ def render_runs(records: list[RunRecord]) -> Table:
     return table
 
 
-def render_events(events: list[Event]) -> Table:
+def render_events(events: list[dict[str, Any]]) -> Table:
     """Return events as a table, oldest first."""
     table = Table("time", "event", "", box=None, pad_edge=False, show_header=False)
     for event in events:
-        table.add_row(
-            time.strftime("%H:%M:%S", time.localtime(event.time)), event.kind, Text(event.text.splitlines()[0])
-        )
+        clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        table.add_row(clock, event["kind"], Text(event["text"].splitlines()[0]))
     return table
 
 

@@ -96,17 +96,20 @@ class Program:
             self.learner, replay=self._replay_client(), weights=self._actor("weights"), threads=self._learner_threads
         )
 
-    def start_worker(self, worker: int, incarnation: int) -> Any:
-        """Start a rollout worker and return its handle."""
+    def start_worker(self, worker: int, incarnation: int, workers: int) -> Any:
+        """Start one of `workers` rollout workers and return its handle."""
         process: dict[str, Any] = {
             "worker": worker,
-            "workers": self.actors,
+            "workers": workers,
             "incarnation": incarnation,
             "weights": WeightClient(self._actor("weights")),
             "threads": 1,
         }
         if isinstance(self.replay, QueueSpec):
-            return OnPolicyActor.remote(self.rollout, queue=self._replay_client(), **process)
+            # A lane without a share in the batch would step for nothing.
+            share = math.ceil(self.replay.units_per_batch / workers)
+            rollout = replace(self.rollout, num_envs=min(self.rollout.num_envs, share))
+            return OnPolicyActor.remote(rollout, queue=self._replay_client(), **process)
         return RolloutActor.remote(self.rollout, replay=self._replay_client(), **process)
 
     def start_evaluator(self) -> Any:
@@ -167,9 +170,6 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
                 f"{config.algorithm} needs publish_every 1, got {config.publish_every}: every batch is made under "
                 f"the newest weights"
             )
-        # A lane without a share in the batch would step for nothing.
-        share = math.ceil(replay.units_per_batch / config.actors)
-        rollout = replace(rollout, num_envs=min(rollout.num_envs, share))
     else:
         if config.steps <= replay.minimum_size:
             raise ConfigurationError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from learner.training import read_checkpoint
 from replay.server import Counters
+from services.store import Command
 
 BEST_RETURN = "best.json"
 
@@ -68,5 +69,12 @@ class Watcher:
         """Take figures, by tag, at an environment step."""
 
     def stop_wanted(self) -> str | None:
-        """Return why somebody wants the run stopped, or None."""
+        """Return the signal by which somebody wants the run stopped, or None."""
         return None
+
+    def commands(self) -> list[Command]:
+        """Return the commands that came since the last call."""
+        return []
+
+    def answer(self, command: Command, result: dict[str, Any]) -> None:
+        """Tell whoever sent a command what came of it."""

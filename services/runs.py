@@ -25,7 +25,7 @@ from services.home import CONFIG, SUMMARY, home, open_home_store
 from services.program import Program, RaySession, plan
 from services.progress import Progress, Watcher
 from services.signals import StopSignals, end_at_once
-from services.store import RunNameInUse, RunRecord, RunStore, check_run_name, plain_payload, this_process
+from services.store import Command, RunNameInUse, RunRecord, RunStore, check_run_name, plain_payload, this_process
 
 
 def choose_name(config: RunConfig, store: RunStore) -> str:
@@ -49,7 +49,7 @@ class _RunWatcher(Watcher):
         self._board = SummaryWriter(str(folder / "tensorboard"))
         self._state = "starting"
         self._next_look = 0.0
-        self._wanted: str | None = None
+        self._taken = 0
         self._last: dict[str, Any] = {"run": run, "state": "starting", "processes": []}
 
     @contextmanager
@@ -89,17 +89,18 @@ class _RunWatcher(Watcher):
         self._board.flush()
 
     def stop_wanted(self) -> str | None:
-        if self._signals.wanted is not None:
-            return self._signals.wanted
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + 0.5
-            for command in self._writer.pending_commands():
-                if command.kind == "stop":
-                    self._wanted = "stopped"
-                    self._writer.acknowledge(command.id, {"ok": True})
-                else:
-                    self._writer.acknowledge(command.id, {"error": f"unknown command {command.kind!r}"})
-        return self._wanted
+        return self._signals.wanted
+
+    def commands(self) -> list[Command]:
+        if time.monotonic() < self._next_look:
+            return []
+        self._next_look = time.monotonic() + 0.5
+        new = [command for command in self._writer.pending_commands() if command.id > self._taken]
+        self._taken = max([self._taken, *(command.id for command in new)])
+        return new
+
+    def answer(self, command: Command, result: dict[str, Any]) -> None:
+        self._writer.acknowledge(command.id, result)
 
     def close(self) -> None:
         self._board.close()

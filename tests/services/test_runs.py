@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,55 @@ def test_every_process_of_an_on_policy_run_may_die(start: Start) -> None:
     # What a dead learner took is lost; nothing is trained on twice, whatever died.
     assert 0.9 < summary["samples_per_insert"] <= 1.0
     assert run.leftovers() == []
+
+
+def workers_of(status: dict[str, Any]) -> list[tuple[int, str]]:
+    return [(p["index"], p["state"]) for p in status["processes"] if p["role"] == "worker"]
+
+
+def test_a_run_is_scaled_up_and_down_while_it_runs(start: Start) -> None:
+    run = start("scaled", *LONG, "--set", "eval_every=0", "--actors", "2")
+    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+    answer = json.loads(squall(run.home, "scale", "scaled", "--actors", "4", "--json").stdout)
+    assert answer == {"run": "scaled", "actors": 4, "before": 2}
+    up = run.wait_for(lambda s: [index for index, state in workers_of(s) if state == "running"] == [0, 1, 2, 3])
+    run.wait_for(lambda s: s["env_steps"] > up["env_steps"] + 1000)
+    assert squall(run.home, "scale", "scaled", "--actors", "1").returncode == 0
+    down = run.wait_for(lambda s: workers_of(s) == [(0, "running")])
+    words = [event["text"] for event in down["events"] if event["kind"] == "scale"]
+    assert sum(word.endswith("left, with everything sent") for word in words) == 3, words
+    run.wait_for(lambda s: s["env_steps"] > down["env_steps"] + 1000)
+    # An index that is used again has another incarnation, and so other seeds.
+    assert squall(run.home, "scale", "scaled", "--actors", "2").returncode == 0
+    again = run.wait_for(lambda s: workers_of(s) == [(0, "running"), (1, "running")])
+    assert [p["incarnation"] for p in again["processes"] if p["role"] == "worker"] == [0, 1]
+    refused = squall(run.home, "scale", "scaled", "--actors", "0")
+    assert refused.returncode == 1
+    assert "actors must be a whole number from 1 to" in refused.stderr
+    assert squall(run.home, "stop", "scaled").returncode == 0
+    summary = run.finish(30)
+    assert summary["actors"] == 2
+    assert summary["samples_per_insert"] == pytest.approx(64, rel=0.05)
+    assert run.leftovers() == []
+    ended = squall(run.home, "scale", "scaled", "--actors", "3")
+    assert ended.returncode == 1
+    assert "finished" in ended.stderr
+
+
+def test_a_run_is_watched_from_elsewhere(start: Start) -> None:
+    run = start("watched", *SMALL, "--steps", "2500", "--actors", "1")
+    run.wait_for(lambda s: s["state"] == "running")
+    watched = squall(run.home, "watch", "watched", "--json", timeout=240)
+    assert watched.returncode == 0, watched.stderr
+    news = [json.loads(line) for line in watched.stdout.splitlines()]
+    assert len(news) > 2
+    steps = [told["env_steps"] for told in news if "env_steps" in told]
+    assert steps == sorted(steps)
+    assert news[-1]["state"] == "finished"
+    events = [event["text"] for told in news for event in told["events"]]
+    assert len(events) == len(set(events))
+    assert any("has all its steps" in text for text in events)
+    run.finish(10)
 
 
 def test_stop_ends_a_run_in_order(start: Start) -> None:

@@ -1,0 +1,100 @@
+"""Crew: a run's rollout workers, as many as are wanted; they join and leave while the run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from services.processes import Process
+
+LEAVE_SECONDS = 10.0
+
+
+@dataclass
+class _Leaving:
+    process: Process
+    deadline: float
+
+
+class Crew:
+    """Workers by index. An index that comes free is used again, by another incarnation, whose seeds are new."""
+
+    def __init__(self, start: Callable[[int, int, int], Any], *, first_incarnation: int) -> None:
+        """Begin with nobody.
+
+        Args:
+            start: takes an index, an incarnation and how many workers there shall be, and returns an actor's handle.
+            first_incarnation: number of every index's first incarnation.
+        """
+        self._start, self._first_incarnation = start, first_incarnation
+        self._wanted = 0
+        self._used: dict[int, int] = {}
+        self._leaving: list[_Leaving] = []
+        self.workers: list[Process] = []
+
+    @property
+    def leaving(self) -> list[Process]:
+        """Those who were told to leave and have not left yet."""
+        return [leaving.process for leaving in self._leaving]
+
+    def scale(self, wanted: int) -> tuple[list[Process], list[Process]]:
+        """Have `wanted` workers: return those who join, not started yet, and those who leave.
+
+        Who leaves sends what it has first; the newest leave.
+        """
+        self._wanted = wanted
+        joining = [self._new(index) for index in self._free_indices(wanted - len(self.workers))]
+        self.workers += joining
+        dismissed = [self.workers.pop() for _ in range(len(self.workers) - wanted)]
+        for process in dismissed:
+            self._used[process.index] = process.incarnation
+            if process.handle is not None:
+                process.handle.stop.remote()
+            self._leaving.append(_Leaving(process, time.monotonic() + LEAVE_SECONDS))
+        for process in self.workers:
+            if process.handle is not None:
+                process.handle.place.remote(wanted)
+        return joining, dismissed
+
+    def _free_indices(self, count: int) -> Iterator[int]:
+        # Not an index whose last holder is still leaving: a server that hears of the new incarnation takes what the
+        # old one sends for a repeat.
+        taken = {process.index for process in [*self.workers, *self.leaving]}
+        index = 0
+        for _ in range(count):
+            while index in taken:
+                index += 1
+            yield index
+            index += 1
+
+    def _new(self, index: int) -> Process:
+        return Process(
+            "worker",
+            index,
+            lambda incarnation: self._start(index, incarnation, self._wanted),
+            run=lambda handle: handle.run.remote(),
+            first_incarnation=self._used.get(index, self._first_incarnation - 1) + 1,
+            is_at_work=lambda _, now: now.pushes > 0,
+        )
+
+    def see_off(self) -> list[tuple[Process, str]]:
+        """Let go of those who have left, and of those who took too long; return each with a word about it."""
+        gone = []
+        for leaving in list(self._leaving):
+            process = leaving.process
+            death = process.poll()
+            late = time.monotonic() > leaving.deadline
+            if process.done:
+                word = "left, with everything sent"
+            elif death is not None:
+                word = f"died while it left: {death.line}"
+            elif late or process.handle is None:
+                word = f"was ended: it did not leave within {LEAVE_SECONDS:.0f} s"
+            else:
+                continue
+            process.kill()
+            self._leaving.remove(leaving)
+            gone.append((process, word))
+        return gone
