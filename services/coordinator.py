@@ -9,22 +9,21 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from learner.training import LAST, LearnerReport
+from learner.training import LAST
 from replay.remote import is_ready
 from replay.server import ReplayStats
-from replay.trajectory_server import QueueStats
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
 from services.crew import Crew
+from services.figures import Figures
 from services.processes import CrashLoop, Death, Process, describe_death
 from services.program import Program
 from services.progress import Progress, Watcher
@@ -39,8 +38,6 @@ START_SECONDS = 180.0
 STOP_SECONDS = 6.0
 SCORING_SECONDS = 3600.0
 LAST_REPORT_SECONDS = 5.0
-RATE_WINDOW_SECONDS = 10.0
-RETURNS_KEPT = 100
 MOST_ACTORS = 10_000
 INCARNATIONS_A_GENERATION = 1_000
 
@@ -75,14 +72,11 @@ class Coordinator:
         self.stopped_because: str | None = None
         self._carried = self.progress.counters
         self._highest_priority = 1.0
-        self._returns: deque[float] = deque(maxlen=RETURNS_KEPT)
-        self._lengths: deque[int] = deque(maxlen=RETURNS_KEPT)
-        self._rates: deque[tuple[float, int, int]] = deque()
+        self.figures = Figures(program, self.progress)
         self._seconds_before = self.progress.seconds
         self._begun = time.monotonic()
         self._due: dict[str, float] = {}
         self._draining: Any = None
-        self._stats: ReplayStats | QueueStats | None = None
         self._state = "starting"
         first = self.progress.generation * INCARNATIONS_A_GENERATION
         self.weights = Process("weights", 0, lambda _: program.start_weight_store(), first_incarnation=first)
@@ -261,19 +255,14 @@ class Coordinator:
         self.progress.seconds = self._seconds_before + time.monotonic() - self._begun
 
     def _read_replay(self) -> None:
-        if self.learner.report is not None:
-            version = self.learner.report.weights_version
-            self.progress.weights_version = max(self.progress.weights_version, version)
+        self.figures.learner = self.learner.result or self.learner.report
+        self.progress.weights_version = max(self.progress.weights_version, self.figures.weights_version)
         stats = self.replay.report
-        if stats is not None and stats is not self._stats:
-            self._stats = stats
+        if stats is not None and stats is not self.figures.stats:
+            self.figures.take_stats(stats)
             self.progress.counters = stats.counters
             if isinstance(stats, ReplayStats):
                 self._highest_priority = max(self._highest_priority, stats.highest_priority)
-            now = time.monotonic()
-            self._rates.append((now, stats.counters.env_steps, self._updates))
-            while now - self._rates[0][0] > RATE_WINDOW_SECONDS:
-                self._rates.popleft()
         if self._draining is not None and is_ready(self._draining):
             try:
                 episodes = ray.get(self._draining)
@@ -281,8 +270,7 @@ class Coordinator:
                 episodes = ()
             self._draining = None
             self.progress.episodes += len(episodes)
-            self._returns.extend(episode.episode_return for episode in episodes)
-            self._lengths.extend(episode.length for episode in episodes)
+            self.figures.take_episodes(episodes)
 
     # The end.
 
@@ -347,27 +335,6 @@ class Coordinator:
 
     # What others see.
 
-    @property
-    def _updates(self) -> int:
-        report = self._learner_report
-        return 0 if report is None else report.updates
-
-    @property
-    def _learner_report(self) -> LearnerReport | None:
-        report: LearnerReport | None = self.learner.result or self.learner.report
-        return report
-
-    def _speed(self) -> tuple[float, float]:
-        """Return environment steps and updates a second, over the last seconds."""
-        if len(self._rates) < 2:
-            return 0.0, 0.0
-        (begin, steps, updates), (end, steps_now, updates_now) = self._rates[0], self._rates[-1]
-        seconds = max(end - begin, 1e-9)
-        return (steps_now - steps) / seconds, max(updates_now - updates, 0) / seconds
-
-    def _exploration_rate(self) -> float | None:
-        return self.program.policy.exploration_rate(self.progress.counters.env_steps)
-
     def _waiting(self) -> dict[str, str]:
         waiting = {}
         for process in [self.learner, *self.crew.workers]:
@@ -377,8 +344,6 @@ class Coordinator:
         return waiting
 
     def _snapshot(self) -> None:
-        steps_rate, updates_rate = self._speed()
-        counters, learner = self.progress.counters, self._learner_report
         own = {
             "role": "coordinator", "index": 0, "node": socket.gethostname(), "pid": os.getpid(), "state": self._state,
             "incarnation": self.progress.generation, "restarts": 0, "last_word": "", "last_death": None,
@@ -386,22 +351,9 @@ class Coordinator:
         self.watcher.snapshot(
             {
                 "state": self._state,
-                "env_steps": counters.env_steps,
-                "steps": self.program.steps,
-                "updates": self._updates,
-                "samples_per_insert": counters.samples_per_insert,
-                "samples_per_insert_wanted": self.program.samples_per_insert,
-                "episodes": self.progress.episodes,
-                "train_return_mean": _mean(self._returns),
-                "exploration_rate": self._exploration_rate(),
-                "env_steps_per_second": steps_rate,
-                "updates_per_second": updates_rate,
-                "weights_version": -1 if learner is None else learner.weights_version,
-                "replay": None if self._stats is None else asdict(self._stats),
+                **self.figures.snapshot(),
                 "waiting": self._waiting(),
-                "best_return": self.progress.best_return,
                 "evaluations": self.scoring.history[-100:],
-                "seconds": self.progress.seconds,
                 "actors": len(self.crew.workers),
                 "processes": [
                     own,
@@ -412,60 +364,16 @@ class Coordinator:
         )
 
     def _metrics(self) -> None:
-        learner, stats = self._learner_report, self._stats
-        if stats is None or learner is None:
-            return
-        steps_rate, updates_rate = self._speed()
-        values: dict[str, float | None] = {
-            "rollout/ep_rew_mean": _mean(self._returns),
-            "rollout/ep_len_mean": _mean(self._lengths),
-            "rollout/exploration_rate": self._exploration_rate(),
-            "time/fps": steps_rate,
-            "time/updates_per_second": updates_rate,
-            "time/total_timesteps": stats.counters.env_steps,
-            "train/n_updates": learner.updates,
-            "train/weights_version": learner.weights_version,
-            "replay/size": stats.size,
-            "replay/bytes": stats.bytes,
-            "replay/samples_per_insert": stats.counters.samples_per_insert,
-            **_particular(stats),
-            **learner.metrics,
-        }
-        figures = {tag: float(value) for tag, value in values.items() if value is not None}
-        self.watcher.metrics(stats.counters.env_steps, figures)
+        figures = self.figures.metrics()
+        if figures is not None:
+            self.watcher.metrics(self.progress.counters.env_steps, figures)
 
     def _summary(self) -> dict[str, Any]:
-        counters, learner, seconds = self.progress.counters, self._learner_report, self.progress.seconds
-        best, last = self.scoring.final or (None, None)
         return {
             "algorithm": self.config.algorithm,
             "environment": self.config.environment,
             "seed": self.config.seed,
             "actors": len(self.crew.workers),
-            "env_steps": counters.env_steps,
-            "updates": self._updates,
-            "samples_per_insert": round(counters.samples_per_insert, 4),
-            "episodes": self.progress.episodes,
-            "train_return_mean": _mean(self._returns),
-            "eval_return_mean": best and best.mean,
-            "eval_return_std": best and best.std,
-            "eval_episodes": len(best.episodes) if best else 0,
-            "final_return_mean": last and last.mean,
-            "wall_seconds": round(seconds, 1),
-            "env_steps_per_second": round(counters.env_steps / seconds, 1) if seconds else 0.0,
-            "updates_per_second": round(self._updates / seconds, 1) if seconds else 0.0,
-            "weights_version": -1 if learner is None else learner.weights_version,
-            "replay_size": 0 if self._stats is None else self._stats.size,
-            "replay_bytes": 0 if self._stats is None else self._stats.bytes,
+            **self.figures.summary(self.scoring.final),
             "stopped_because": self.stopped_because,
         }
-
-
-def _particular(stats: ReplayStats | QueueStats) -> dict[str, float]:
-    if isinstance(stats, ReplayStats):
-        return {"replay/stale_updates": stats.stale_updates}
-    return {"replay/discarded_steps": stats.discarded_steps}
-
-
-def _mean(values: deque[float] | deque[int]) -> float | None:
-    return sum(values) / len(values) if values else None
