@@ -28,7 +28,8 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall plot dqn-CartPole-v1-1                draw its learning curve
   squall evaluate dqn-CartPole-v1-1 --video play.mp4  and record them
 
-Everything lies under SQUALL_HOME (default ./runs). With --json a command prints one JSON document on
+Everything lies under SQUALL_HOME (default ./runs); --store or SQUALL_STORE names a Redis server that knows the runs
+of several machines. With --json a command prints one JSON document on
 standard output and nothing else; progress goes to standard error."""
 
 STOP_DEADLINE = 30.0
@@ -84,9 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"squall {version('squall')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    common = [_common()]
 
     train = commands.add_parser(
-        "train", help="train an agent", description="Train an agent, or resume a run.", allow_abbrev=False
+        "train",
+        help="train an agent",
+        description="Train an agent, or resume a run.",
+        allow_abbrev=False,
+        parents=common,
     )
     train.add_argument("algorithm", nargs="?", help="such as dqn")
     train.add_argument("environment", nargs="?", help="Gymnasium id, or module:EnvId-v0 for one of your own")
@@ -111,10 +117,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check and print the resolved configuration, all keys of it, and stop",
     )
-    _json(train, _train)
+    train.set_defaults(command=_train)
 
     evaluate = commands.add_parser(
-        "evaluate", help="play greedy episodes", description="Play greedy episodes.", allow_abbrev=False
+        "evaluate", help="play greedy episodes", description="Play greedy episodes.", allow_abbrev=False, parents=common
     )
     evaluate.add_argument("run", help="a run's name, or the path of a .ckpt file")
     evaluate.add_argument("--episodes", type=int, default=20, metavar="N", help="default 20")
@@ -128,23 +134,29 @@ def _parser() -> argparse.ArgumentParser:
         "At most 20,000 frames, shared evenly by the environments played at once (8, or as many as there are "
         "episodes); what goes beyond is played and scored, not recorded, and the command says so",
     )
-    _json(evaluate, _evaluate)
+    evaluate.set_defaults(command=_evaluate)
 
-    runs = commands.add_parser("runs", help="list runs", description="List runs, newest first.", allow_abbrev=False)
-    _json(runs, _runs)
+    runs = commands.add_parser(
+        "runs", help="list runs", description="List runs, newest first.", allow_abbrev=False, parents=common
+    )
+    runs.set_defaults(command=_runs)
 
     status = commands.add_parser(
-        "status", help="show what a run does", description="Show what a run does.", allow_abbrev=False
+        "status", help="show what a run does", description="Show what a run does.", allow_abbrev=False, parents=common
     )
     status.add_argument("run", help="a run's name")
     status.add_argument("--events", type=int, default=10, metavar="N", help="how many of its last events; default 10")
-    _json(status, _status)
+    status.set_defaults(command=_status)
 
     stop = commands.add_parser(
-        "stop", help="end a run in order", description="End a run in order, with a checkpoint.", allow_abbrev=False
+        "stop",
+        help="end a run in order",
+        description="End a run in order, with a checkpoint.",
+        allow_abbrev=False,
+        parents=common,
     )
     stop.add_argument("run", help="a run's name")
-    _json(stop, _stop)
+    stop.set_defaults(command=_stop)
 
     plot = commands.add_parser(
         "plot",
@@ -152,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw learning curves over environment steps. Runs that differ in nothing but the seed are one "
         "curve: the line is the mean of the seeds, the band goes from the lowest to the highest seed.",
         allow_abbrev=False,
+        parents=common,
     )
     plot.add_argument("runs", nargs="+", metavar="RUN", help="a run's name; 'LABEL=RUN' puts it under a label of yours")
     plot.add_argument(
@@ -161,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--smooth", type=_count, default=1, metavar="N", help="mean of each run's last N points; default 1: as they are"
     )
-    _json(plot, _plot)
+    plot.set_defaults(command=_plot)
     return parser
 
 
@@ -176,9 +189,18 @@ def _count(text: str) -> int:
     return int(number)
 
 
-def _json(parser: argparse.ArgumentParser, command: Any) -> None:
+def _common() -> argparse.ArgumentParser:
+    """Return the parent of all commands, with what each of them takes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
-    parser.set_defaults(command=command)
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        help="where runs are registered: redis://host:port/db, rediss://... (TLS), unix:///path/to/socket or "
+        "sqlite:///file.db; default SQUALL_STORE, or a file in SQUALL_HOME. A password belongs into SQUALL_STORE: "
+        "others can read a command line",
+    )
+    return parser
 
 
 def _answer(out: TextIO, as_json: bool, payload: Any, renderable: Any) -> int:
@@ -213,7 +235,7 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
             raise ConfigurationError(
                 "--resume RUN goes on with the run's own algorithm, environment, configuration and name: leave them out"
             )
-        file = runs.folder_of(parsed.resume) / CONFIG
+        file = runs.folder_of(parsed.resume, parsed.store) / CONFIG
     config, preset = resolve(parsed.algorithm, parsed.environment, file=file, overrides=overrides)
     if parsed.show_config:
         runs.check(config)
@@ -224,7 +246,10 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
         if "eps_last_frame" in config.hyperparameters:
             note += ", which are for Pong; a small task wants other warm_start_size and eps_last_frame"
         notes.append(f"{note} (--show-config lists all keys)")
-    summary = runs.resume(config, parsed.resume, notes) if parsed.resume else runs.train(config, parsed.name, notes)
+    if parsed.resume:
+        summary = runs.resume(config, parsed.resume, notes, parsed.store)
+    else:
+        summary = runs.train(config, parsed.name, notes, parsed.store)
     _answer(out, parsed.json, summary, render_summary(summary))
     return {"interrupted": 130, "terminated": 143}.get(summary["stopped_because"], 0)
 
@@ -234,7 +259,12 @@ def _evaluate(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_summary
 
     figures = runs.evaluate(
-        parsed.run, episodes=parsed.episodes, which=parsed.checkpoint, seed=parsed.seed, video=parsed.video
+        parsed.run,
+        episodes=parsed.episodes,
+        which=parsed.checkpoint,
+        seed=parsed.seed,
+        video=parsed.video,
+        store_url=parsed.store,
     )
     if left_out := figures.get("frames_left_out"):
         print(
@@ -249,7 +279,7 @@ def _runs(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_runs
     from services.home import open_home_store
 
-    with open_home_store() as store:
+    with open_home_store(parsed.store) as store:
         records = store.list_runs()
     keys = ("name", "algorithm", "environment", "seed", "state", "created", "stopped_because")
     return _answer(out, parsed.json, [{key: getattr(r, key) for key in keys} for r in records], render_runs(records))
@@ -261,7 +291,7 @@ def _status(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_events, render_snapshot
     from services.home import open_home_store
 
-    with open_home_store() as store:
+    with open_home_store(parsed.store) as store:
         record = store.get(parsed.run)
         snapshot = store.read_snapshot(parsed.run) or {}
         events = store.events(parsed.run, limit=parsed.events)
@@ -286,7 +316,7 @@ def _status(parsed: argparse.Namespace, out: TextIO) -> int:
 def _stop(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.home import open_home_store
 
-    with open_home_store() as store:
+    with open_home_store(parsed.store) as store:
         command = store.send_command(parsed.run, "stop", {})
         result = store.wait_for_acknowledgement(parsed.run, command, STOP_DEADLINE)
     return _answer(out, parsed.json, {"run": parsed.run, **result}, f"run {parsed.run} is stopping")
@@ -296,7 +326,7 @@ def _plot(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.home import open_home_store
     from services.plotting import plot_runs
 
-    with open_home_store() as store:
+    with open_home_store(parsed.store) as store:
         curves = plot_runs(store, parsed.runs, parsed.output, metric=parsed.metric, smooth=parsed.smooth)
     for curve in curves:
         if curve.left_out:
