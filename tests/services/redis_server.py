@@ -17,6 +17,8 @@ from typing import Any, Self
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 
 class RedisServer:
@@ -57,7 +59,7 @@ class RedisServer:
 
     def command(self, *words: str) -> Any:
         """Send a command and return the answer."""
-        with redis.Redis(port=self.port, decode_responses=True) as client:
+        with redis.Redis(port=self.port, decode_responses=True, retry=Retry(NoBackoff(), 0)) as client:
             return client.execute_command(*words)
 
     @contextmanager
