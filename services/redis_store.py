@@ -19,7 +19,8 @@ connection broke before the answer. Repeating it at the same store object is the
 something, and for events and metrics, whose token the server looks up before it appends them once more. A
 registration or a command is sent at most once; whoever repeats those may find the first one done.
 
-A server keeps what was acknowledged over its own restart only with `appendonly yes`.
+A server keeps what was acknowledged over its own restart only with `appendonly yes`. A snapshot that was held up on
+a broken connection may arrive after a newer one; the next, a second later, replaces it.
 """
 
 from __future__ import annotations
@@ -447,11 +448,7 @@ class RedisRunStore(RunStore):
 
 
 def _is_temporary(error: redis.RedisError) -> bool:
-    temporary = (
-        redis.OutOfMemoryError,
-        redis.ReadOnlyError,
-        redis.exceptions.MasterDownError,
-    )
+    temporary = redis.OutOfMemoryError | redis.ReadOnlyError | redis.exceptions.MasterDownError
     return isinstance(error, temporary) or _UNAVAILABLE.search(str(error)) is not None
 
 
