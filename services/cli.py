@@ -30,7 +30,8 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall plot dqn-CartPole-v1-1                draw its learning curve
   squall evaluate dqn-CartPole-v1-1 --video play.mp4  and record them
 
-Everything lies under SQUALL_HOME (default ./runs). With --json a command prints one JSON document on
+Everything lies under SQUALL_HOME (default ./runs); --store or SQUALL_STORE names a Redis server that knows the runs
+of several machines. With --json a command prints one JSON document on
 standard output and nothing else; progress goes to standard error."""
 
 _WIDTH_OF_A_PIPE = 200
@@ -85,9 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"squall {version('squall')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    common = [_common()]
 
     train = commands.add_parser(
-        "train", help="train an agent", description="Train an agent, or resume a run.", allow_abbrev=False
+        "train",
+        help="train an agent",
+        description="Train an agent, or resume a run.",
+        allow_abbrev=False,
+        parents=common,
     )
     train.add_argument("algorithm", nargs="?", help="such as dqn")
     train.add_argument("environment", nargs="?", help="Gymnasium id, or module:EnvId-v0 for one of your own")
@@ -112,10 +118,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check and print the resolved configuration, all keys of it, and stop",
     )
-    _json(train, _train)
+    train.set_defaults(command=_train)
 
     evaluate = commands.add_parser(
-        "evaluate", help="play greedy episodes", description="Play greedy episodes.", allow_abbrev=False
+        "evaluate", help="play greedy episodes", description="Play greedy episodes.", allow_abbrev=False, parents=common
     )
     evaluate.add_argument("run", help="a run's name, or the path of a .ckpt file")
     evaluate.add_argument("--episodes", type=int, default=20, metavar="N", help="default 20")
@@ -129,39 +135,50 @@ def _parser() -> argparse.ArgumentParser:
         "At most 20,000 frames, shared evenly by the environments played at once (8, or as many as there are "
         "episodes); what goes beyond is played and scored, not recorded, and the command says so",
     )
-    _json(evaluate, _evaluate)
+    evaluate.set_defaults(command=_evaluate)
 
-    runs = commands.add_parser("runs", help="list runs", description="List runs, newest first.", allow_abbrev=False)
-    _json(runs, _runs)
+    runs = commands.add_parser(
+        "runs", help="list runs", description="List runs, newest first.", allow_abbrev=False, parents=common
+    )
+    runs.set_defaults(command=_runs)
 
     status = commands.add_parser(
-        "status", help="show what a run does", description="Show what a run does.", allow_abbrev=False
+        "status", help="show what a run does", description="Show what a run does.", allow_abbrev=False, parents=common
     )
     status.add_argument("run", help="a run's name")
     status.add_argument("--events", type=int, default=10, metavar="N", help="how many of its last events; default 10")
-    _json(status, _status)
+    status.set_defaults(command=_status)
 
     watch = commands.add_parser(
-        "watch", help="follow a run live", description="Follow a run live, from any terminal.", allow_abbrev=False
+        "watch",
+        help="follow a run live",
+        description="Follow a run live, from any terminal. With --json: a document a line, one a second.",
+        allow_abbrev=False,
+        parents=common,
     )
     watch.add_argument("run", help="a run's name")
-    _json(watch, _watch, "print a JSON document a line on standard output, one a second, until the run ends")
+    watch.set_defaults(command=_watch)
 
     scale = commands.add_parser(
         "scale",
         help="change the number of rollout workers",
         description="Change the number of rollout workers of a run that is on. Who leaves sends what it has first.",
         allow_abbrev=False,
+        parents=common,
     )
     scale.add_argument("run", help="a run's name")
     scale.add_argument("--actors", type=_count, required=True, metavar="N", help="rollout workers there shall be")
-    _json(scale, _scale)
+    scale.set_defaults(command=_scale)
 
     stop = commands.add_parser(
-        "stop", help="end a run in order", description="End a run in order, with a checkpoint.", allow_abbrev=False
+        "stop",
+        help="end a run in order",
+        description="End a run in order, with a checkpoint.",
+        allow_abbrev=False,
+        parents=common,
     )
     stop.add_argument("run", help="a run's name")
-    _json(stop, _stop)
+    stop.set_defaults(command=_stop)
 
     plot = commands.add_parser(
         "plot",
@@ -169,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw learning curves over environment steps. Runs that differ in nothing but the seed are one "
         "curve: the line is the mean of the seeds, the band goes from the lowest to the highest seed.",
         allow_abbrev=False,
+        parents=common,
     )
     plot.add_argument("runs", nargs="+", metavar="RUN", help="a run's name; 'LABEL=RUN' puts it under a label of yours")
     plot.add_argument(
@@ -178,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--smooth", type=_count, default=1, metavar="N", help="mean of each run's last N points; default 1: as they are"
     )
-    _json(plot, _plot)
+    plot.set_defaults(command=_plot)
     return parser
 
 
@@ -193,9 +211,18 @@ def _count(text: str) -> int:
     return int(number)
 
 
-def _json(parser: argparse.ArgumentParser, command: Any, help: str = "print JSON on standard output") -> None:
-    parser.add_argument("--json", action="store_true", help=help)
-    parser.set_defaults(command=command)
+def _common() -> argparse.ArgumentParser:
+    """Return the parent of all commands, with what each of them takes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        help="where runs are registered: redis://host:port/db, rediss://... (TLS), unix:///path/to/socket or "
+        "sqlite:///file.db; default SQUALL_STORE, or a file in SQUALL_HOME. A password belongs into SQUALL_STORE: "
+        "others can read a command line",
+    )
+    return parser
 
 
 def _answer(out: TextIO, as_json: bool, payload: Any, renderable: Any) -> int:
@@ -230,7 +257,7 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
             raise ConfigurationError(
                 "--resume RUN goes on with the run's own algorithm, environment, configuration and name: leave them out"
             )
-        file = runs.folder_of(parsed.resume) / CONFIG
+        file = runs.folder_of(parsed.resume, parsed.store) / CONFIG
     config, preset = resolve(parsed.algorithm, parsed.environment, file=file, overrides=overrides)
     if parsed.show_config:
         runs.check(config)
@@ -241,7 +268,10 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
         if "eps_last_frame" in config.hyperparameters:
             note += ", which are for Pong; a small task wants other warm_start_size and eps_last_frame"
         notes.append(f"{note} (--show-config lists all keys)")
-    summary = runs.resume(config, parsed.resume, notes) if parsed.resume else runs.train(config, parsed.name, notes)
+    if parsed.resume:
+        summary = runs.resume(config, parsed.resume, notes, parsed.store)
+    else:
+        summary = runs.train(config, parsed.name, notes, parsed.store)
     _answer(out, parsed.json, summary, render_summary(summary))
     return {"interrupted": 130, "terminated": 143}.get(summary["stopped_because"], 0)
 
@@ -251,7 +281,12 @@ def _evaluate(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_summary
 
     figures = runs.evaluate(
-        parsed.run, episodes=parsed.episodes, which=parsed.checkpoint, seed=parsed.seed, video=parsed.video
+        parsed.run,
+        episodes=parsed.episodes,
+        which=parsed.checkpoint,
+        seed=parsed.seed,
+        video=parsed.video,
+        store_url=parsed.store,
     )
     if left_out := figures.get("frames_left_out"):
         print(
@@ -266,7 +301,7 @@ def _runs(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_runs
     from services.home import open_home_store
 
-    with open_home_store() as store:
+    with open_home_store(parsed.store) as store:
         records = store.list_runs()
     keys = ("name", "algorithm", "environment", "seed", "state", "created", "stopped_because")
     return _answer(out, parsed.json, [{key: getattr(r, key) for key in keys} for r in records], render_runs(records))
@@ -277,7 +312,7 @@ def _status(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_status
     from services.home import open_home_store
 
-    with open_home_store() as store:
+    with open_home_store(parsed.store) as store:
         payload = control.status(store, parsed.run, events=parsed.events)
     return _answer(out, parsed.json, payload, render_status(payload))
 
@@ -287,7 +322,7 @@ def _watch(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import Display, render_status
     from services.home import open_home_store
 
-    with open_home_store() as store, Display(parsed.run) as display:
+    with open_home_store(parsed.store) as store, Display(parsed.run) as display:
         for news in control.follow(store, parsed.run):
             if parsed.json:
                 _answer(out, True, news.plain(), "")
@@ -304,7 +339,7 @@ def _scale(parsed: argparse.Namespace, out: TextIO) -> int:
     from services import control
     from services.home import open_home_store
 
-    with open_home_store() as store:
+    with open_home_store(parsed.store) as store:
         answer = control.command(store, parsed.run, "scale", {"actors": parsed.actors})
     text = f"run {parsed.run}: {answer['before']} workers, now {answer['actors']}"
     return _answer(out, parsed.json, {"run": parsed.run, **answer}, text)
@@ -314,7 +349,7 @@ def _stop(parsed: argparse.Namespace, out: TextIO) -> int:
     from services import control
     from services.home import open_home_store
 
-    with open_home_store() as store:
+    with open_home_store(parsed.store) as store:
         answer = control.command(store, parsed.run, "stop")
     return _answer(out, parsed.json, {"run": parsed.run, **answer}, f"run {parsed.run} is stopping")
 
@@ -323,7 +358,7 @@ def _plot(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.home import open_home_store
     from services.plotting import plot_runs
 
-    with open_home_store() as store:
+    with open_home_store(parsed.store) as store:
         curves = plot_runs(store, parsed.runs, parsed.output, metric=parsed.metric, smooth=parsed.smooth)
     for curve in curves:
         if curve.left_out:

@@ -111,8 +111,12 @@ def check(config: RunConfig) -> None:
     plan(config, "unnamed", home())
 
 
-def train(config: RunConfig, name: str | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
+def train(
+    config: RunConfig, name: str | None = None, notes: Sequence[str] = (), store_url: str | None = None
+) -> dict[str, Any]:
     """Start a new run and see it to its end; return its summary.
+
+    The run is registered in the store of `store_url`, which as everywhere here defaults to that of this home.
 
     Raises:
         ConfigurationError: something in the configuration cannot work; nothing was started.
@@ -122,7 +126,7 @@ def train(config: RunConfig, name: str | None = None, notes: Sequence[str] = ())
     if name is not None:
         check_run_name(name)
     check(config)
-    with open_home_store(create=True) as store:
+    with open_home_store(store_url, create=True) as store:
         run = _register(config, name, store)
         folder = home() / run
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +162,7 @@ def _register(config: RunConfig, name: str | None, store: RunStore) -> str:
                 raise
 
 
-def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, Any]:
+def resume(config: RunConfig, run: str, notes: Sequence[str] = (), store_url: str | None = None) -> dict[str, Any]:
     """Go on with a run that ended or was lost; return its summary.
 
     Raises:
@@ -166,7 +170,7 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = ()) -> dict[str, 
         RunIsLive: its coordinator is at work.
         ConfigurationError: it has all its steps or its return already, or its hyper-parameters are to change.
     """
-    with open_home_store() as store:
+    with open_home_store(store_url) as store:
         before = store.get(run).config["hyperparameters"]
         changed = [key for key, value in config.hyperparameters.items() if before.get(key, value) != value]
         if changed:
@@ -243,18 +247,18 @@ def _oversubscription(config: RunConfig) -> list[str]:
     return [f"{config.actors} actors share {cpus} CPUs: it works, each is slower"]
 
 
-def folder_of(run: str) -> Path:
+def folder_of(run: str, store_url: str | None = None) -> Path:
     """Return a run's folder.
 
     Raises:
         UnknownRun: there is no such run.
     """
-    with open_home_store() as store:
+    with open_home_store(store_url) as store:
         store.get(run)
     return home() / run
 
 
-def find_checkpoint(what: str, which: str) -> Path:
+def find_checkpoint(what: str, which: str, store_url: str | None = None) -> Path:
     """Return the checkpoint of a run, by name, or of a path.
 
     Raises:
@@ -265,14 +269,16 @@ def find_checkpoint(what: str, which: str) -> Path:
         if not path.is_file():
             raise ConfigurationError(f"there is no checkpoint {path}")
         return path
-    checkpoints = folder_of(what) / "checkpoints"
+    checkpoints = folder_of(what, store_url) / "checkpoints"
     for name in (BEST, LAST) if which == "best" else (LAST,):
         if (checkpoints / name).is_file():
             return checkpoints / name
-    raise ConfigurationError(f"run {what!r} has no checkpoint yet")
+    raise ConfigurationError(f"run {what!r} has no checkpoint in {checkpoints}")
 
 
-def evaluate(what: str, *, episodes: int, which: str, seed: int, video: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    what: str, *, episodes: int, which: str, seed: int, video: Path | None = None, store_url: str | None = None
+) -> dict[str, Any]:
     """Play greedy episodes with a run's checkpoint, recorded to `video` if that is named; return the figures.
 
     Raises:
@@ -281,7 +287,7 @@ def evaluate(what: str, *, episodes: int, which: str, seed: int, video: Path | N
     """
     if seed < 0:
         raise ConfigurationError(f"seed must not be negative, got {seed}")
-    path = find_checkpoint(what, which)
+    path = find_checkpoint(what, which, store_url)
     algorithm = load_algorithm(path)
     with nullcontext() if video is None else Video(video) as recording:
         results = run_episodes(algorithm.policy, episodes, spawn_seed(seed, "evaluate"), video=recording)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 import threading
 import time
@@ -426,25 +425,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
     return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
-
-
-def open_store(url: str | None, home: Path, *, create: bool = True, timeout_seconds: float = 5.0) -> RunStore:
-    """Open the store that `--store` names; nothing is touched before the first call.
-
-    Args:
-        url: None for the file `squall.db` in `home`; `sqlite:///relative/path` or `sqlite:////absolute/path`.
-        home: the runs' folder.
-        create: False for a reader: a store that does not exist is not made and reads as empty.
-        timeout_seconds: how long a call may wait for the store.
-
-    Raises:
-        ConfigurationError: (a ValueError) a URL that names no store.
-    """
-    if url is None:
-        return SQLiteRunStore(home / "squall.db", create=create, timeout_seconds=timeout_seconds)
-    prefix = "sqlite:///"
-    path = url.removeprefix(prefix)
-    if not url.startswith(prefix) or path.strip("/") in ("", ":memory:"):
-        shown = re.sub(r"//[^/]*@", "//***@", url)  # a URL may carry a password
-        raise ConfigurationError(f"a store is sqlite:///relative/file.db or sqlite:////absolute/file.db, got {shown!r}")
-    return SQLiteRunStore(Path(path), create=create, timeout_seconds=timeout_seconds)

@@ -3,9 +3,9 @@
 The coordinator writes a snapshot and a heartbeat every second and reads commands; `squall runs | status |
 stop` and the gRPC front read the former and write the latter. Nobody attaches to a run's processes to ask.
 
-One contract, `RunStore`; `sqlite_store.SQLiteRunStore` keeps a file that several processes of one machine share; other
-stores pass the same test-suite. `BufferedWriter` is the coordinator's pen: a store that is away stops no
-training.
+One contract, `RunStore`: `sqlite_store.SQLiteRunStore` keeps a file that several processes of one machine share,
+`redis_store.RedisRunStore` a server that several machines share; both pass the same test-suite. `BufferedWriter`
+is the coordinator's pen: a store that is away stops no training.
 
 Conventions. Times are Unix seconds. Payloads are JSON objects: tuples come back as lists, and NaN and
 infinities come back as None, because `--json` passes payloads on and JSON has no word for them. Metrics

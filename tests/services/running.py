@@ -19,10 +19,10 @@ SQUALL = [sys.executable, "-m", "services.cli"]
 ROOT = Path(__file__).parents[2]
 
 
-def environment(home: Path, mark: str = "") -> dict[str, str]:
+def environment(home: Path, mark: str = "", store: str = "") -> dict[str, str]:
     """Return the environment for a command whose runs lie under `home`; `mark` makes its children findable."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SQUALL_"))}
-    return {**kept, "SQUALL_HOME": str(home), "SQUALL_TEST_MARK": mark, "PYTHONPATH": str(ROOT)}
+    return {**kept, "SQUALL_HOME": str(home), "SQUALL_STORE": store, "SQUALL_TEST_MARK": mark, "PYTHONPATH": str(ROOT)}
 
 
 def squall(home: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -33,16 +33,17 @@ def squall(home: Path, *arguments: str, timeout: float = 120) -> subprocess.Comp
 
 
 class Run:
-    """`squall train ... --name NAME --json` in a process of its own."""
+    """`squall train ... --name NAME --json` in a process of its own; `store` is its SQUALL_STORE."""
 
-    def __init__(self, home: Path, name: str, *arguments: str) -> None:
+    def __init__(self, home: Path, name: str, *arguments: str, store: str = "") -> None:
         self.home, self.name, self.mark = home, name, uuid.uuid4().hex
+        self.store = ["--store", store] if store else []
         home.mkdir(parents=True, exist_ok=True)
         self.out, self.err = home / f"{name}.{self.mark[:6]}.out", home / f"{name}.{self.mark[:6]}.err"
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [*SQUALL, "train", *arguments, "--json"],
-                env=environment(home, self.mark),
+                env=environment(home, self.mark, store),
                 stdout=out,
                 stderr=err,
                 stdin=subprocess.DEVNULL,
@@ -51,7 +52,7 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """Return what `squall status --json` prints, or an empty mapping if it fails."""
-        done = squall(self.home, "status", self.name, "--json")
+        done = squall(self.home, "status", self.name, *self.store, "--json")
         return json.loads(done.stdout) if done.returncode == 0 else {}
 
     def wait_for(self, condition: Callable[[dict[str, Any]], bool], seconds: float = 90) -> dict[str, Any]:

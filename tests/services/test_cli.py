@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -201,3 +202,27 @@ def test_a_missing_video_library_is_named(
     monkeypatch.setitem(sys.modules, "av", None)
     words = refused(capfd, "evaluate", str(checkpoints / "CartPole-v1.ckpt"), "--video", str(tmp_path / "play.mp4"))
     assert "pip install av" in words
+
+
+def test_an_unknown_kind_of_store(capfd: pytest.CaptureFixture[str], home: Path) -> None:
+    assert "a store is sqlite:///relative/file.db" in refused(capfd, "runs", "--store", "postgres://me:hunter2@host/0")
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_a_store_that_is_not_there(
+    by_variable: bool, capfd: pytest.CaptureFixture[str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    url = f"redis://:hunter2@{place}/0"
+    monkeypatch.setenv("SQUALL_STORE", url if by_variable else "redis://elsewhere.invalid")
+    flag = [] if by_variable else ["--store", url]
+    for command in ("runs", "status x", "stop x", "plot x", "evaluate x", "train dqn CartPole-v1", "train --resume x"):
+        assert main([*command.split(), *flag]) == 1
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert f"run store redis://***@{place}/0: " in err
+        assert "refused" in err
+    assert not home.exists()

@@ -25,7 +25,9 @@ import pytest
 
 from replay.types import ConfigurationError, SquallError
 from services.buffered_writer import BufferedWriter
-from services.sqlite_store import SQLiteRunStore, open_store
+from services.home import open_store
+from services.redis_store import RedisRunStore
+from services.sqlite_store import SQLiteRunStore
 from services.store import (
     HISTORY,
     LOST_AFTER,
@@ -42,15 +44,16 @@ from services.store import (
     UnknownRun,
     this_process,
 )
+from tests.services.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 
 
 class SQLiteBackend:
-    """A file of its own; away while another connection holds its write lock."""
+    """A file of its own; away, and silent, while another connection holds its write lock."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "squall.db"
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self.path = request.getfixturevalue("tmp_path") / "squall.db"
         self.url = f"sqlite:///{self.path}"
 
     def open(self, **options: Any) -> RunStore:
@@ -65,17 +68,51 @@ class SQLiteBackend:
         finally:
             blocker.close()
 
+    silence = outage
 
-BACKENDS = {"sqlite": SQLiteBackend}
+
+class RedisBackend:
+    """A server that all tests share; away while it is ended, silent while it is suspended."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self.server: RedisServer = request.getfixturevalue("redis_server")
+        self.server.command("FLUSHALL")
+        self.url = self.server.url
+
+    def open(self, **options: Any) -> RunStore:
+        return RedisRunStore(self.url, **options)
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        self.server.stop()
+        try:
+            yield
+        finally:
+            self.server.start()
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        with self.server.suspended():
+            yield
+
+
+Backend = SQLiteBackend | RedisBackend
+BACKENDS: dict[str, type[Backend]] = {"sqlite": SQLiteBackend, "redis": RedisBackend}
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, tmp_path: Path) -> SQLiteBackend:
-    return BACKENDS[request.param](tmp_path)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return BACKENDS[request.param](request)
 
 
 @pytest.fixture
-def store(backend: SQLiteBackend) -> Iterator[RunStore]:
+def store(backend: Backend) -> Iterator[RunStore]:
     with backend.open() as opened:
         yield opened
 
@@ -315,7 +352,7 @@ def _sent(store: RunStore, kind: str) -> list[Any]:
 RACE = """
 import json, sys, time
 from pathlib import Path
-from services.sqlite_store import open_store
+from services.home import open_store
 from services.store import RunIsLive, RunNameInUse, RunRecord, this_process
 store = open_store(sys.argv[1], Path("."))
 host, pid, started = this_process()
@@ -340,7 +377,7 @@ sys.stdin.readline()
 """
 
 
-def test_of_two_processes_one_gets_the_name_and_one_the_lost_run(backend: SQLiteBackend, store: RunStore) -> None:
+def test_of_two_processes_one_gets_the_name_and_one_the_lost_run(backend: Backend, store: RunStore) -> None:
     for index in range(40):
         store.register(elsewhere(f"old-{index}", heartbeat=ago(60)))
     racers = [start_python(RACE, backend.url) for _ in range(2)]
@@ -472,7 +509,7 @@ def test_nobody_reads_a_command_for_an_ended_or_lost_run(store: RunStore) -> Non
         store.send_command("gone", "stop", {})
 
 
-def test_waiting_ends_with_the_answer(backend: SQLiteBackend, store: RunStore) -> None:
+def test_waiting_ends_with_the_answer(backend: Backend, store: RunStore) -> None:
     store.register(record())
     sent = store.send_command("pong-1", "stop", {})
     with backend.open() as coordinator:
@@ -561,7 +598,7 @@ def test_a_limit_is_positive(store: RunStore, limit: Any) -> None:
             read("pong-1", limit)
 
 
-def test_histories_are_bounded_for_each_run(backend: SQLiteBackend) -> None:
+def test_histories_are_bounded_for_each_run(backend: Backend) -> None:
     with backend.open(history=20) as store:
         store.register(record("long"))
         store.register(record("short"))
@@ -582,7 +619,7 @@ def test_histories_are_bounded_for_each_run(backend: SQLiteBackend) -> None:
 COORDINATOR = """
 import sys, time
 from pathlib import Path
-from services.sqlite_store import open_store
+from services.home import open_store
 store = open_store(sys.argv[1], Path("."))
 done = False
 for step in range(1, 10_000):
@@ -598,7 +635,7 @@ print(step, flush=True)
 """
 
 
-def test_a_coordinator_readers_and_a_commander_share_a_store(backend: SQLiteBackend, store: RunStore) -> None:
+def test_a_coordinator_readers_and_a_commander_share_a_store(backend: Backend, store: RunStore) -> None:
     store.register(record())
     trouble: list[BaseException] = []
     stop = threading.Event()
@@ -664,7 +701,7 @@ def test_threads_may_share_one_store(store: RunStore) -> None:
 # A store that is away
 
 
-def test_a_store_that_is_away_is_an_error_in_time(backend: SQLiteBackend, store: RunStore) -> None:
+def test_a_store_that_is_away_is_an_error_in_time(backend: Backend, store: RunStore) -> None:
     store.register(record())
     with store.with_timeout(0.2) as impatient:
         with backend.outage():
@@ -677,10 +714,10 @@ def test_a_store_that_is_away_is_an_error_in_time(backend: SQLiteBackend, store:
     assert store.get("pong-1").state == "stopping"
 
 
-def test_a_call_outlasts_a_short_outage(backend: SQLiteBackend, store: RunStore) -> None:
+def test_a_call_outlasts_a_short_outage(backend: Backend, store: RunStore) -> None:
     store.register(record())
     with ThreadPoolExecutor(1) as thread:
-        with backend.outage():
+        with backend.silence():
             waiting = thread.submit(store.update_state, "pong-1", "stopping")
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.3)
@@ -688,7 +725,7 @@ def test_a_call_outlasts_a_short_outage(backend: SQLiteBackend, store: RunStore)
     assert store.get("pong-1").state == "stopping"
 
 
-def test_a_closed_store_says_so(backend: SQLiteBackend) -> None:
+def test_a_closed_store_says_so(backend: Backend) -> None:
     store = backend.open()
     store.register(record())
     store.close()
@@ -697,13 +734,19 @@ def test_a_closed_store_says_so(backend: SQLiteBackend) -> None:
         store.get("pong-1")
 
 
+@pytest.mark.parametrize("options", [{"timeout_seconds": 0}, {"timeout_seconds": math.nan}, {"history": 0}])
+def test_options_that_cannot_work_are_refused(backend: Backend, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"a store's .* must be"):
+        backend.open(**options)
+
+
 # The coordinator's pen
 
 
 @pytest.fixture
 def writer(store: RunStore) -> Iterator[BufferedWriter]:
     store.register(record())
-    made = BufferedWriter(store, "pong-1", patience_seconds=0.05, retry_seconds=0.1)
+    made = BufferedWriter(store, "pong-1", retry_seconds=0.1)
     yield made
     made.close(deadline_seconds=0)
 
@@ -729,9 +772,7 @@ def test_a_writer_writes_at_once(store: RunStore, writer: BufferedWriter) -> Non
     assert store.command_result("pong-1", sent) == {"ok": True}
 
 
-def test_a_writer_catches_up_when_the_store_is_back(
-    backend: SQLiteBackend, store: RunStore, writer: BufferedWriter
-) -> None:
+def test_a_writer_catches_up_when_the_store_is_back(backend: Backend, store: RunStore, writer: BufferedWriter) -> None:
     sent = store.send_command("pong-1", "stop", {})
     assert len(writer.pending_commands()) == 1
     write_everything(writer, 0)
@@ -761,9 +802,9 @@ def test_a_writer_catches_up_when_the_store_is_back(
     assert store.command_result("pong-1", sent) == {"ok": True}
 
 
-def test_a_command_is_not_carried_out_twice_while_its_answer_waits(backend: SQLiteBackend, store: RunStore) -> None:
+def test_a_command_is_not_carried_out_twice_while_its_answer_waits(backend: Backend, store: RunStore) -> None:
     store.register(record())
-    writer = BufferedWriter(store, "pong-1", patience_seconds=0.05, retry_seconds=0)
+    writer = BufferedWriter(store, "pong-1", retry_seconds=0)
     sent = store.send_command("pong-1", "scale", {})
     with backend.outage():
         writer.acknowledge(sent, {})
@@ -772,9 +813,9 @@ def test_a_command_is_not_carried_out_twice_while_its_answer_waits(backend: SQLi
     assert store.command_result("pong-1", sent) == {}
 
 
-def test_a_full_buffer_drops_the_oldest_metrics_first(backend: SQLiteBackend, store: RunStore) -> None:
+def test_a_full_buffer_drops_the_oldest_metrics_first(backend: Backend, store: RunStore) -> None:
     store.register(record())
-    writer = BufferedWriter(store, "pong-1", capacity=10, patience_seconds=0.02, retry_seconds=60)
+    writer = BufferedWriter(store, "pong-1", capacity=10, patience_seconds=0.1, retry_seconds=60)
     with backend.outage():
         for index in range(8):
             writer.add_metrics(index, {}, 1.0)
@@ -793,7 +834,7 @@ def test_a_full_buffer_drops_the_oldest_metrics_first(backend: SQLiteBackend, st
     assert store.read_snapshot("pong-1") == {"n": 1}
 
 
-def test_a_writer_rests_between_tries(backend: SQLiteBackend, store: RunStore) -> None:
+def test_a_writer_rests_between_tries(backend: Backend, store: RunStore) -> None:
     store.register(record())
     writer = BufferedWriter(store, "pong-1", patience_seconds=0.1, retry_seconds=60)
     with backend.outage():
@@ -806,7 +847,7 @@ def test_a_writer_rests_between_tries(backend: SQLiteBackend, store: RunStore) -
         assert not writer.close(deadline_seconds=0)
 
 
-def test_a_writer_refuses_bad_values_at_once_and_keeps_none(backend: SQLiteBackend, writer: BufferedWriter) -> None:
+def test_a_writer_refuses_bad_values_at_once_and_keeps_none(backend: Backend, writer: BufferedWriter) -> None:
     with backend.outage():
         for call in (
             lambda: writer.write_snapshot({"x": object()}, 1.0),
@@ -822,7 +863,7 @@ def test_a_writer_refuses_bad_values_at_once_and_keeps_none(backend: SQLiteBacke
     assert writer.waiting == 0
 
 
-def test_what_waits_is_a_copy(backend: SQLiteBackend, store: RunStore, writer: BufferedWriter) -> None:
+def test_what_waits_is_a_copy(backend: Backend, store: RunStore, writer: BufferedWriter) -> None:
     snapshot, values = {"n": [1]}, {"x": 1.0}
     with backend.outage():
         writer.write_snapshot(snapshot, time.time())
@@ -869,20 +910,21 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "squall.db", "sqlite:", "sqlite://x.db", "sqlite:///", "sqlite:///:memory:", "redis://host:6379/0"],
+    ["", "squall.db", "sqlite:", "sqlite://x.db", "sqlite:///", "sqlite:///:memory:", "postgres://host:5432/0"],
 )
 def test_a_url_that_names_no_store_is_refused(tmp_path: Path, url: str) -> None:
-    with pytest.raises(ValueError, match=r"a store is sqlite:///relative/file\.db or .*, got ") as caught:
+    with pytest.raises(ValueError, match=r"a store is sqlite:///relative/file\.db, .*redis.*unix.*, got ") as caught:
         open_store(url, tmp_path)
     assert isinstance(caught.value, ConfigurationError)
     assert repr(url) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_password_is_not_shown(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"redis://\*\*\*@host") as caught:
-        open_store("redis://:hunter2@host:6379/0", tmp_path)
-    assert "hunter2" not in str(caught.value)
+@pytest.mark.parametrize("url", ["postgres://me:hunter2@host/0", "postgres:me:hun/ter2@host", "hunter2@host"])
+def test_a_password_is_not_shown(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"\*\*\*@host") as caught:
+        open_store(url, tmp_path)
+    assert "ter2" not in str(caught.value)
 
 
 def test_looking_makes_no_file_and_sees_one_that_appears(tmp_path: Path) -> None:
@@ -974,7 +1016,7 @@ def test_two_processes_may_make_the_file_at_once(tmp_path: Path) -> None:
     script = """
 import sys, time
 from pathlib import Path
-from services.sqlite_store import open_store
+from services.home import open_store
 sys.stdin.readline()
 for index in range(20):
     with open_store(None, Path(sys.argv[1]) / str(index)) as store:
@@ -1015,12 +1057,6 @@ def test_metrics_are_json_that_any_language_reads(tmp_path: Path) -> None:
     (text,) = probe.execute('SELECT "values" FROM metrics').fetchone()
     probe.close()
     assert text == '{"loss": "nan", "x": 1.0}'
-
-
-@pytest.mark.parametrize("options", [{"timeout_seconds": 0}, {"timeout_seconds": math.nan}, {"history": 0}])
-def test_options_that_cannot_work_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match=r"a store's .* must be"):
-        SQLiteRunStore(tmp_path / "squall.db", **options)
 
 
 def test_this_process_is_this_process() -> None:
