@@ -30,6 +30,7 @@ gym.register_envs(ale_py)
 
 ATARI_FRAME_SKIP = 4
 ATARI_STACK = 4
+LONGEST_EPISODE = 200_000
 _ATARI_FRAMES_PER_SECOND = 60
 _RENDER_MODE = "rgb_array"
 FAILURE = "squall_failure"  # in a step's info: what a lane failed with; a user's own keys may be called anything
@@ -49,11 +50,12 @@ class DiscreteActions:
 
 @dataclass(frozen=True)
 class ContinuousActions:
-    """Actions in a box; `low` and `high` are flat, in the order of the flattened action."""
+    """Actions in a box; `low` and `high` are flat, in the order of the flattened action, `dtype` is the box's own."""
 
     shape: tuple[int, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,10 @@ class EnvironmentSpec:
         if isinstance(self.actions, DiscreteActions):
             return action + self.actions.start if self.actions.start else action
         low = np.reshape(self.actions.low, self.actions.shape)
-        return np.clip(action, low, np.reshape(self.actions.high, self.actions.shape)).astype(np.float32)
+        # In the environment's own precision: a bound that is rounded may lie outside.
+        exact = action.astype(self.actions.dtype)
+        clipped: Array = np.clip(exact, low, np.reshape(self.actions.high, self.actions.shape))
+        return clipped.astype(self.actions.dtype)
 
 
 def specify(
@@ -187,7 +192,7 @@ def _describe(
         described = DiscreteActions(int(actions.n), int(actions.start))
     elif isinstance(actions, spaces.Box) and np.dtype(actions.dtype).kind == "f":
         low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (actions.low, actions.high))
-        described = ContinuousActions(actions.shape, low, high)
+        described = ContinuousActions(actions.shape, low, high, str(actions.dtype))
     else:
         raise ConfigurationError(f"Squall needs Discrete or floating-point Box actions; {name} has {actions}")
     return EnvironmentSpec(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.environments import EnvironmentFailed
+from actors.environments import LONGEST_EPISODE, EnvironmentFailed
 from actors.policies import Policy, PolicySpec
 from actors.rollout import Lanes
 from actors.video import Video
@@ -19,7 +19,6 @@ from replay.seeds import spawn_seed
 from replay.types import ConfigurationError, EpisodeResult
 
 _MOST_LANES = 8
-LONGEST_EPISODE = 200_000
 
 
 @dataclass(frozen=True)

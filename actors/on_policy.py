@@ -66,6 +66,8 @@ class OnPolicyWorker(RolloutWorker):
             if complete:
                 self._send(trajectories=complete, episodes=episodes)
                 episodes = []
+
+    def _leave(self) -> None:
         self._queue.revoke(self.worker, self.incarnation)
 
     @property

@@ -252,7 +252,7 @@ class _BoxPolicy(StochasticPolicy):
         self.size = len(actions.low)
         super().__init__(spec, self.size * outputs_per_action)
         low, high = torch.tensor(actions.low), torch.tensor(actions.high)
-        stretched = low.isfinite() & high.isfinite() & (low < high)
+        stretched = (high - low).isfinite() & (low < high)
         self.center: Tensor
         self.scale: Tensor
         # Not persistent: they follow from the spec.
@@ -319,7 +319,7 @@ class SquashedGaussianPolicy(_BoxPolicy):
         super().__init__(spec, 2)
         actions = spec.environment.actions
         assert isinstance(actions, ContinuousActions)
-        if not np.isfinite([*actions.low, *actions.high]).all():
+        if not np.isfinite(np.subtract(actions.high, actions.low, dtype=np.float32)).all():
             raise ConfigurationError(f"squashing needs finite bounds of actions, got low {actions.low}, {actions.high}")
 
     def draw(self, output: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

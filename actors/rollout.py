@@ -316,10 +316,14 @@ class RolloutWorker:
             self._roll_out()
         finally:
             self._outbox.close(_SECONDS_TO_SEND_THE_REST)
+            self._leave()
             self._lanes.close()
         self._outbox.check()
         self._last_word = "done"
         return self.report()
+
+    def _leave(self) -> None:
+        """Give back what was held, once everything is sent."""
 
     def _wait_for_weights(self) -> None:
         end = time.monotonic() + _SECONDS_FOR_FIRST_WEIGHTS

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.environments import LONGEST_EPISODE, EnvironmentFailed
 from replay.types import Array, Layout, Permit, Segment, Trajectory
 
 
@@ -200,6 +201,9 @@ class TrajectoryBuilder:
 
         Args are as in `SegmentBuilder.add`, with `log_probability` `[B]` of each action. A lane that failed begins
         its trajectory again, under the same permit.
+
+        Raises:
+            EnvironmentFailed: an episode that does not end.
         """
         assert self._observation is not None, "begin comes first"
         complete = []
@@ -212,6 +216,8 @@ class TrajectoryBuilder:
             ended = valid and bool(terminated[lane] or truncated[lane])
             discount = self.gamma * (not terminated[lane]) if valid else 0.0
             permit = self._permits[lane]
+            if len(self._begun[lane]) >= LONGEST_EPISODE:
+                raise EnvironmentFailed(f"an episode did not end within {LONGEST_EPISODE:,} steps; set a time limit")
             if self.rows is not None or valid:
                 row = (self._observation[lane], action[lane], reward[lane], discount, valid, log_probability[lane])
                 self._begun[lane].append(row if permit else None)

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from actors.environments import EnvironmentFailed
 from replay.types import Array, ConfigurationError, SquallError
 
 MOST_FRAMES = 20_000
@@ -122,7 +123,10 @@ class Video:
             ended: lanes whose episode ended with this step.
             failed: lanes whose environment was made anew; the episode is dropped.
         """
-        frames: Any = env.render()
+        try:
+            frames: Any = env.render()
+        except Exception as error:
+            raise EnvironmentFailed(f"the environment cannot be drawn: {type(error).__name__}: {error}") from error
         for lane in playing:
             if lane in failed:
                 self._open.pop(lane, None)

@@ -10,6 +10,7 @@ import operator
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -258,6 +259,8 @@ class LocalTrajectories(LocalExperience[TrajectoryBatch]):
             queue: how many trajectories make a batch.
             length: batches in an epoch.
         """
+        # A lane without a share in the batch would step for nothing.
+        rollout = replace(rollout, num_envs=min(rollout.num_envs, queue.units_per_batch))
         super().__init__(policy, rollout, length=length)
         self._units = queue.units_per_batch
         self._whole_episodes = rollout.trajectory_rows is None
@@ -425,11 +428,13 @@ class RemoteTrajectories(RemoteExperience[TrajectoryBatch]):
         self._client.publish(version)
 
     def _fetch(self) -> TrajectoryBatch | None:
+        published = self._version
         reply = self._client.take(stop=self._stop)
         if reply is None or reply.trajectories is None:
             return None
         self.returns = reply.returns
         batch = TrajectoryBatch.of(reply.trajectories)
-        if batch.version < self._version - self._max_policy_lag:
-            raise StalePolicy(f"a trajectory of version {batch.version} came when {self._version} was published")
+        # Meanwhile the same weights may have been published anew, for a store that was recreated.
+        if batch.version < published - self._max_policy_lag:
+            raise StalePolicy(f"a trajectory of version {batch.version} came when {published} was published")
         return batch

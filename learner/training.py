@@ -11,6 +11,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ LAST = "last.ckpt"
 BEST = "best.ckpt"
 _SECONDS_FOR_STORE = 60.0
 _VERSIONS_UNHEARD = 1_000
+_SECONDS_BETWEEN_CHECKPOINTS = 30.0
+_SECONDS_BEFORE_PUBLISHING_AGAIN = 0.5
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class Learner:
         self._publishing: Any = None
         self._version = -1
         self._published_updates = -1
+        self._undelivered: Weights | None = None
+        self._deliver_after = self._save_after = 0.0
         self._checkpointed = 0
         self._stop = threading.Event()
         self._state = "starting"
@@ -172,6 +177,7 @@ class Learner:
         # Workers refuse what is not newer. A new store knows no version, and the newest heard of may be a little old.
         self._version = max(held["version"], self._version + _VERSIONS_UNHEARD if self._version >= 0 else -1)
         self._checkpointed = self._updates
+        self._save_after = time.monotonic() + _SECONDS_BETWEEN_CHECKPOINTS
         self.publish()
         self._state = "learning"
 
@@ -181,6 +187,9 @@ class Learner:
             self.publish()
         if self._updates % self.spec.checkpoint_every == 0:
             self._save_numbered()
+        elif time.monotonic() > self._save_after:
+            # An on-policy run may make few updates in all; what a death costs is told in seconds.
+            self.save(Path(self.spec.checkpoints) / LAST)
 
     def on_step(self) -> None:
         """Look at what others asked for, and stop if the experience ended or somebody said so."""
@@ -190,6 +199,8 @@ class Learner:
             self._trainer.should_stop = True
 
     def _serve(self) -> None:
+        if self._undelivered is not None and time.monotonic() > self._deliver_after:
+            self._deliver(self._undelivered)
         while not self._requests.empty():
             work, answer = self._requests.get()
             try:
@@ -206,6 +217,14 @@ class Learner:
         """Send the acting module's weights to the store, as a new version."""
         self._version += 1
         weights = pack(self._module.policy, self._version)
+        self._deliver(weights)
+        self._published_updates = self._updates
+        self._experience.published(self._version)
+        return weights
+
+    def _deliver(self, weights: Weights) -> None:
+        """Send weights to the store; while there is none they are kept, and sent by `_serve`."""
+        self._undelivered = None
         try:
             if self._publishing is not None and is_ready(self._publishing):
                 ray.get(self._publishing)
@@ -214,12 +233,11 @@ class Learner:
         try:
             self._publishing = self._weights.later("publish", weights)
         except (*GONE, ValueError):
-            # There is no store. The coordinator makes one and asks for these weights.
+            # There is no store, or not yet: the coordinator makes one.
             self._weights.forget()
             self._publishing = None
-        self._published_updates = self._updates
-        self._experience.published(self._version)
-        return weights
+            self._undelivered = weights
+            self._deliver_after = time.monotonic() + _SECONDS_BEFORE_PUBLISHING_AGAIN
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; a reader never sees half of one."""
@@ -228,6 +246,8 @@ class Learner:
         self._trainer.save_checkpoint(temporary)
         os.replace(temporary, path)
         self._checkpointed = self._updates
+        if path.name == LAST:
+            self._save_after = time.monotonic() + _SECONDS_BETWEEN_CHECKPOINTS
 
     def _save_numbered(self) -> None:
         checkpoints = Path(self.spec.checkpoints)

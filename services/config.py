@@ -127,9 +127,6 @@ def resolve(
         config = RunConfig(algorithm=algorithm, environment=environment, hyperparameters=hyperparameters, **run)
     except ValidationError as error:
         raise _translated(error) from error
-    own_values = config.hyperparameters
-    if own_values["learning_rate_schedule"] != "constant" and own_values["learning_rate_last_frame"] is None:
-        own_values["learning_rate_last_frame"] = config.steps
     if config.precision not in _PRECISIONS:
         raise ConfigurationError(f"precision must be one of {', '.join(_PRECISIONS)}, got {config.precision!r}")
     if config.stop_at_return is not None and not 0 < config.eval_every < config.steps:

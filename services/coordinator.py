@@ -108,7 +108,10 @@ class Coordinator:
 
     def _fit(self, handle: Any) -> Any:
         last = self.checkpoints / LAST
-        goes_on = last.exists() and (self.resuming or self.learner.restarts > 0)
+        again = self.resuming or self.learner.restarts > 0
+        goes_on = again and last.exists()
+        if again and not goes_on:
+            self.watcher.event("note", "the learner begins anew: there is no checkpoint yet")
         return handle.fit.remote(str(last) if goes_on else None, self.progress.weights_version)
 
     @property

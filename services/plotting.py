@@ -158,7 +158,10 @@ def draw(
     axes = figure.subplots()
     for index, curve in enumerate(curves):
         colour, style = _COLOURS[index % len(_COLOURS)], _STYLES[index // len(_COLOURS) % len(_STYLES)]
-        label = f"{curve.label} ({len(curve.seeds)} seed{'s' if len(curve.seeds) > 1 else ''})"
+        # Matplotlib reads formulas between dollars, and leaves labels that begin with _ out of a legend.
+        name = curve.label.replace("$", r"\$")
+        seeds = f"{len(curve.seeds)} seed{'s' if len(curve.seeds) > 1 else ''}"
+        label = f"{' ' if name.startswith('_') else ''}{name} ({seeds})"
         marker = "o" if len(curve.steps) == 1 else None
         axes.plot(curve.steps, curve.mean, style, color=colour, linewidth=1.6, marker=marker, label=label)
         if len(curve.seeds) > 1:

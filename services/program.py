@@ -159,6 +159,9 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
     """
     environment = specify(config.environment, config.environment_arguments)
     hyperparameters = {**config.hyperparameters, "env": environment.plain(), "seed": config.seed}
+    if hyperparameters["learning_rate_schedule"] != "constant" and hyperparameters["learning_rate_last_frame"] is None:
+        # Not part of the saved configuration: a run that is given more steps takes its schedule along.
+        hyperparameters["learning_rate_last_frame"] = config.steps
     try:
         module = make_algorithm(config.algorithm, hyperparameters)
     except TypeError as error:

@@ -45,9 +45,7 @@ class Progress:
     @classmethod
     def resumed(cls, checkpoint: Path) -> Progress:
         """Return the progress in a checkpoint, one generation later; fresh if there is none yet."""
-        if not checkpoint.exists():
-            return cls(generation=1)
-        saved = read_checkpoint(checkpoint)["squall"]["run"]
+        saved = read_checkpoint(checkpoint)["squall"]["run"] if checkpoint.exists() else {}
         progress = cls(**{**saved, "counters": Counters(**saved.get("counters", {}))})
         # The best checkpoint may be newer than the last one, and its score must not be forgotten with the rest.
         best = checkpoint.with_name(BEST_RETURN)

@@ -137,6 +137,11 @@ class AdvantageActorCritic(OnPolicyAlgorithm):
 
     def update(self, batch: TrajectoryBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""
+        if not batch.valid.any():
+            # Every lane's episode had just ended. There is nothing to learn, but a version to publish.
+            nothing = torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
+            self.minimize(nothing)
+            return {"loss": nothing.detach()}
         with torch.no_grad():
             flat = batch.observation.flatten(0, 1)
             value = self(flat)[1].view(batch.observation.shape[:2])

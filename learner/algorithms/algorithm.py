@@ -35,6 +35,7 @@ from replay.types import Array, ConfigurationError
 
 TEST_EPISODES = 10
 _ENOUGH_RETURNS = 10_000
+_LEAST_RELATIVE_STD = 1e-6
 
 
 class Algorithm(pl.LightningModule):
@@ -55,7 +56,7 @@ class Algorithm(pl.LightningModule):
         hidden_sizes: Sequence[int] | None = None,
         activation: str = "relu",
         optimizer: str = "adam",
-        optimizer_options: dict[str, float] | None = None,
+        optimizer_options: dict[str, Any] | None = None,
         max_grad_norm: float | None = None,
         learning_rate_schedule: str = "constant",
         learning_rate_last_frame: int | None = None,
@@ -219,6 +220,9 @@ class Algorithm(pl.LightningModule):
         optimizer.zero_grad()
         self.manual_backward(loss)
         if self.hparams["max_grad_norm"] is not None:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is not None:
+                scaler.unscale_(optimizer.optimizer)  # with float16 gradients come scaled
             for group in optimizer.param_groups:
                 nn.utils.clip_grad_norm_(group["params"], self.hparams["max_grad_norm"])
         optimizer.step()
@@ -233,7 +237,7 @@ class Algorithm(pl.LightningModule):
 
     def _observe(self, observation: Tensor) -> None:
         """Take observations `[B, ...]` into the running statistics of every network that has some."""
-        if self.hparams["normalize_observations"]:
+        if self.hparams["normalize_observations"] and len(observation):
             for module in self.modules():
                 if isinstance(module, VectorTorso):
                     module.observe(observation)
@@ -242,7 +246,9 @@ class Algorithm(pl.LightningModule):
         """Take over what experience says of the discounted return; a new server's few figures are not yet better."""
         assert self.experience is not None
         returns = self.experience.returns
-        if returns.count >= min(self._returns_seen, _ENOUGH_RETURNS) and returns.std > 0:
+        # Returns that are all alike have a deviation that is rounding alone.
+        tells = returns.std > _LEAST_RELATIVE_STD * max(abs(returns.mean), 1e-30)
+        if returns.count >= min(self._returns_seen, _ENOUGH_RETURNS) and tells:
             self.return_std.fill_(returns.std)
             self._returns_seen = returns.count
 
@@ -415,7 +421,7 @@ def _check(hparams: Mapping[str, Any]) -> None:
         make_optimizer(
             hparams["optimizer"], ([nn.Parameter(torch.zeros(1))], 1.0), options=hparams["optimizer_options"]
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"optimizer_options of {hparams['optimizer']}: {error}") from error
 
 

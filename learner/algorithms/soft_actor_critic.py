@@ -107,6 +107,8 @@ class SAC(OffPolicyAlgorithm):
         warn_of_inert(self, "the policy explores by itself", "eps_start", "eps_end", "eps_last_frame")
         if init_alpha <= 0:
             raise ConfigurationError(f"init_alpha must be positive, got {init_alpha}")
+        if target_entropy is not None and not math.isfinite(target_entropy):
+            raise ConfigurationError(f"target_entropy must be finite, got {target_entropy}")
         self.seed_networks()
         options = self.policy_options()
         spec = PolicySpec("squashed_gaussian", self.environment, random_steps=warm_start_size, **options)

@@ -548,3 +548,33 @@ def test_one_lane_is_a_view_of_the_same_vector() -> None:
 def test_atari_in_colour_is_refused_because_a_stack_of_it_is_no_image() -> None:
     with pytest.raises(ConfigurationError, match="grayscale=False is not supported"):
         specify("PongNoFrameskip-v4", {"grayscale": False})
+
+
+class ExactBox(gym.Env[Any, Any]):
+    """Takes float64 actions, and only what lies in its box."""
+
+    observation_space = spaces.Discrete(2)
+    action_space = spaces.Box(-0.1, 0.1, (1,), np.float64)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        return 0, {}
+
+    def step(self, action: Any) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action), (action, action.dtype)
+        return 1, 0.0, False, False, {}
+
+
+def test_clipped_actions_lie_in_a_box_of_another_precision() -> None:
+    gym.register("SquallExactBox-v0", ExactBox)
+    try:
+        spec = specify("SquallExactBox-v0")
+        assert spec.to_environment(np.array([[5.0]], np.float32)).dtype == np.float64
+        env = spec.make(1)
+        env.reset()
+        for action in (-5.0, 5.0):
+            *_, info = env.step(spec.to_environment(np.array([[action]], np.float32)))
+            assert not info
+        env.close()
+    finally:
+        del gym.registry["SquallExactBox-v0"]

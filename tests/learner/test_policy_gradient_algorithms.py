@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import actors.segments
+from actors.environments import EnvironmentFailed
 from learner import AdvantageActorCritic, Reinforce, VanillaPolicyGradient
 from learner.algorithms.on_policy import OnPolicyAlgorithm
 from learner.experience import TrajectoryBatch
@@ -603,3 +605,35 @@ def test_an_update_knows_nothing_of_the_batch_before() -> None:
     before = copies(module)
     quiet_trainer(max_steps=1).fit(module, Batches([second]))
     assert_stepped(before, gradient, copies(module))
+
+
+# What attacks found.
+
+
+def test_a_batch_without_a_single_step_is_survived() -> None:
+    """All lanes of Pendulum are truncated at step 200, and the row after that is no step in any of them."""
+    module = AdvantageActorCritic("Pendulum-v1", unroll_length=1, batch_size=4, num_envs=4, hidden_sizes=[4])
+    trainer = quiet_trainer(max_steps=203)
+    trainer.fit(module)
+    assert trainer.global_step == 203
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_lanes_without_a_share_in_the_batch_are_not_made() -> None:
+    module = small(AdvantageActorCritic, toy(), num_envs=16, batch_size=32, unroll_length=8)
+    quiet_trainer(max_steps=10).fit(module)
+    assert module.env_steps <= 10 * 32
+
+
+def test_an_episode_that_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors.segments, "LONGEST_EPISODE", 50)
+    module = small(Reinforce, toy(lengths=(60,)))
+    with pytest.raises(EnvironmentFailed, match="an episode did not end within 50 steps; set a time limit"):
+        quiet_trainer(max_steps=1).fit(module)
+
+
+def test_returns_that_are_all_alike_scale_nothing() -> None:
+    module = small(AdvantageActorCritic, toy(lengths=(1,), pays=0.1), num_envs=3, batch_size=24, normalize_rewards=True)
+    quiet_trainer(max_steps=30).fit(module)
+    assert float(module.return_std) == 1.0
+    assert abs(float(module.latest_metrics["train/loss"])) < 10.0

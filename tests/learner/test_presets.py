@@ -17,6 +17,7 @@ from learner.algorithms import ALGORITHMS
 from learner.presets import Preset, load_preset
 from replay.types import ConfigurationError
 from services.config import RUN_KEYS, resolve
+from services.program import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"atari": "BreakoutNoFrameskip-v4", "mujoco": "HalfCheetah-v5"}
@@ -135,9 +136,15 @@ def test_a_schedule_ends_with_the_run() -> None:
     assert preset is not None
     assert preset.hyperparameters["learning_rate_schedule"] == "linear"
     assert AdvantageActorCritic.from_preset("CartPole-v1").hparams["learning_rate_last_frame"] == preset.run["steps"]
-    config, _ = resolve("a2c", "CartPole-v1", overrides={"steps": 7_000})
-    assert config.hyperparameters["learning_rate_last_frame"] == 7_000
-    config, _ = resolve("a2c", "CartPole-v1", overrides={"learning_rate_last_frame": 9_000})
-    assert config.hyperparameters["learning_rate_last_frame"] == 9_000
-    config, _ = resolve("dqn", "CartPole-v1")
-    assert config.hyperparameters["learning_rate_last_frame"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "last_frame"),
+    [({"steps": 7_000}, 7_000), ({"steps": 7_000, "learning_rate_last_frame": 9_000}, 9_000)],
+)
+def test_a_run_of_another_length_takes_its_schedule_along(overrides: dict[str, int], last_frame: int) -> None:
+    config, _ = resolve("a2c", "CartPole-v1", overrides=overrides)
+    # The saved configuration says only what was asked for, so that more steps later mean a longer schedule.
+    assert config.hyperparameters["learning_rate_last_frame"] == overrides.get("learning_rate_last_frame")
+    program = plan(config, "unnamed", Path())
+    assert program.learner.hyperparameters["learning_rate_last_frame"] == last_frame

@@ -324,6 +324,38 @@ def replies(batches: list[Any]) -> Any:
     return lambda k, batch_size, stop: SimpleNamespace(batch=next(left, None), wait=None, returns=Moments())
 
 
+def test_weights_are_kept_while_there_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner.training, "_SECONDS_BEFORE_PUBLISHING_AGAIN", 0.0)
+    room = Room(tmp_path, updates=16)
+    room.weights.failure = ValueError("no actor of that name")
+    serve = room.learner._serve
+
+    def serve_and_mend() -> None:
+        serve()
+        room.weights.failure = None
+
+    monkeypatch.setattr(room.learner, "_serve", serve_and_mend)
+    room.fit()
+    # The first version met no store, and came when there was one.
+    assert room.weights.versions[0] == 0
+
+
+def test_the_last_checkpoint_is_never_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner.training, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    room = Room(tmp_path, updates=16)
+    seen: list[int] = []
+    save = room.learner.save
+
+    def remembered(path: Path) -> None:
+        save(path)
+        seen.append(room.global_step(LAST))
+
+    monkeypatch.setattr(room.learner, "save", remembered)
+    room.fit()
+    assert seen[:-1] == list(range(1, 17))
+    assert room.files == {LAST}
+
+
 # Requests from other threads.
 
 
@@ -407,7 +439,7 @@ def test_a_request_before_the_fit_is_answered_by_it(tmp_path: Path, background: 
     asked = background(lambda: room.learner.checkpoint("early.ckpt", seconds=20.0))
     assert eventually(lambda: not room.learner._requests.empty())
     room.fit()
-    assert asked.result(20.0).version == 0
+    assert asked.result(20.0).version <= 1
     assert room.files == {"early.ckpt", LAST}
 
 
