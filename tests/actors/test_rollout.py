@@ -310,7 +310,7 @@ def test_the_moments_of_returns_come_with_the_pushes(clip: bool) -> None:
     merged = Moments()
     for push in replay.pushes:
         # The last push holds the tail of steps that were told of before, and perhaps nothing else.
-        assert (push is replay.pushes[-1]) or 0 < push.returns.count
+        assert (push is replay.pushes[-1]) or push.returns.count > 0
         assert push.returns.count <= 3 * 10
         merged = merged.merged(push.returns)
     assert_are_moments_of(merged, numbers)
