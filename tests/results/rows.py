@@ -120,7 +120,6 @@ ROWS = (
         20_000,
         threshold=-170,
         settings={"final_eval_episodes": 100},
-        quick=True,
         plots=("pendulum",),
     ),
     Row("sac-halfcheetah", "sac", "HalfCheetah-v5", 100_000, seeds=(0,), steps=100_000, plots=("halfcheetah",)),
