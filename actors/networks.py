@@ -159,6 +159,20 @@ def _vector_torso(environment: EnvironmentSpec, hidden_sizes: Sequence[int], **o
     return VectorTorso(int(torch.Size(environment.observation_shape).numel()), hidden_sizes, **options)
 
 
+def in_full_precision(head: nn.Module, features: Tensor) -> Tensor:
+    """Return `head(features)` in float32, also inside autocast.
+
+    A head costs little, and what matters of values is often their difference: bfloat16 tells 1.00 from 1.01, no less.
+    """
+    output: Tensor
+    if torch.is_autocast_enabled(features.device.type):
+        with torch.autocast(features.device.type, enabled=False):
+            output = head(features.float())
+    else:
+        output = head(features)
+    return output
+
+
 class Critics(nn.Module):
     """Several action values `(observation, action) -> [C, B]`, independent of each other, computed side by side.
 
@@ -192,9 +206,9 @@ class Critics(nn.Module):
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Return `[C, B]` values of observations `[B, ...]` and flat actions `[B, actions]`."""
-        both = torch.cat([self.torso(observation), action], 1)
-        values: Tensor = self.layers(both.expand(self.count, -1, -1))
-        return values[..., 0]
+        features = self.torso(observation)
+        both = torch.cat([features, action], 1)
+        return in_full_precision(self.layers, both.expand(self.count, -1, -1))[..., 0]
 
 
 class ParallelLinear(nn.Module):
@@ -291,9 +305,9 @@ class QNetwork(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         """Return the value of every action, `[B, actions]` float32."""
         features = self.torso(observation)
-        values: Tensor = self.head(features)
+        values = in_full_precision(self.head, features)
         if self.state_value is not None:
-            values = self.state_value(features) + values - values.mean(1, keepdim=True)
+            values = in_full_precision(self.state_value, features) + values - values.mean(1, keepdim=True)
         return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from replay.types import DeadlineExceeded, EpisodeResult, InsertReply, PermitRep
 
 _SECONDS_FOR_WEIGHTS = 300.0
 _SECONDS_BEFORE_ASKING_AGAIN = 0.02
+_SECONDS_TO_GIVE_BACK = 2.0
 
 
 class Queue(Protocol):
@@ -30,7 +32,7 @@ class Queue(Protocol):
         """See `TrajectoryClient.insert`."""
         ...
 
-    def revoke(self, worker: int, incarnation: int) -> None:
+    def revoke(self, worker: int, incarnation: int, *, seconds: float | None = None) -> None:
         """See `TrajectoryClient.revoke`."""
         ...
 
@@ -68,7 +70,9 @@ class OnPolicyWorker(RolloutWorker):
                 episodes = []
 
     def _leave(self) -> None:
-        self._queue.revoke(self.worker, self.incarnation)
+        # A server that is away forgets the permits with everything else, and the coordinator takes them back too.
+        with contextlib.suppress(DeadlineExceeded):
+            self._queue.revoke(self.worker, self.incarnation, seconds=_SECONDS_TO_GIVE_BACK)
 
     @property
     def _whole_episodes(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec
-from actors.networks import QNetwork, make_torso
+from actors.networks import QNetwork, in_full_precision, make_torso
 from replay.types import Array, ConfigurationError
 
 
@@ -122,12 +122,14 @@ class Policy(nn.Module):
 @contextmanager
 def acting_on_means(policy: Policy, greedy: bool) -> Iterator[None]:
     """Put the policy into evaluation mode, where noisy layers have no noise, for the time of a greedy action."""
-    was_training = policy.training
-    policy.train(was_training and not greedy)
+    if not (greedy and policy.training):
+        yield
+        return
+    policy.eval()
     try:
         yield
     finally:
-        policy.train(was_training)
+        policy.train()
 
 
 class EpsilonGreedyPolicy(Policy):
@@ -185,8 +187,7 @@ class StochasticPolicy(Policy):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Return the head's output `[B, outputs]`: what the distribution is made from."""
-        output: Tensor = self.head(self.torso(observation))
-        return output
+        return in_full_precision(self.head, self.torso(observation))
 
     def log_probability(self, output: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-probability (or density) of actions and the entropy, both `[B]`, in nats.

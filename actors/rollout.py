@@ -72,8 +72,8 @@ class Row:
 class Lanes:
     """A vector environment driven by a policy, with the episodes' true returns.
 
-    Beside them it keeps `returns`, the moments of `G_t = gamma G_{t-1} + r_t` over all steps, by whose deviation
-    rewards may be scaled (as in OpenAI Baselines' `VecNormalize`); whoever sends them on sets them back.
+    If asked to, it keeps `returns` beside them, the moments of `G_t = gamma G_{t-1} + r_t` over all steps, by whose
+    deviation rewards may be scaled (as in OpenAI Baselines' `VecNormalize`); whoever sends them on sets them back.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Lanes:
         *,
         gamma: float = 1.0,
         clip_rewards: bool = False,
+        measure_returns: bool = False,
         rendered: bool = False,
     ) -> None:
         """Make the environment; `reset` it before the first step.
@@ -94,10 +95,11 @@ class Lanes:
             seed: of the environments.
             gamma: discount of one step.
             clip_rewards: whether the learner sees rewards clipped to [-1, 1]; the episodes' returns are never clipped.
+            measure_returns: whether to keep `returns`.
             rendered: whether the environment can draw itself.
         """
         self.environment, self.lanes = environment, lanes
-        self._gamma, self._clip = gamma, clip_rewards
+        self._gamma, self._clip, self._measure = gamma, clip_rewards, measure_returns
         self._discounted = np.zeros(lanes)
         self.returns = Moments()
         self.env = environment.make(lanes, rendered=rendered)
@@ -139,12 +141,13 @@ class Lanes:
             for lane in np.flatnonzero(ended & ~failed)
         )
         learned = np.clip(reward, -1.0, 1.0) if self._clip else reward
-        self._discounted = self._gamma * self._discounted + learned
-        self.returns = self.returns.merged(Moments.of(self._discounted[was_step & ~failed]))
+        if self._measure:
+            self._discounted = self._gamma * self._discounted + learned
+            self.returns = self.returns.merged(Moments.of(self._discounted[was_step & ~failed]))
+            # The row after an end is no step, and its reward none.
+            self._discounted[ended | ~was_step] = 0.0
         self._returns[ended] = 0.0
         self._lengths[ended] = 0
-        # The row after an end is no step, and its reward none.
-        self._discounted[ended | ~was_step] = 0.0
         self._after_end = ended
         self._observation = self.environment.observe(observation)
         return Row(
@@ -203,6 +206,7 @@ class RolloutSpec:
         clip_rewards: whether the learner sees rewards clipped to [-1, 1]; returns are never clipped.
         run_seed: the run's seed.
         trajectory_rows: rows in an on-policy trajectory; None makes whole episodes.
+        measure_returns: whether pushes tell of discounted returns, by which the learner may scale rewards.
     """
 
     policy: PolicySpec
@@ -213,6 +217,7 @@ class RolloutSpec:
     clip_rewards: bool
     run_seed: int
     trajectory_rows: int | None = None
+    measure_returns: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -222,7 +227,14 @@ class RolloutSpec:
     def make_lanes(self, seed: np.random.SeedSequence) -> Lanes:
         """Make the environments."""
         environment = self.policy.environment
-        return Lanes(environment, self.num_envs, seed, gamma=self.gamma, clip_rewards=self.clip_rewards)
+        return Lanes(
+            environment,
+            self.num_envs,
+            seed,
+            gamma=self.gamma,
+            clip_rewards=self.clip_rewards,
+            measure_returns=self.measure_returns,
+        )
 
     @property
     def largest_push(self) -> int:

@@ -37,6 +37,7 @@ _SECONDS_FOR_STORE = 60.0
 _VERSIONS_UNHEARD = 1_000
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
 _SECONDS_BEFORE_PUBLISHING_AGAIN = 0.5
+_FAST_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # of torch.cpu, private: they may go
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Learner:
             enable_model_summary=False,
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
             devices=1,
-            precision=choose_precision(self.spec.precision),
+            precision=choose_precision(self.spec.precision, images=self._module.environment.is_image),
             callbacks=[_LearnerCallback(self)],
         )
         try:
@@ -357,14 +358,18 @@ def _algorithm_class(name: str) -> type[Algorithm]:
     return ALGORITHMS[name]
 
 
-def choose_precision(name: str) -> Any:
-    """Return Lightning's name of a precision; "auto" takes bfloat16 where the device is fast at it."""
+def choose_precision(name: str, *, images: bool) -> Any:
+    """Return Lightning's name of a precision; "auto" takes bfloat16 for images where the device is fast at it.
+
+    Dense layers of a few hundred units gain nothing from it: what they spend is spent on calls.
+    """
     if name != "auto":
         return name
     if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return "bf16-mixed" if amx is not None and amx() else "32-true"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = any(getattr(torch.cpu, asks, bool)() for asks in _FAST_BFLOAT16)
+    return "bf16-mixed" if images and fast else "32-true"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -200,9 +200,13 @@ class TrajectoryClient(WaitingClient):
         reply: TakeReply | None = self._until_served("take", stop=stop)
         return reply
 
-    def revoke(self, worker: int, incarnation: int) -> None:
-        """Give permits back."""
-        self._actor.call("revoke", worker, incarnation, seconds=self._deadline)
+    def revoke(self, worker: int, incarnation: int, *, seconds: float | None = None) -> None:
+        """Give permits back, within `seconds` or else the deadline of every call.
+
+        Raises:
+            DeadlineExceeded: the server did not answer in time.
+        """
+        self._actor.call("revoke", worker, incarnation, seconds=self._deadline if seconds is None else seconds)
 
     def publish(self, version: int) -> None:
         """Say that `version` is published."""

@@ -12,6 +12,7 @@ from services.store import ENDED_STATES, LOST, Event, RunStore, StoreUnavailable
 
 COMMAND_SECONDS = 30.0
 LOOK_SECONDS = 1.0
+AWAY_SECONDS = 60.0
 
 
 class CommandRefused(SquallError):
@@ -79,7 +80,7 @@ class News:
 
 
 def follow(store: RunStore, run: str, *, every: float = LOOK_SECONDS, past_events: int = 10) -> Iterator[News]:
-    """Yield news of a run until it has ended or is lost; a store that is away is waited for.
+    """Yield news of a run until it has ended or is lost; a store that is away is waited for, for a minute.
 
     Args:
         store: where the run reports.
@@ -89,9 +90,11 @@ def follow(store: RunStore, run: str, *, every: float = LOOK_SECONDS, past_event
 
     Raises:
         UnknownRun: there is no such run.
+        StoreUnavailable: the store was away for too long.
     """
     store.get(run)
     seen: int | None = None
+    answered = time.monotonic()
     while True:
         begun = time.monotonic()
         try:
@@ -99,8 +102,10 @@ def follow(store: RunStore, run: str, *, every: float = LOOK_SECONDS, past_event
             told = status(store, run, events=0)
             new = store.events(run, limit=past_events) if seen is None else store.events(run, after_id=seen)
         except StoreUnavailable:
-            pass
+            if begun - answered > AWAY_SECONDS:
+                raise
         else:
+            answered = begun
             seen = max([seen or 0, *(event.id for event in new)])
             yield News(told, new)
             if told["state"] in (*ENDED_STATES, LOST):

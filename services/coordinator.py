@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from learner.training import LAST
 from replay.remote import is_ready
 from replay.server import ReplayStats
+from replay.trajectory_server import QueueSpec
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
 from services.crew import Crew
@@ -137,7 +138,8 @@ class Coordinator:
                 self._finish("steps")
             else:
                 self._stop_in_order()
-                self._finish("return")
+                if self.stopped_because is None:
+                    self._finish("return")
             self._metrics()
             self._state = "ended"
             self._snapshot()
@@ -169,6 +171,7 @@ class Coordinator:
         self._poll(self.processes)
         for process, word in self.crew.see_off():
             self.watcher.event("scale", f"{process.name} {word}")
+            self._take_back_permits(process)
         self._read_replay()
         self._every("report", REPORT_SECONDS, self._ask_for_reports)
         self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
@@ -240,10 +243,17 @@ class Coordinator:
             self._draining = None
         if process in (self.learner, self.evaluator):
             self.scoring.give_up()
+        if process in self.crew.workers:
+            self._take_back_permits(process)
         process.restart()
         self.watcher.event("restart", f"{process.name} is recreated, incarnation {process.incarnation}")
         if process in (self.weights, self.replay) and self.learner.handle is not None:
             self.learner.handle.publish_again.remote()
+
+    def _take_back_permits(self, worker: Process) -> None:
+        """Let others make what a worker that is gone was to make; without that an on-policy batch never completes."""
+        if isinstance(self.program.replay, QueueSpec) and self.replay.handle is not None:
+            self.replay.handle.revoke.remote(worker.index, worker.incarnation)
 
     def _ask_for_reports(self) -> None:
         self._count_seconds()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.environments import EnvironmentSpec
+from actors.networks import in_full_precision
 from learner.algorithms.on_policy import OnPolicyAlgorithm
 from learner.experience import TrajectoryBatch
 from learner.policy_gradients import n_step_returns, policy_gradient_loss
@@ -96,7 +97,8 @@ class AdvantageActorCritic(OnPolicyAlgorithm):
         With discrete actions the former are their log-probabilities, in a box the means.
         """
         features = self.policy.torso(x)
-        return self.policy.normalized(self.policy.head(features)), self.critic(features)[:, 0]
+        output = in_full_precision(self.policy.head, features)
+        return self.policy.normalized(output), in_full_precision(self.critic, features)[:, 0]
 
     def compute_returns(self, rewards: Tensor, dones: Tensor, last_value: Tensor) -> Tensor:
         """Return the n-step returns of one trajectory.

@@ -48,6 +48,7 @@ class OffPolicyAlgorithm(Algorithm):
             gamma=hparams["gamma"],
             clip_rewards=self.clips_rewards,
             run_seed=self.seed,
+            measure_returns=self.hparams["normalize_rewards"],
         )
 
     def experience_spec(self) -> ReplaySpec:

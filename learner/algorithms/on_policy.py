@@ -64,6 +64,7 @@ class OnPolicyAlgorithm(Algorithm):
             gamma=self.hparams["gamma"],
             clip_rewards=self.clips_rewards,
             run_seed=self.seed,
+            measure_returns=self.hparams["normalize_rewards"],
             trajectory_rows=self.trajectory_rows,
         )
 

@@ -297,3 +297,32 @@ def test_parallel_layers_begin_as_linear_ones(inputs: int) -> None:
         assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
         assert abs(parameter.mean().item()) < 0.1 * bound
         assert not parameter[0].equal(parameter[1])
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_a_head_keeps_full_precision_inside_autocast(dueling: bool) -> None:
+    """bfloat16 has 8 bits: values of about 100 would be told apart by halves."""
+    torch.manual_seed(0)
+    network = QNetwork(spec((4, 84, 84), "uint8"), 6, (64,), dueling=dueling)
+    with torch.no_grad():
+        (network.state_value if dueling else network.head).bias += 100.0  # type: ignore[union-attr, operator]
+    images = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8)
+    exact = network(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network.torso(images).dtype == torch.bfloat16
+        rounded = network(images)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().max() < 0.01
+
+
+def test_critics_keep_full_precision_inside_autocast() -> None:
+    torch.manual_seed(0)
+    critics = Critics(spec((4, 84, 84), "uint8"), 2, (64,))
+    with torch.no_grad():
+        critics.layers[-1].bias -= 100.0
+    images, actions = torch.randint(0, 255, (8, 4, 84, 84), dtype=torch.uint8), torch.rand(8, 2)
+    exact = critics(images, actions)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = critics(images, actions)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).abs().max() < 0.01

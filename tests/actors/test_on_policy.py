@@ -47,7 +47,7 @@ class DirectQueue:
         reply: InsertReply | None = self._until(lambda: self.server.insert(push), stop)
         return reply
 
-    def revoke(self, worker: int, incarnation: int) -> None:
+    def revoke(self, worker: int, incarnation: int, *, seconds: float | None = None) -> None:
         with self.lock:
             self.server.revoke(worker, incarnation)
 

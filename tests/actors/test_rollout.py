@@ -111,7 +111,7 @@ def make_spec(
     clip: bool = False,
     seed: int = 0,
 ) -> RolloutSpec:
-    return RolloutSpec(PolicySpec(kind, environment), lanes, length, n_steps, 0.97, clip, seed)
+    return RolloutSpec(PolicySpec(kind, environment), lanes, length, n_steps, 0.97, clip, seed, measure_returns=True)
 
 
 def make_server(
@@ -251,7 +251,7 @@ def one_policy(environment: EnvironmentSpec, kind: str = "random") -> Policy:
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
 def test_discounted_returns_are_the_twin_s(gamma: float, clip: bool) -> None:
     """Over random rewards, terminations, truncations, and the rows after them, which are no steps."""
-    lanes = Lanes(SHORT, 4, np.random.SeedSequence(3), gamma=gamma, clip_rewards=clip)
+    lanes = Lanes(SHORT, 4, np.random.SeedSequence(3), measure_returns=True, gamma=gamma, clip_rewards=clip)
     twin = NaiveExperience(lanes, segment_length=1, n_steps=1, gamma=gamma)
     policy = one_policy(SHORT)
     lanes.reset()
@@ -269,7 +269,7 @@ def test_discounted_returns_are_the_twin_s(gamma: float, clip: bool) -> None:
 def test_a_failed_step_and_its_rebuilt_episode_start_discounted_returns_anew() -> None:
     scripts = {0: Script(length=4, reward=2.0, raises_at=frozenset({3})), 2: Script(length=3, reward=-0.5)}
     with theatre(scripts, default=Script(length=3, reward=0.25, truncates=True)):
-        lanes = Lanes(SCRIPTED, 2, np.random.SeedSequence(0), gamma=0.5)
+        lanes = Lanes(SCRIPTED, 2, np.random.SeedSequence(0), measure_returns=True, gamma=0.5)
         twin = NaiveExperience(lanes, segment_length=1, n_steps=1, gamma=0.5)
         policy = one_policy(SCRIPTED)
         lanes.reset()
@@ -285,7 +285,7 @@ def test_a_failed_step_and_its_rebuilt_episode_start_discounted_returns_anew() -
 
 def test_a_reset_starts_discounted_returns_anew_and_keeps_their_moments() -> None:
     with theatre(default=LONG):
-        lanes = Lanes(SCRIPTED, 1, np.random.SeedSequence(0), gamma=0.5)
+        lanes = Lanes(SCRIPTED, 1, np.random.SeedSequence(0), measure_returns=True, gamma=0.5)
         policy = one_policy(SCRIPTED)
         for _ in range(2):
             lanes.reset()
@@ -583,3 +583,13 @@ def test_a_live_worker_is_lean_and_sends_what_it_counts(local_ray: None) -> None
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def test_discounted_returns_are_measured_only_where_they_are_asked_for() -> None:
+    with theatre():
+        lanes = Lanes(SCRIPTED, 2, np.random.SeedSequence(0), gamma=0.5)
+        lanes.reset()
+        for _ in range(5):
+            lanes.step(one_policy(SCRIPTED, "lever"), step=0)
+        lanes.close()
+    assert lanes.returns == Moments()

@@ -611,22 +611,25 @@ def test_an_unknown_algorithm_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cuda", "bf16", "amx", "chosen"),
+    ("cuda", "bf16", "amx", "avx512", "chosen"),
     [
-        (True, True, False, "bf16-mixed"),
-        (True, False, True, "32-true"),
-        (False, False, True, "bf16-mixed"),
-        (False, True, False, "32-true"),
+        (True, True, False, False, "bf16-mixed"),
+        (True, False, True, True, "32-true"),
+        (False, False, True, False, "bf16-mixed"),
+        (False, False, False, True, "bf16-mixed"),
+        (False, True, False, False, "32-true"),
     ],
 )
 def test_precision_is_chosen_for_the_hardware(
-    cuda: bool, bf16: bool, amx: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+    cuda: bool, bf16: bool, amx: bool, avx512: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 and not including_emulation)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert choose_precision("auto") == chosen
-    assert choose_precision("16-mixed") == "16-mixed"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert choose_precision("auto", images=True) == chosen
+    assert choose_precision("auto", images=False) == "32-true"
+    assert choose_precision("16-mixed", images=False) == "16-mixed"
 
 
 def test_bfloat16_learns_too(tmp_path: Path) -> None:
