@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ Everything lies under SQUALL_HOME (default ./runs); --store or SQUALL_STORE name
 of several machines. With --json a command prints one JSON document on
 standard output and nothing else; progress goes to standard error."""
 
+_Command = Callable[[argparse.Namespace, TextIO], int]
 _WIDTH_OF_A_PIPE = 200
 
 
@@ -86,15 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"squall {version('squall')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    common = [_common()]
+    common = _common()
 
-    train = commands.add_parser(
-        "train",
-        help="train an agent",
-        description="Train an agent, or resume a run.",
-        allow_abbrev=False,
-        parents=common,
-    )
+    def add(name: str, command: _Command, summary: str, description: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=summary, description=description, allow_abbrev=False, parents=[common])
+        made.set_defaults(command=command)
+        return made
+
+    train = add("train", _train, "train an agent", "Train an agent, or resume a run.")
     train.add_argument("algorithm", nargs="?", help="such as dqn")
     train.add_argument("environment", nargs="?", help="Gymnasium id, or module:EnvId-v0 for one of your own")
     train.add_argument("--actors", type=_count, metavar="N", help="rollout workers; default the preset's, or 2")
@@ -118,11 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check and print the resolved configuration, all keys of it, and stop",
     )
-    train.set_defaults(command=_train)
 
-    evaluate = commands.add_parser(
-        "evaluate", help="play greedy episodes", description="Play greedy episodes.", allow_abbrev=False, parents=common
-    )
+    evaluate = add("evaluate", _evaluate, "play greedy episodes", "Play greedy episodes.")
     evaluate.add_argument("run", help="a run's name, or the path of a .ckpt file")
     evaluate.add_argument("--episodes", type=int, default=20, metavar="N", help="default 20")
     evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best")
@@ -135,58 +132,39 @@ def _parser() -> argparse.ArgumentParser:
         "At most 20,000 frames, shared evenly by the environments played at once (8, or as many as there are "
         "episodes); what goes beyond is played and scored, not recorded, and the command says so",
     )
-    evaluate.set_defaults(command=_evaluate)
 
-    runs = commands.add_parser(
-        "runs", help="list runs", description="List runs, newest first.", allow_abbrev=False, parents=common
-    )
-    runs.set_defaults(command=_runs)
+    add("runs", _runs, "list runs", "List runs, newest first.")
 
-    status = commands.add_parser(
-        "status", help="show what a run does", description="Show what a run does.", allow_abbrev=False, parents=common
-    )
+    status = add("status", _status, "show what a run does", "Show what a run does.")
     status.add_argument("run", help="a run's name")
     status.add_argument("--events", type=int, default=10, metavar="N", help="how many of its last events; default 10")
-    status.set_defaults(command=_status)
 
-    watch = commands.add_parser(
+    watch = add(
         "watch",
-        help="follow a run live",
-        description="Follow a run live, from any terminal. With --json: a document a line, one a second.",
-        allow_abbrev=False,
-        parents=common,
+        _watch,
+        "follow a run live",
+        "Follow a run live, from any terminal. With --json: a document a line, one a second.",
     )
     watch.add_argument("run", help="a run's name")
-    watch.set_defaults(command=_watch)
 
-    scale = commands.add_parser(
+    scale = add(
         "scale",
-        help="change the number of rollout workers",
-        description="Change the number of rollout workers of a run that is on. Who leaves sends what it has first.",
-        allow_abbrev=False,
-        parents=common,
+        _scale,
+        "change the number of rollout workers",
+        "Change the number of rollout workers of a run that is on. Who leaves sends what it has first.",
     )
     scale.add_argument("run", help="a run's name")
     scale.add_argument("--actors", type=_count, required=True, metavar="N", help="rollout workers there shall be")
-    scale.set_defaults(command=_scale)
 
-    stop = commands.add_parser(
-        "stop",
-        help="end a run in order",
-        description="End a run in order, with a checkpoint.",
-        allow_abbrev=False,
-        parents=common,
-    )
+    stop = add("stop", _stop, "end a run in order", "End a run in order, with a checkpoint.")
     stop.add_argument("run", help="a run's name")
-    stop.set_defaults(command=_stop)
 
-    plot = commands.add_parser(
+    plot = add(
         "plot",
-        help="draw learning curves",
-        description="Draw learning curves over environment steps. Runs that differ in nothing but the seed are one "
+        _plot,
+        "draw learning curves",
+        "Draw learning curves over environment steps. Runs that differ in nothing but the seed are one "
         "curve: the line is the mean of the seeds, the band goes from the lowest to the highest seed.",
-        allow_abbrev=False,
-        parents=common,
     )
     plot.add_argument("runs", nargs="+", metavar="RUN", help="a run's name; 'LABEL=RUN' puts it under a label of yours")
     plot.add_argument(
@@ -196,7 +174,6 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--smooth", type=_count, default=1, metavar="N", help="mean of each run's last N points; default 1: as they are"
     )
-    plot.set_defaults(command=_plot)
     return parser
 
 

@@ -147,6 +147,9 @@ class Coordinator:
         except (CrashLoop, DeadlineExceeded) as error:
             raise RunFailed(str(error)) from error
         finally:
+            for command, reference in self._checkpointing:
+                written = is_ready(reference)
+                self.watcher.answer(command, self._checkpointed(reference) if written else {"error": "the run ended"})
             for process in [*self.processes, *self.crew.leaving]:
                 process.kill()
 

@@ -305,7 +305,7 @@ def test_whole_episodes_begin_at_a_reset_and_lanes_play_in_turn(num_envs: int, e
 
 def test_moments_of_discounted_returns_are_those_of_all_steps() -> None:
     """G is 5, 7.5, 8.75 over an episode's three steps, then anew."""
-    module = small(Reinforce, toy(lengths=(3,), pays=5.0), gamma=0.5, num_batch_episodes=2)
+    module = small(Reinforce, toy(lengths=(3,), pays=5.0), gamma=0.5, num_batch_episodes=2, normalize_rewards=True)
     experience = module.train_dataloader()
     for batches in (1, 2):
         experience.next()
