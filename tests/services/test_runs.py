@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from services.control import command
 from services.sqlite_store import SQLiteRunStore
 from tests.services.running import Run, squall
 
@@ -195,6 +196,35 @@ def test_a_run_is_scaled_up_and_down_while_it_runs(start: Start) -> None:
     ended = squall(run.home, "scale", "scaled", "--actors", "3")
     assert ended.returncode == 1
     assert "finished" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_leave_takes_no_permits_with_it(start: Start) -> None:
+    """It is suspended, with a share of the batch under way, so it neither completes that nor gives it back."""
+    run = start("stuck", *ON_POLICY, "--set", "eval_every=0", "--steps", "1000000", "--actors", "3")
+    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 20)
+    os.kill(run.pid_of("worker", 2), signal.SIGSTOP)
+    assert squall(run.home, "scale", "stuck", "--actors", "2").returncode == 0
+    down = run.wait_for(lambda s: workers_of(s) == [(0, "running"), (1, "running")])
+    assert any("did not leave within 10 s" in event["text"] for event in down["events"])
+    run.wait_for(lambda s: s["updates"] > down["updates"] + 20)
+    assert squall(run.home, "stop", "stuck").returncode == 0
+    run.finish(30)
+    assert run.leftovers() == []
+
+
+def test_a_run_writes_a_checkpoint_when_it_is_asked_to(start: Start) -> None:
+    run = start("asked", *LONG, "--actors", "1", "--set", "eval_every=0", "--set", "checkpoint_every=1000000")
+    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+    with SQLiteRunStore(run.home / "squall.db") as store:
+        answer = command(store, "asked", "checkpoint")
+    saved = torch.load(answer["checkpoint"], weights_only=True)
+    assert saved["global_step"] > 0
+    assert answer["weights_version"] > 0
+    assert squall(run.home, "stop", "asked").returncode == 0
+    summary = run.finish(30)
+    assert summary["updates"] >= saved["global_step"]
+    assert run.leftovers() == []
 
 
 def test_a_run_is_watched_from_elsewhere(start: Start) -> None:
