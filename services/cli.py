@@ -29,6 +29,7 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall evaluate dqn-CartPole-v1-1            play greedy episodes with its best weights
   squall plot dqn-CartPole-v1-1                draw its learning curve
   squall evaluate dqn-CartPole-v1-1 --video play.mp4  and record them
+  squall doctor                                what is wrong with this machine, the store, the cluster
 
 Everything lies under SQUALL_HOME (default ./runs); --store or SQUALL_STORE names a Redis server that knows the runs
 of several machines. With --json a command prints one JSON document on
@@ -173,6 +174,15 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--metric", default="eval/mean_reward", help="such as rollout/ep_rew_mean; eval/mean_reward")
     plot.add_argument(
         "--smooth", type=_count, default=1, metavar="N", help="mean of each run's last N points; default 1: as they are"
+    )
+
+    add(
+        "doctor",
+        _doctor,
+        "look for what is wrong with this machine and the cluster",
+        "Look at this machine, the store, and from inside a worker at every node of the cluster (RAY_ADDRESS, or a "
+        "local Ray): versions, processors, memory, /dev/shm, GPU, ALE, ports, clocks. Exit status 1 if something "
+        "cannot work.",
     )
     return parser
 
@@ -347,6 +357,20 @@ def _plot(parsed: argparse.Namespace, out: TextIO) -> int:
         "curves": [{"label": c.label, "seeds": c.seeds, "points": len(c.steps)} for c in curves],
     }
     return _answer(out, parsed.json, payload, f"{parsed.output}: {', '.join(curve.label for curve in curves)}")
+
+
+def _doctor(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services.ray_environment import settle
+
+    settle()
+    from dataclasses import asdict
+
+    from services import doctor
+    from services.display import render_findings
+
+    findings = doctor.examine(parsed.store)
+    _answer(out, parsed.json, [asdict(finding) for finding in findings], render_findings(findings))
+    return int(any(finding.verdict == doctor.PROBLEM for finding in findings))
 
 
 if __name__ == "__main__":

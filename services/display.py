@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from services.store import RunRecord
+
+if TYPE_CHECKING:
+    from services.doctor import Finding  # with Ray, which takes a while to import
 
 
 class Display:
@@ -123,6 +127,15 @@ def render_summary(summary: dict[str, Any]) -> Table:
     table = Table("", "", box=None, pad_edge=False, show_header=False)
     for key, value in summary.items():
         table.add_row(key, _number(value) if isinstance(value, float) else str(value))
+    return table
+
+
+def render_findings(findings: Sequence[Finding]) -> Table:
+    """Return what the doctor found as a table, with advice below each finding that needs it."""
+    table = Table("where", "what", "verdict", "found", box=None, pad_edge=False)
+    for finding in findings:
+        advice = f"\n-> {finding.advice}" if finding.advice else ""
+        table.add_row(finding.place, finding.check, finding.verdict, finding.found + advice)
     return table
 
 

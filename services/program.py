@@ -31,7 +31,7 @@ from replay.trajectory_server import QueueSpec, TrajectoryActor, TrajectoryClien
 from replay.types import ConfigurationError, SquallError
 from services.config import RunConfig
 
-_LEAST_OBJECT_STORE = 128 * 2**20
+LEAST_OBJECT_STORE = 128 * 2**20
 _MOST_LEARNER_THREADS = 4
 _LONGEST_TEMPORARY_PATH = 30
 _LONG_EPISODE = 1_000
@@ -147,7 +147,7 @@ class Program:
         else:
             push = layout.frame_bytes * layout.max_segment_frames * self.rollout.num_envs
             batch = 2 * observation * self.replay.batch_size * self.replay.batches_per_sample
-        return max(_LEAST_OBJECT_STORE, 2 * (4 * self.actors * push + 6 * batch))
+        return max(LEAST_OBJECT_STORE, 2 * (4 * self.actors * push + 6 * batch))
 
 
 def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
@@ -253,9 +253,9 @@ class RaySession:
             free = psutil.disk_usage("/dev/shm").free
         except OSError:
             return self._bytes
-        if free < _LEAST_OBJECT_STORE:
+        if free < LEAST_OBJECT_STORE:
             raise RayUnavailable(
-                f"/dev/shm has {free / 2**20:.0f} MiB free and Ray needs {_LEAST_OBJECT_STORE / 2**20:.0f} MiB; "
+                f"/dev/shm has {free / 2**20:.0f} MiB free and Ray needs {LEAST_OBJECT_STORE / 2**20:.0f} MiB; "
                 f"in a container raise its shm_size"
             )
         return min(self._bytes, int(free * 0.8))

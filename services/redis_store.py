@@ -49,6 +49,7 @@ from services.store import (
     RunNameInUse,
     RunRecord,
     RunStore,
+    StoreHealth,
     StoreIncompatible,
     StoreUnavailable,
     UnknownCommand,
@@ -197,6 +198,19 @@ class RedisRunStore(RunStore):
         """Close the connections; calls after that raise `StoreUnavailable`."""
         self._closed = True
         self._client.connection_pool.disconnect()
+
+    def health(self) -> StoreHealth:
+        """See `RunStore.health`."""
+        with self._asking() as client:
+            info, (seconds, microseconds) = client.info(), client.time()
+        warnings = []
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            warnings.append(f"it may forget runs when it is full: set maxmemory-policy noeviction, not {policy}")
+        if not info.get("aof_enabled", 1):
+            warnings.append("it forgets what is newer than its last snapshot when it dies: set appendonly yes")
+        server = f"Redis {info.get('redis_version', 'of no version')}, {self.shown}"
+        return StoreHealth(server, seconds + microseconds / 1e6, tuple(warnings))
 
     def register(self, record: RunRecord) -> None:
         """See `RunStore.register`."""

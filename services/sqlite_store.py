@@ -21,6 +21,7 @@ from services.store import (
     RunNameInUse,
     RunRecord,
     RunStore,
+    StoreHealth,
     StoreIncompatible,
     StoreUnavailable,
     UnknownCommand,
@@ -102,6 +103,12 @@ class SQLiteRunStore(RunStore):
         with self._lock:
             self._closed = True
             self._disconnect()
+
+    def health(self) -> StoreHealth:
+        """See `RunStore.health`."""
+        with self._transaction() as connection:
+            connection.execute("SELECT count(*) FROM runs").fetchone()
+        return StoreHealth(f"SQLite {sqlite3.sqlite_version}, {self.path}", None)
 
     def register(self, record: RunRecord) -> None:
         """See `RunStore.register`."""

@@ -315,6 +315,21 @@ def _is_there(pid: int, started: float) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class StoreHealth:
+    """What a store's server says of itself.
+
+    Attributes:
+        server: what it is.
+        clock: Unix seconds by the server's clock; None where it has none of its own.
+        warnings: what about it may lose runs, each with what to do.
+    """
+
+    server: str
+    clock: float | None
+    warnings: tuple[str, ...] = ()
+
+
 class RunStore(ABC):
     """The contract. Calls may come from any thread, and from several processes at once.
 
@@ -337,6 +352,10 @@ class RunStore(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @abstractmethod
+    def health(self) -> StoreHealth:
+        """Reach the store and say how it is."""
 
     @abstractmethod
     def register(self, record: RunRecord) -> None:

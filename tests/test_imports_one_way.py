@@ -28,6 +28,7 @@ FENCES = {
         "services/processes.py",
         "services/scoring.py",
         "services/coordinator.py",
+        "services/doctor.py",
         "services/cli.py",
     ),
     "matplotlib": ("services/plotting.py",),

@@ -200,10 +200,20 @@ def test_a_run_is_scaled_up_and_down_while_it_runs(start: Start) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_cannot_leave_takes_no_permits_with_it(start: Start) -> None:
-    """It is suspended, with a share of the batch under way, so it neither completes that nor gives it back."""
+    """It is suspended with a share of the batch under way, so it neither completes that nor gives it back."""
     run = start("stuck", *ON_POLICY, "--set", "eval_every=0", "--steps", "1000000", "--actors", "3")
     run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 20)
-    os.kill(run.pid_of("worker", 2), signal.SIGSTOP)
+    newest = run.pid_of("worker", 2)
+    for _ in range(30):
+        os.kill(newest, signal.SIGSTOP)
+        time.sleep(2.0)
+        before = run.status()["updates"]
+        time.sleep(1.5)
+        if run.status()["updates"] == before:
+            break  # all wait for what it holds
+        os.kill(newest, signal.SIGCONT)
+    else:
+        pytest.fail("the worker never held a share when it was suspended")
     assert squall(run.home, "scale", "stuck", "--actors", "2").returncode == 0
     down = run.wait_for(lambda s: workers_of(s) == [(0, "running"), (1, "running")])
     assert any("did not leave within 10 s" in event["text"] for event in down["events"])

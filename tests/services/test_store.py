@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -723,6 +724,34 @@ def test_a_call_outlasts_a_short_outage(backend: Backend, store: RunStore) -> No
                 waiting.result(timeout=0.3)
         waiting.result(timeout=5)
     assert store.get("pong-1").state == "stopping"
+
+
+def test_health_names_the_server(store: RunStore, backend: Backend) -> None:
+    health = store.health()
+    assert health.warnings == ()
+    if isinstance(backend, RedisBackend):
+        assert re.match(r"Redis \d+\.\d+\.\d+, redis://127", health.server)
+        assert health.clock == pytest.approx(time.time(), abs=5.0)
+    else:
+        assert str(backend.path) in health.server
+        assert health.clock is None
+
+
+def test_health_of_a_server_that_is_away(redis_server: RedisServer) -> None:
+    with RedisRunStore(redis_server.url, timeout_seconds=0.3) as store, redis_server.suspended():
+        with pytest.raises(StoreUnavailable, match="no answer within"):
+            store.health()
+
+
+def test_a_redis_that_may_forget_is_warned_about(tmp_path: Path) -> None:
+    options = ("--appendonly", "no", "--maxmemory-policy", "allkeys-lru", "--requirepass", "hunter2")
+    with RedisServer(tmp_path, *options) as server, RedisRunStore(server.url.replace("//", "//:hunter2@")) as store:
+        health = store.health()
+    assert [("noeviction" in warning, "appendonly" in warning) for warning in health.warnings] == [
+        (True, False),
+        (False, True),
+    ]
+    assert "hunter2" not in str(health)
 
 
 def test_a_closed_store_says_so(backend: Backend) -> None:
