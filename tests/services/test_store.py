@@ -738,9 +738,12 @@ def test_health_names_the_server(store: RunStore, backend: Backend) -> None:
 
 
 def test_health_of_a_server_that_is_away(redis_server: RedisServer) -> None:
-    with RedisRunStore(redis_server.url, timeout_seconds=0.3) as store, redis_server.suspended():
-        with pytest.raises(StoreUnavailable, match="no answer within"):
-            store.health()
+    with (
+        RedisRunStore(redis_server.url, timeout_seconds=0.3) as store,
+        redis_server.suspended(),
+        pytest.raises(StoreUnavailable, match="no answer within"),
+    ):
+        store.health()
 
 
 def test_a_redis_that_may_forget_is_warned_about(tmp_path: Path) -> None:
