@@ -41,7 +41,7 @@ class Curve:
 
     Attributes:
         label: for the legend.
-        seeds: whose mean the line is.
+        seeds: whose mean the line is; empty for figures that somebody else published.
         steps: `[N]` environment steps.
         mean: `[N]` mean over the seeds.
         low: `[N]` lowest of the seeds.
@@ -160,8 +160,9 @@ def draw(
         colour, style = _COLOURS[index % len(_COLOURS)], _STYLES[index // len(_COLOURS) % len(_STYLES)]
         # Matplotlib reads formulas between dollars, and leaves labels that begin with _ out of a legend.
         name = curve.label.replace("$", r"\$")
-        seeds = f"{len(curve.seeds)} seed{'s' if len(curve.seeds) > 1 else ''}"
-        label = f"{' ' if name.startswith('_') else ''}{name} ({seeds})"
+        seeds = f" ({len(curve.seeds)} seed{'s' if len(curve.seeds) > 1 else ''})" if curve.seeds else ""
+        style = style if curve.seeds else ":"
+        label = f"{' ' if name.startswith('_') else ''}{name}{seeds}"
         marker = "o" if len(curve.steps) == 1 else None
         axes.plot(curve.steps, curve.mean, style, color=colour, linewidth=1.6, marker=marker, label=label)
         if len(curve.seeds) > 1:

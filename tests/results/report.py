@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from replay.types import ConfigurationError
 from services.plotting import Curve, aggregate, as_series, draw
-from tests.results.rows import BEST, LAST_THREE, PLOTS, Row
+from tests.results.rows import BEST, LAST_THREE, PLOTS, Published, Row
 from tests.results.training import Run
 
 REACHED, MISSED, SHOWN, NOT_YET = "reached", "not reached", "shown as it is", "not yet run"
@@ -82,6 +84,9 @@ def markdown(rows: Sequence[Row], runs: Mapping[str, Run], plots: Sequence[str])
         table = [_HEADINGS, ("---",) * len(_HEADINGS), *(_cells(row, runs_of(row, runs)) for row in here)]
         parts += [f"## {environment}\n", "\n".join(f"| {' | '.join(cells)} |" for cells in table) + "\n"]
         parts += [f"{row.id}: {row.note}\n" for row in here if row.note]
+        for other in (other for row in here for other in row.published):
+            step, reached = other.points[-1]
+            parts.append(f"Published by others, {other.label}: {figure(reached)} at {step:,} steps ({other.source}).\n")
         names = dict.fromkeys(name for row in here for name in row.plots if name in plots)
         parts += [f"![{PLOTS[name]}](tests/results/plots/{name}.png)\n" for name in names]
         commands = [f"{row.command(row.seeds[0])}  # {row.id}" for row in here]
@@ -126,7 +131,7 @@ def draw_plots(rows: Sequence[Row], runs: Mapping[str, Run], folder: Path) -> li
         for row in sorted(here, key=lambda row: row.actors):
             actors = f"{row.actors} actor{'s' if row.actors > 1 else ''}"
             curve = _curve(actors if one_algorithm else row.algorithm, runs_of(row, runs))
-            curves += [] if curve is None else [curve]
+            curves += [] if curve is None else [curve, *map(_published, row.published)]
         thresholds = {row.threshold for row in here} - {None}
         wanted = thresholds.pop() if len(thresholds) == 1 else None
         if curves:
@@ -144,3 +149,8 @@ def _curve(label: str, runs: Mapping[int, Run]) -> Curve | None:
         return aggregate(label, {seed: as_series(pairs) for seed, pairs in points.items()}) if points else None
     except ConfigurationError:
         return None
+
+
+def _published(other: Published) -> Curve:
+    steps, mean = (np.array(column, np.float64) for column in zip(*other.points, strict=True))
+    return Curve(other.label, (), steps, mean, mean, mean)

@@ -11,6 +11,21 @@ LAST_THREE = "last three evaluations"
 
 
 @dataclass(frozen=True)
+class Published:
+    """A learning curve of somebody else.
+
+    Attributes:
+        label: for the legend.
+        source: where it is from, and what to know about it.
+        points: `(environment steps, mean return)`.
+    """
+
+    label: str
+    source: str
+    points: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One experiment.
 
@@ -29,6 +44,7 @@ class Row:
         quick: whether `--quick` runs its first seed.
         plots: names of the plots with its curve, keys of `PLOTS`.
         note: shown below the table.
+        published: what others reached, drawn beside it.
     """
 
     id: str
@@ -44,6 +60,7 @@ class Row:
     quick: bool = False
     plots: tuple[str, ...] = ()
     note: str = ""
+    published: tuple[Published, ...] = ()
 
     def run(self, seed: int) -> str:
         """Return the name of a seed's run."""
@@ -70,6 +87,25 @@ PLOTS = {
     "halfcheetah": "HalfCheetah-v5",
     "pong": "PongNoFrameskip-v4",
 }
+
+_SAC_OF_OTHERS = (
+    Published(
+        "Stable-Baselines3, HalfCheetah-v3",
+        "[rl-trained-agents](https://github.com/DLR-RM/rl-trained-agents), `sac/HalfCheetah-v3_1/evaluations.npz`: one "
+        "seed, 20 greedy episodes a point, 10,000 random steps first",
+        tuple(zip(range(10_000, 100_001, 10_000), (
+            -1.0, 51.2, 608.0, 1713.1, 3043.8, 3512.6, 3575.5, 4175.8, 4665.7, 4960.8,
+        ), strict=True)),
+    ),
+    Published(
+        "tianshou, HalfCheetah-v3",
+        "[its benchmark](https://github.com/thu-ml/tianshou/tree/v0.5.0/examples/mujoco), `result.json`: ten seeds; "
+        "the 10,000 random steps that it makes first and does not count are added",
+        tuple(zip(range(10_000, 100_001, 10_000), (
+            -2.0, 865.4, 2641.1, 3525.4, 4326.9, 4747.2, 5316.2, 5586.9, 5929.2, 6212.8,
+        ), strict=True)),
+    ),
+)  # fmt: skip
 
 _VARIANTS = ("double-dqn", "dueling-dqn", "noisy-dqn", "n-step-dqn", "per-dqn", "non-distributional-rainbow")
 _ON_CARTPOLE = Row("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, plots=("cartpole-dqn",))
@@ -122,7 +158,18 @@ ROWS = (
         settings={"final_eval_episodes": 100},
         plots=("pendulum",),
     ),
-    Row("sac-halfcheetah", "sac", "HalfCheetah-v5", 100_000, seeds=(0,), steps=100_000, plots=("halfcheetah",)),
+    Row(
+        "sac-halfcheetah",
+        "sac",
+        "HalfCheetah-v5",
+        100_000,
+        seeds=(0,),
+        steps=100_000,
+        plots=("halfcheetah",),
+        note="needs the extra `mujoco`. CleanRL publishes its curves as Weights & Biases runs, and as a number only "
+        "what it reached at 1,000,000 steps.",
+        published=_SAC_OF_OTHERS,
+    ),
     *(
         replace(
             _ON_PONG,

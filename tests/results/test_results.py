@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from services.plotting import Curve
 from services.sqlite_store import SQLiteRunStore
 from services.store import RunRecord, this_process
 from tests.results import __main__ as command
 from tests.results import report
-from tests.results.rows import LAST_THREE, PLOTS, ROWS, Row
+from tests.results.rows import LAST_THREE, PLOTS, ROWS, Published, Row
 from tests.results.training import Run, TrainingFailed, decide, differences, forget, make, read_runs, write_runs
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,8 @@ def test_a_run_that_another_command_made_is_none_of_the_rows() -> None:
 
 def test_the_page_and_the_plots_come_from_the_file_alone(tmp_path: Path) -> None:
     other = replace(BEST_OF, id="a2c-acrobot", algorithm="a2c", environment="Acrobot-v1", plots=("acrobot",))
-    noted = replace(other, id="sac", note="published: 42", threshold=None, within=7)
+    theirs = Published("theirs", "their page", ((10, 1.0), (20, 2.5)))
+    noted = replace(other, id="sac", note="published: 42", threshold=None, within=7, published=(theirs,))
     file = command.results_file(tmp_path)
     file.parent.mkdir(parents=True)
     write_runs(file, {BEST_OF.run(0): run(BEST_OF), BEST_OF.run(1): run(BEST_OF, 1, best=400.04)})
@@ -101,10 +103,25 @@ def test_the_page_and_the_plots_come_from_the_file_alone(tmp_path: Path) -> None
     assert f"| dqn-cartpole | 0, 1 | {cells}" in page
     assert "| a2c-acrobot | 0, 1 |  | 60,000 |  |  |  |  | 475 |  | not yet run |" in page
     assert "sac: published: 42" in page
+    assert "Published by others, theirs: 2.5 at 20 steps (their page)." in page
     assert "![CartPole-v1: DQN and its variants](tests/results/plots/cartpole-dqn.png)" in page
     assert "squall train dqn CartPole-v1 --actors 2 --seed 0  # dqn-cartpole" in page
     assert [path.name for path in (file.parent / "plots").iterdir()] == ["cartpole-dqn.png"]
     assert any("with 2 cores" in line for line in page)
+
+
+def test_what_others_published_is_drawn_beside_a_row_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Curve] = []
+    monkeypatch.setattr(report, "draw", lambda curves, *_, **__: drawn.extend(curves))
+    row = replace(BEST_OF, published=(Published("theirs", "their page", ((10, 1.0), (20, 2.5))),))
+    report.draw_plots([row], {}, tmp_path)
+    assert drawn == []
+    report.draw_plots([row], {BEST_OF.run(0): run(BEST_OF)}, tmp_path)
+    ours, theirs = drawn
+    assert (ours.label, ours.seeds) == ("dqn", (0,))
+    assert (theirs.label, theirs.seeds) == ("theirs", ())
+    assert theirs.steps.tolist() == [10.0, 20.0]
+    assert theirs.mean.tolist() == [1.0, 2.5]
 
 
 def test_runs_read_as_they_were_written(tmp_path: Path) -> None:

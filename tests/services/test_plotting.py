@@ -95,10 +95,11 @@ def test_a_picture_says_what_it_shows(tmp_path: Path) -> None:
     path = tmp_path / "curves.svg"
     made = replace(curve(), steps=np.array([0.0, 2_000_000.0]))
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        draw([made, curve("a2c", seeds=1)], path, title="CartPole-v1", ylabel="return", smooth=4, wanted=475)
+        others = [curve("a2c", seeds=1), replace(curve("theirs"), seeds=())]
+        draw([made, *others], path, title="CartPole-v1", ylabel="return", smooth=4, wanted=475)
     text = path.read_text()
     for words in (
-        "CartPole-v1", "environment steps", "return", "dqn (2 seeds)", "a2c (1 seed)", "wanted: 475", "1,000,000",
+        "CartPole-v1", "environment steps", "return", "dqn (2 seeds)", "a2c (1 seed)", "theirs", "wanted: 475", "1,000,000",
         "line: mean of the seeds; band: lowest to highest seed; each point is the mean of the last 4 of its seed",
     ):  # fmt: skip
         assert f">{words}<" in text, words
