@@ -71,7 +71,8 @@ def examine(store_url: str | None = None) -> list[Finding]:
     """Look at everything, within a few minutes at most; what fails is a finding, not an error."""
     here = look()
     findings = [*here.findings, *_look_at_home(here.host), *_look_at_store(store_url)]
-    cluster = os.environ.get("RAY_ADDRESS") or "a Ray of this machine's own"
+    address = os.environ.get("RAY_ADDRESS")
+    cluster = address or "a Ray of this machine's own"
     try:
         with RaySession(LEAST_OBJECT_STORE):
             nodes = _nodes()
@@ -79,7 +80,10 @@ def examine(store_url: str | None = None) -> list[Finding]:
             for node in nodes:
                 findings += _look_at_node(node, here)
     except SquallError as error:
-        findings.append(Finding(cluster, "ray", PROBLEM, str(error), "see the reason; without Ray nothing runs"))
+        advice = (
+            "start a cluster there, or unset RAY_ADDRESS" if address else "see the reason; without Ray nothing runs"
+        )
+        findings.append(Finding(cluster, "ray", PROBLEM, str(error), advice))
     return findings
 
 

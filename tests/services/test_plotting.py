@@ -100,7 +100,8 @@ def test_a_picture_says_what_it_shows(tmp_path: Path) -> None:
     text = path.read_text()
     for words in (
         "CartPole-v1", "environment steps", "return", "dqn (2 seeds)", "a2c (1 seed)", "theirs", "wanted: 475",
-        "1,000,000", "line: mean of the seeds; band: lowest to highest seed; each point is the mean of the last 4 of its seed",
+        "1,000,000",
+        "line: mean of the seeds; band: lowest to highest seed; each point is the mean of the last 4 of its seed",
     ):  # fmt: skip
         assert f">{words}<" in text, words
 
