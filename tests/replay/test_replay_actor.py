@@ -51,6 +51,14 @@ def after(seconds: float, what: Callable[[], Any]) -> threading.Timer:
     return timer
 
 
+def wait_until_gone(pid: int) -> None:
+    """Wait for a killed process: until its end it may answer calls that come right after `ray.kill`."""
+    deadline = time.monotonic() + 20.0
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {pid} lives 20 s after it was killed"
+        time.sleep(0.02)
+
+
 @ray.remote(num_cpus=0)
 class Stubborn:
     """Answers after a while, or fails."""
@@ -212,6 +220,7 @@ def test_a_call_goes_on_with_the_actor_that_takes_the_place_of_a_dead_one(
     actor = start(Stubborn)
     first = actor.call("pid", seconds=20.0)
     ray.kill(ray.get_actor(actor.name))
+    wait_until_gone(first)
     timer = after(1.2, lambda: start(Stubborn, name=actor.name))
     second = actor.call("pid", seconds=20.0)
     timer.join()
