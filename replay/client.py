@@ -19,7 +19,7 @@ class WaitingClient:
         """Hold `actor`, the name of the server's process; every wait ends after `deadline_seconds`."""
         self._actor, self._deadline = actor, deadline_seconds
         self.waiting_for: str | None = None
-        self.seconds_waited = 0.0
+        self.seconds_waited = 0.0  # from each first answer "wait" to the answer that was none
 
     def _until_served(self, method: str, *arguments: Any, stop: threading.Event | None) -> Any:
         """Return the server's first answer that is not "wait"; None if `stop` was set meanwhile.
@@ -28,7 +28,7 @@ class WaitingClient:
             DeadlineExceeded: it said "wait" until the deadline; the text has its last reason.
             Exception: what the server raised, as itself.
         """
-        begun, pause = time.monotonic(), _SHORTEST_PAUSE
+        begun, pause, waiting_since = time.monotonic(), _SHORTEST_PAUSE, None
         try:
             while True:
                 remaining = begun + self._deadline - time.monotonic()
@@ -36,6 +36,7 @@ class WaitingClient:
                 if reply is None or reply.wait is None:
                     return reply
                 self.waiting_for = reply.wait
+                waiting_since = waiting_since or time.monotonic()
                 if remaining <= 0:
                     raise DeadlineExceeded(f"{method} waited {self._deadline:.0f} s for {reply.wait}")
                 if stop is None:
@@ -45,4 +46,5 @@ class WaitingClient:
                 pause = min(pause * 1.5, _LONGEST_PAUSE)
         finally:
             self.waiting_for = None
-            self.seconds_waited += time.monotonic() - begun
+            if waiting_since is not None:
+                self.seconds_waited += time.monotonic() - waiting_since

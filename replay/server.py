@@ -7,6 +7,7 @@ client asks again until its deadline. A parked call would occupy the very actor 
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from replay.desk import Desk
 from replay.rate_limiter import RateLimiter
 from replay.remote import GONE, actor_class
 from replay.seeds import spawn_seed
-from replay.table import TableSpec, TransitionTable
+from replay.table import MOST_SHARDS, TableSpec, TransitionTable
 from replay.types import (
     Array,
     ConfigurationError,
@@ -68,6 +69,18 @@ class ReplaySpec:
             )
         self.limiter()
 
+    def check_shards(self, shards: int) -> None:
+        """Raise `ConfigurationError`, naming the figures, unless the replay can be divided among `shards`."""
+        if not 1 <= shards <= MOST_SHARDS:
+            raise ConfigurationError(f"replay_shards must lie in [1, {MOST_SHARDS}], got {shards}")
+        least = max(self.largest_push, self.table.layout.segment_length)
+        smallest = self.table.capacity // shards
+        if smallest < least:
+            raise ConfigurationError(
+                f"a replay of {self.table.capacity:,} transitions has shards of {smallest:,} with replay_shards "
+                f"{shards}, and each must hold one push of {least:,}; use fewer, or a larger replay_size"
+            )
+
     def limiter(self) -> RateLimiter:
         """Make the run's rate limiter, with the least tolerance that cannot deadlock."""
         return RateLimiter.for_calls(
@@ -110,7 +123,9 @@ class ReplayStats:
         repeated_pushes: pushes that arrived a second time.
         waiting: caller -> what it waits for.
         highest_priority: highest priority seen.
+        sample_age: mean age of the transitions drawn last, in steps inserted since; None before the first draw.
         pid: of the server's process.
+        node: host it runs on.
         resident_bytes: resident memory of the server's process.
     """
 
@@ -124,7 +139,9 @@ class ReplayStats:
     repeated_pushes: int
     waiting: dict[str, str]
     highest_priority: float
+    sample_age: float | None
     pid: int
+    node: str
     resident_bytes: int
 
 
@@ -254,7 +271,9 @@ class ReplayServer:
             repeated_pushes=self._desk.repeated_pushes,
             waiting=self._desk.waiting(),
             highest_priority=table.highest_priority,
+            sample_age=table.sample_age,
             pid=os.getpid(),
+            node=socket.gethostname(),
             resident_bytes=psutil.Process().memory_info().rss,
         )
 

@@ -23,6 +23,7 @@ from replay.types import Array, Batch, ConfigurationError, Layout, NotEnoughMemo
 _SEQUENCE_BITS = 43
 _INCARNATION_BITS = 12
 _SHARD_BITS = 8
+MOST_SHARDS = 1 << _SHARD_BITS
 
 # Frames that belong to no transition: the row after each episode's end. Vectors have short episodes, and small
 # frames; images have long episodes, and this much keeps 64 rows with n <= 5 below 1.15 frames a transition.
@@ -76,6 +77,10 @@ class TableSpec:
         if self.priority_exponent is not None:
             total += 16 * (1 << (self.capacity - 1).bit_length())
         return total
+
+    def shard(self, index: int, shards: int) -> TableSpec:
+        """Return the table of one of several shards that divide the capacity evenly."""
+        return replace(self, capacity=self.capacity // shards + (index < self.capacity % shards))
 
     def check_memory(self, available: int | None = None) -> None:
         """Raise `NotEnoughMemory`, with both figures, if the machine lacks the memory for this table.
@@ -131,11 +136,17 @@ class _Ring:
     newest_frame: int = 0
 
 
+def shards_of(ids: Array) -> Array:
+    """Return which shard each id is of."""
+    return ids >> _SEQUENCE_BITS + _INCARNATION_BITS
+
+
 class TransitionTable:
     """Holds segments and answers with batches of transitions; a plain object, one caller at a time.
 
     Uniform means uniform over the transitions, not over segments. Prioritized draws proportionally to
     `priority ** alpha`, each batch stratified by itself (Schaul et al. 2016, section 3.3 and appendix B.2.1).
+    `sample_age` is the mean age of what was drawn last, in transitions inserted since.
     """
 
     def __init__(self, spec: TableSpec, *, seed: np.random.SeedSequence, shard: int = 0, incarnation: int = 0) -> None:
@@ -151,9 +162,9 @@ class TransitionTable:
             NotEnoughMemory: the machine lacks `spec.expected_bytes`.
             ConfigurationError: shard or incarnation does not fit an id.
         """
-        if not (0 <= shard < 1 << _SHARD_BITS and incarnation >= 0):
+        if not (0 <= shard < MOST_SHARDS and incarnation >= 0):
             raise ConfigurationError(
-                f"shard must lie in [0, 256) and incarnation not be negative, got {shard}, {incarnation}"
+                f"shard must lie in [0, {MOST_SHARDS}) and incarnation not be negative, got {shard}, {incarnation}"
             )
         spec.check_memory()
         self.spec = spec
@@ -171,6 +182,7 @@ class TransitionTable:
         self._tag = shard << _INCARNATION_BITS | incarnation % (1 << _INCARNATION_BITS)
         self._tree = None if spec.priority_exponent is None else SumTree(capacity)
         self.highest_priority = 1.0
+        self.sample_age: float | None = None
         self.stale_updates = 0
         self.evicted = 0
 
@@ -247,13 +259,45 @@ class TransitionTable:
         else:
             total = self._tree.total
             strata = (np.arange(batch_size) + self._rng.random(shape)) * (total / batch_size)
-            slots = self._tree.find(strata.ravel()).reshape(shape)
-            probability = self._tree.get(slots) / total
-            sequence = ring.oldest + (slots - ring.oldest) % self.spec.capacity
+            sequence, probability = self._weighted(strata, total)
         return self._gather(sequence, probability)
+
+    @property
+    def mass(self) -> float:
+        """What draws are in proportion to, summed up: the weights, or one for each transition."""
+        return float(self.size) if self._tree is None else self._tree.total
+
+    def draw(self, places: Array) -> Batch:
+        """Return the transitions at places of the whole mass, oldest first where the table is uniform.
+
+        Args:
+            places: `[n]` float64 in [0, 1); evenly spread ones draw as `sample` does.
+
+        Returns:
+            One row a place, `[n, ...]`; the probabilities are those within this table.
+
+        Raises:
+            ValueError: the table is empty.
+        """
+        if not self.size:
+            raise ValueError("cannot draw from an empty table")
+        if self._tree is None:
+            # Rounding may leave a place at the very end.
+            offset = np.minimum((places * self.size).astype(np.int64), self.size - 1)
+            return self._gather(self._ring.oldest + offset, np.full(len(places), 1.0 / self.size))
+        total = self._tree.total
+        return self._gather(*self._weighted(places * total, total))
+
+    def _weighted(self, targets: Array, total: float) -> tuple[Array, Array]:
+        """Return the transitions at running sums of weights, and with which probability each is drawn."""
+        assert self._tree is not None
+        slots = self._tree.find(targets.ravel()).reshape(targets.shape)
+        sequence = self._ring.oldest + (slots - self._ring.oldest) % self.spec.capacity
+        return sequence, self._tree.get(slots) / total
 
     def _gather(self, sequence: Array, probability: Array) -> Batch:
         slots = sequence % self.spec.capacity
+        self.sample_age = float(self._ring.newest - sequence.mean())
         return Batch(
             observation=self._observations(self._row[slots], self._age[slots]),
             action=self._action[slots],

@@ -6,6 +6,7 @@ As everywhere, a call that may not proceed is answered at once with the reason t
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ class QueueStats:
         repeated_pushes: pushes that arrived a second time.
         waiting: caller -> what it waits for.
         pid: of the server's process.
+        node: host it runs on.
     """
 
     counters: Counters
@@ -59,6 +61,7 @@ class QueueStats:
     repeated_pushes: int
     waiting: dict[str, str]
     pid: int
+    node: str
 
 
 class TrajectoryServer:
@@ -165,6 +168,7 @@ class TrajectoryServer:
             repeated_pushes=self._desk.repeated_pushes,
             waiting=self._desk.waiting(),
             pid=os.getpid(),
+            node=socket.gethostname(),
         )
 
 

@@ -343,3 +343,71 @@ class TakeReply:
     wait: str | None = None
     finished: bool = False
     returns: Moments = Moments()
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one shard holds.
+
+    Attributes:
+        incarnation: of the shard.
+        size: transitions.
+        mass: what draws are in proportion to, the number of transitions, or the sum of their weights.
+        highest_priority: highest priority it has seen.
+    """
+
+    incarnation: int
+    size: int
+    mass: float
+    highest_priority: float
+
+
+@dataclass(frozen=True)
+class AdmitReply:
+    """Answer to a worker that wants to send a push; it may unless one of the last three says otherwise.
+
+    Attributes:
+        env_steps: environment steps accepted in this run so far, from all workers.
+        shards: those that take pushes now.
+        highest_priority: highest priority that any shard has seen.
+        repeated: the push had been accepted before.
+        finished: the run has all the steps it wants.
+        wait: why it may not proceed now, or None.
+    """
+
+    env_steps: int
+    shards: tuple[int, ...] = ()
+    highest_priority: float = 1.0
+    repeated: bool = False
+    finished: bool = False
+    wait: str | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where in a replay of several shards to draw each of k x B items.
+
+    Attributes:
+        shard: `[k * B]` int64, which shard to draw from.
+        place: `[k * B]` float64 in [0, 1), where in that shard's mass.
+        share: shard -> its part of the whole mass.
+        incarnations: shard -> incarnation that the places are for.
+        size: transitions in all shards.
+        returns: moments of all discounted returns that came with pushes.
+    """
+
+    shard: Array
+    place: Array
+    share: dict[int, float]
+    incarnations: dict[int, int]
+    size: int
+    returns: Moments
+
+
+@dataclass(frozen=True)
+class PlacesReply:
+    """Answer to a sample of a replay in shards: places, or the reason to wait, or that nothing more will come."""
+
+    places: Places | None = None
+    wait: str | None = None
+    finished: bool = False

@@ -20,6 +20,7 @@ FENCES = {
     "ray": (
         "replay/remote.py",
         "replay/server.py",
+        "replay/sharded_client.py",
         "actors/weights.py",
         "actors/rollout.py",
         "actors/evaluation.py",
@@ -28,6 +29,9 @@ FENCES = {
         "services/processes.py",
         "services/scoring.py",
         "services/coordinator.py",
+        "services/replay_group.py",
+        "services/placement.py",
+        "services/metrics.py",
         "services/doctor.py",
         "services/cli.py",
     ),

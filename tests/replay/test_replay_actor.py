@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -242,6 +243,7 @@ def test_stats_say_what_is_held() -> None:
         repeated_pushes=1,
         waiting={},
         pid=os.getpid(),
+        node=socket.gethostname(),
     )
     server.take()
     stats = server.stats()

@@ -1,0 +1,156 @@
+"""ShardedReplayClient: what workers and learner hold of a replay in shards; Teller: what a shard holds of the desk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError
+
+from replay.remote import GONE, RemoteActor, fetch, is_ready
+from replay.server import ReplayClient
+from replay.table import shards_of
+from replay.types import AdmitReply, Array, Batch, DeadlineExceeded, InsertReply, Places, PlacesReply, Push, SampleReply
+
+_PAUSE = 0.05
+_SECONDS_FOR_A_DRAW = 1.0
+_SECONDS_TO_TAKE_BACK = 5.0
+
+
+class Teller:
+    """Calls a desk in another process without waiting; a desk that is gone is told again once it is back."""
+
+    def __init__(self, actor: RemoteActor) -> None:
+        """Hold the desk's name."""
+        self._actor = actor
+        self._told: Any = None
+
+    def settle(self, *word: Any) -> None:
+        """See `ReplayDesk.settle`."""
+        try:
+            # A dead actor's handle takes calls without a word; only their answers tell.
+            if self._told is not None and is_ready(self._told):
+                fetch(self._told, 1.0)
+            self._told = self._actor.later("settle", *word)
+        except (*GONE, ValueError):
+            self._actor.forget()
+            self._told = None
+
+
+class ShardedReplayClient(ReplayClient):
+    """A `ReplayClient` of a desk and its shards."""
+
+    def __init__(self, desk: RemoteActor, shards: Sequence[RemoteActor], *, deadline_seconds: float = 300.0) -> None:
+        """Hold the names of the processes; every wait ends after `deadline_seconds`."""
+        super().__init__(desk, deadline_seconds=deadline_seconds)
+        self._shards = list(shards)
+
+    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
+        """See `ReplayClient.insert`."""
+        who = push.worker, push.incarnation
+        admitted: AdmitReply | None = self._until_served("admit", *who, push.sequence, push.steps, stop=stop)
+        if admitted is None:
+            return None
+        if admitted.finished or admitted.repeated:
+            return InsertReply(admitted.env_steps, finished=admitted.finished, repeated=admitted.repeated)
+        try:
+            accepted = self._send(push, admitted, stop)
+        except Exception:
+            self._actor.call("revoke", *who, seconds=_SECONDS_TO_TAKE_BACK)
+            raise
+        return None if accepted is None else InsertReply(admitted.env_steps, accepted=accepted, repeated=not accepted)
+
+    def _send(self, push: Push, admitted: AdmitReply, stop: threading.Event | None) -> bool | None:
+        """Send a push to the shard whose turn it is, or if that is gone, with all it held, to the next."""
+        reference = ray.put(push)
+        end, turn = time.monotonic() + self._deadline, push.worker + push.sequence
+        while True:
+            shard = self._shards[admitted.shards[turn % len(admitted.shards)]]
+            try:
+                asked = shard.later("insert", reference, admitted.highest_priority)
+            except ValueError:
+                turn += 1
+            else:
+                try:
+                    accepted: bool | None = fetch(asked, end - time.monotonic(), stop)
+                    return accepted
+                except (ActorUnavailableError, GetTimeoutError):
+                    pass  # it may have the push, so it is the one to ask again: it recognises a repeat
+                except GONE:
+                    turn += 1
+            shard.forget()
+            if stop is not None and stop.is_set():
+                return None
+            if time.monotonic() >= end:
+                raise DeadlineExceeded(f"insert waited {self._deadline:.0f} s for a shard of the replay to answer")
+            time.sleep(_PAUSE)
+
+    def sample(self, k: int, batch_size: int, *, stop: threading.Event | None = None) -> SampleReply | None:
+        """See `ReplayClient.sample`."""
+        reply: PlacesReply | None = self._until_served("sample", k, batch_size, stop=stop)
+        end, patience = time.monotonic() + self._deadline, _SECONDS_FOR_A_DRAW
+        while reply is not None and reply.places is not None:
+            places = reply.places
+            parts, lost = self._draw(places, patience, stop)
+            if stop is not None and stop.is_set():
+                return None
+            if sum(len(where) for where, _ in parts.values()) == len(places.shard):
+                return SampleReply(batch=assemble(places, parts, (k, batch_size)), returns=places.returns)
+            if time.monotonic() >= end:
+                raise DeadlineExceeded(f"sample waited {self._deadline:.0f} s for the shards of the replay to answer")
+            # A shard that is gone, or too slow: the desk knows by now, or hears from here, and names others.
+            patience *= 2
+            time.sleep(_PAUSE)
+            reply = self._until_served("sample", k, batch_size, True, lost, stop=stop)
+        return None if reply is None else SampleReply(finished=True)
+
+    def _draw(
+        self, places: Places, seconds: float, stop: threading.Event | None
+    ) -> tuple[dict[int, tuple[Array, Batch]], list[tuple[int, int]]]:
+        """Draw from all shards at once; return what came of each, and the shards that are gone."""
+        asked, lost = {}, []
+        for shard in np.unique(places.shard).tolist():
+            where = np.flatnonzero(places.shard == shard)
+            try:
+                asked[shard] = where, self._shards[shard].later("draw", places.place[where])
+            except ValueError:
+                lost.append((shard, places.incarnations[shard]))
+        end, parts = time.monotonic() + seconds, {}
+        for shard, (where, reference) in asked.items():
+            try:
+                batch = fetch(reference, end - time.monotonic(), stop)
+            except (*GONE, GetTimeoutError):
+                self._shards[shard].forget()
+                continue
+            if batch is not None:
+                parts[shard] = where, batch
+        return parts, lost
+
+    def update_priorities(self, ids: Array, priorities: Array) -> None:
+        """See `ReplayClient.update_priorities`; each goes to the shard that its id names."""
+        ids, priorities = ids.ravel(), priorities.ravel()
+        of = shards_of(ids)
+        for shard in np.unique(of).tolist():
+            try:
+                self._shards[shard].later("update_priorities", ids[of == shard], priorities[of == shard])
+            except (*GONE, ValueError):
+                self._shards[shard].forget()
+
+
+def assemble(places: Places, parts: dict[int, tuple[Array, Batch]], shape: tuple[int, int]) -> Batch:
+    """Put what the shards drew where it belongs, with the probabilities of the whole."""
+    whole: dict[str, Array] = {}
+    for shard, (where, batch) in parts.items():
+        for name, values in vars(batch).items():
+            if name == "size":
+                continue
+            if name not in whole:
+                whole[name] = np.empty((shape[0] * shape[1], *values.shape[1:]), values.dtype)
+            whole[name][where] = values * places.share[shard] if name == "probability" else values
+    return Batch(
+        **{name: values.reshape(*shape, *values.shape[1:]) for name, values in whole.items()}, size=places.size
+    )

@@ -1,0 +1,353 @@
+"""A replay in shards, as the plain objects it is made of: one table's distribution, one limiter, deaths, repeats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replay.server import Counters, ReplaySpec
+from replay.sharded_client import assemble
+from replay.shards import ReplayDesk, ReplayShard, add_up
+from replay.table import TableSpec, shards_of
+from replay.types import Array, Batch, ConfigurationError, EpisodeResult, Layout, LayoutMismatch, Moments, Push
+from tests.replay.naive import make_segment
+from tests.replay.statistics import FALSE_ALARM, chi_square_p
+
+LAYOUT = Layout((1,), "float32", 1, (), "int64", 8, 1)
+SPEC = ReplaySpec(
+    TableSpec(LAYOUT, 96), samples_per_insert=2.0, minimum_size=16, largest_push=8, batch_size=4, batches_per_sample=4
+)
+ALPHA = 0.6
+PRIORITIZED = replace(SPEC, table=TableSpec(LAYOUT, 96, ALPHA))
+FREE = {"samples_per_insert": float("inf"), "minimum_size": 1, "batch_size": 64, "batches_per_sample": 512}
+
+
+class Whole:
+    """A desk and its shards in this process; pushes and draws go the way that `ShardedReplayClient` sends them."""
+
+    def __init__(self, spec: ReplaySpec, shards: int = 3, **desk: object) -> None:
+        self.spec, self.shards = spec, shards
+        self.desk = ReplayDesk(spec, shards=shards, run_seed=0, **desk)  # type: ignore[arg-type]
+        self.tables = [self.start(shard, 0) for shard in range(shards)]
+        self.sequences: dict[int, int] = {}
+
+    def settle(self, *word: object) -> None:
+        self.desk.settle(*word)  # type: ignore[arg-type]
+
+    def start(self, shard: int, incarnation: int) -> ReplayShard:
+        return ReplayShard(self.spec, shard=shard, shards=self.shards, desk=self, run_seed=0, incarnation=incarnation)
+
+    def push(self, steps: int = 8, worker: int = 0, **content: object) -> Push:
+        sequence = self.sequences[worker] = self.sequences.get(worker, -1) + 1
+        return Push(worker, 0, sequence, (make_segment(LAYOUT, steps),), **content)  # type: ignore[arg-type]
+
+    def insert(self, push: Push, shard: int | None = None) -> str | None:
+        """Insert and return None, or the reason to wait."""
+        reply = self.desk.admit(push.worker, push.incarnation, push.sequence, push.steps)
+        if reply.wait is not None or reply.finished:
+            return reply.wait or "finished"
+        turn = reply.shards[(push.worker + push.sequence) % len(reply.shards)] if shard is None else shard
+        assert self.tables[turn].insert(push, reply.highest_priority)
+        return None
+
+    def sample(self, k: int, batch_size: int) -> Batch:
+        places = self.desk.sample(k, batch_size).places
+        assert places is not None
+        parts = {}
+        for shard in np.unique(places.shard).tolist():
+            where = np.flatnonzero(places.shard == shard)
+            batch = self.tables[shard].draw(places.place[where])
+            assert batch is not None
+            parts[shard] = where, batch
+        return assemble(places, parts, (k, batch_size))
+
+    def set_priorities(self, rng: np.random.Generator) -> dict[int, float]:
+        """Give every item a priority between 0.1 and 10; return id -> weight."""
+        weights = {}
+        for table in self.tables:
+            batch = table.draw((np.arange(10_000) + 0.5) / 10_000)
+            assert batch is not None
+            ids = np.unique(batch.ids)
+            priorities = 10.0 ** rng.uniform(-1.0, 1.0, len(ids))
+            assert table.update_priorities(ids, priorities) == 0
+            weights |= dict(zip(ids.tolist(), (priorities**ALPHA).tolist(), strict=True))
+        return weights
+
+
+def uneven(spec: ReplaySpec) -> Whole:
+    """Three shards with 8, 24 and 27 transitions."""
+    whole = Whole(replace(spec, **FREE))  # type: ignore[arg-type]
+    for steps, shard in ((8, 0), (8, 1), (8, 1), (8, 1), (8, 2), (8, 2), (8, 2), (3, 2)):
+        assert whole.insert(whole.push(steps), shard) is None
+    return whole
+
+
+def counts_of(batch: Batch, ids: list[int]) -> Array:
+    found, counts = np.unique(batch.ids, return_counts=True)
+    assert set(found.tolist()) <= set(ids)
+    return np.array([dict(zip(found.tolist(), counts.tolist(), strict=True)).get(item, 0) for item in ids])
+
+
+# The distribution
+
+
+def test_prioritized_draws_over_all_shards_are_those_of_one_table() -> None:
+    whole = uneven(PRIORITIZED)
+    weights = whole.set_priorities(np.random.default_rng(0))
+    assert len(weights) == 59
+    batch = whole.sample(512, 64)
+    probabilities = np.array(list(weights.values())) / sum(weights.values())
+    right = dict(zip(weights, probabilities.tolist(), strict=True))
+    np.testing.assert_allclose(batch.probability, np.vectorize(right.get)(batch.ids), rtol=1e-9)
+    assert batch.size == 59
+    counts = counts_of(batch, list(weights))
+    assert chi_square_p(counts, probabilities) > FALSE_ALARM
+    # The same test turns away a sampler that gives every shard an equal part.
+    shard = shards_of(np.array(list(weights)))
+    equal = probabilities / np.array([probabilities[shard == s].sum() for s in range(3)])[shard] / 3
+    assert chi_square_p(counts, equal) < FALSE_ALARM
+
+
+def test_uniform_draws_over_all_shards_are_uniform_over_transitions() -> None:
+    whole = uneven(SPEC)
+    batch = whole.sample(512, 64)
+    ids = np.unique(batch.ids).tolist()
+    assert len(ids) == 59
+    np.testing.assert_allclose(batch.probability, 1 / 59)
+    assert chi_square_p(counts_of(batch, ids), np.full(59, 1 / 59)) > FALSE_ALARM
+    # Not stratified, as in one table: the number that one shard gets of a batch varies as a binomial does.
+    of_first = (shards_of(batch.ids) == 0).sum(1)
+    assert of_first.var() == pytest.approx(64 * 8 / 59 * 51 / 59, rel=0.25)
+
+
+def test_each_batch_is_stratified_over_the_whole() -> None:
+    whole = uneven(PRIORITIZED)
+    weights = whole.set_priorities(np.random.default_rng(1))
+    ids = np.array(list(weights))
+    probabilities = np.array(list(weights.values())) / sum(weights.values())
+    batch = whole.sample(200, 64)
+    for shard in range(3):
+        expected = 64 * probabilities[shards_of(ids) == shard].sum()
+        drawn = (shards_of(batch.ids) == shard).sum(1)
+        assert np.abs(drawn - expected).max() < 2.0  # a binomial's deviation is 3 to 4
+        assert len(np.unique(drawn)) > 1
+
+
+def test_a_draw_brings_what_was_inserted() -> None:
+    whole = Whole(replace(SPEC, **FREE))  # type: ignore[arg-type]
+    for value in range(6):
+        push = Push(0, 0, value, (make_segment(LAYOUT, 8, value=value),))
+        assert whole.insert(push) is None
+    batch = whole.sample(4, 16)
+    assert batch.observation.shape == batch.next_observation.shape == (4, 16, 1)
+    assert batch.action.shape == (4, 16)
+    # Push n of worker 0 went to shard n % 3, its transitions one after the other.
+    sequence = batch.ids & (1 << 43) - 1
+    np.testing.assert_array_equal(batch.observation[..., 0], shards_of(batch.ids) + 3 * (sequence // 8))
+
+
+def test_new_items_get_the_highest_priority_of_any_shard() -> None:
+    whole = Whole(replace(PRIORITIZED, **FREE))  # type: ignore[arg-type]
+    for shard in range(3):
+        assert whole.insert(whole.push(), shard) is None
+    ids = whole.tables[0].draw(np.zeros(1)).ids  # type: ignore[union-attr]
+    whole.tables[0].update_priorities(ids, np.array([32.0]))
+    before = whole.tables[2].stats()
+    assert whole.insert(whole.push(1), 2) is None
+    assert (before.highest_priority, whole.tables[2].stats().highest_priority) == (1.0, 32.0)
+    batch = whole.sample(1, 64)
+    assert batch.probability.max() == pytest.approx(32**ALPHA / (23 + 2 * 32**ALPHA))
+
+
+# One limiter, whoever comes when
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6))
+def test_the_ratio_is_that_of_one_limiter_however_pushes_overtake_each_other(
+    seed: int, shards: int, workers: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    whole = Whole(SPEC, shards, max_env_steps=400)
+    tolerance = SPEC.limiter().tolerance
+    under_way: dict[int, tuple[Push, int]] = {}
+    for _ in range(4_000):
+        who = int(rng.integers(workers + 1))
+        if who == workers:
+            reply = whole.desk.sample(4, 4)
+            if reply.finished:
+                break
+        elif who in under_way:
+            push, shard = under_way.pop(who)
+            assert whole.tables[shard].insert(push)
+        else:
+            push = Push(who, 0, whole.sequences.get(who, 0), (make_segment(LAYOUT, int(rng.integers(1, 9))),))
+            admitted = whole.desk.admit(who, 0, push.sequence, push.steps)
+            if admitted.shards:
+                whole.sequences[who] = push.sequence + 1
+                under_way[who] = push, int(rng.integers(shards))
+        stats = whole.desk.stats()
+        assert stats.due <= tolerance
+        if stats.counters.counted_inserts:
+            assert stats.due >= -tolerance
+    else:
+        pytest.fail("the run never ended")
+    counters = whole.desk.stats().counters
+    assert 400 <= counters.env_steps < 408
+    assert counters.counted_inserts == counters.env_steps - 16
+    assert abs(counters.samples - 2 * counters.counted_inserts) <= tolerance
+
+
+def test_a_push_counts_once_whatever_is_said_twice() -> None:
+    whole = Whole(SPEC)
+    push = whole.push(5, episodes=(EpisodeResult(3.0, 5),), returns=Moments.of(np.arange(5.0)))
+    admitted = [whole.desk.admit(0, 0, 0, 5) for _ in range(2)]
+    assert admitted[0] == admitted[1]
+    assert [whole.tables[1].insert(push), whole.tables[1].insert(push)] == [True, False]
+    assert whole.desk.admit(0, 0, 0, 5).repeated
+    # Another shard has it too: the first was thought dead.
+    assert whole.tables[2].insert(push)
+    stats = add_up(whole.desk.stats(), [table.stats() for table in whole.tables])
+    assert stats.counters == Counters(env_steps=5)
+    assert stats.repeated_pushes == 3
+    assert whole.desk.drain_episodes() == (EpisodeResult(3.0, 5),)
+    assert whole.desk.drain_episodes() == ()
+
+
+def test_what_a_dead_worker_was_admitted_with_is_given_back() -> None:
+    whole = Whole(SPEC)
+    for _ in range(2):
+        assert whole.insert(whole.push()) is None
+    assert whole.desk.admit(1, 0, 0, 8).shards
+    assert "of 8 would leave 32 samples due" in (whole.insert(whole.push()) or "")
+    whole.desk.revoke(1, 0)
+    assert whole.insert(Push(0, 0, 2, (make_segment(LAYOUT, 8),))) is None
+    assert whole.desk.stats().waiting == {}
+
+
+def test_a_push_that_does_not_fit_is_refused_whole() -> None:
+    whole = Whole(SPEC)
+    segments = (make_segment(LAYOUT, 4), make_segment(replace(LAYOUT, frame_shape=(2,)), 4))
+    with pytest.raises(LayoutMismatch, match=r"frames must have shape \(5, 1\)"):
+        whole.tables[0].insert(Push(0, 0, 0, segments))
+    with pytest.raises(ValueError, match="a push holds at most 8 transitions, got 9"):
+        whole.desk.admit(0, 0, 0, 9)
+    with pytest.raises(ValueError, match="a sample call draws 1 to 16 transitions, got 5 x 4"):
+        whole.desk.sample(5, 4)
+    assert add_up(whole.desk.stats(), [table.stats() for table in whole.tables]).size == 0
+
+
+# Deaths
+
+
+def test_the_other_shards_go_on_and_nothing_is_owed_for_the_dead_one() -> None:
+    whole = Whole(PRIORITIZED)
+    for _ in range(12):
+        while whole.insert(whole.push()) is not None:
+            whole.sample(4, 4)
+            whole.sequences[0] -= 1
+    before = whole.desk.stats()
+    whole.desk.lost(1, 0)
+    assert whole.desk.stats() == replace(before, resident_bytes=whole.desk.stats().resident_bytes)
+    places = whole.desk.sample(1, 4, again=True).places
+    assert places is not None
+    assert set(places.share) == {0, 2}
+    assert sum(places.share.values()) == pytest.approx(1.0)
+    assert whole.desk.stats().counters == before.counters
+    assert whole.desk.admit(7, 0, 0, 1).shards in ((0, 2), ())
+    whole.desk.revoke(7, 0)
+    # What it said before it died comes late; then its successor speaks, with nothing in it.
+    whole.tables[1].stats()
+    assert set(whole.desk.sample(1, 4, again=True).places.share) == {0, 2}  # type: ignore[union-attr]
+    whole.tables[1] = whole.start(1, 1)
+    assert set(whole.desk.sample(1, 4, again=True).places.share) == {0, 2}  # type: ignore[union-attr]
+    while whole.insert(whole.push(), 1) is not None:
+        whole.desk.sample(4, 4)
+        whole.sequences[0] -= 1
+    assert set(whole.desk.sample(1, 4, again=True).places.share) == {0, 1, 2}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dies", ["in the middle", "before the first sample"])
+def test_the_limiter_begins_anew_when_too_little_is_left(dies: str) -> None:
+    whole = Whole(SPEC, 2)
+    assert whole.insert(whole.push(8), 0) is None
+    assert whole.insert(whole.push(4), 1) is None
+    if dies == "in the middle":
+        assert whole.insert(whole.push(8), 0) is None
+        whole.sample(1, 4)
+    before = whole.desk.stats()
+    whole.desk.lost(0, 0)
+    counters = whole.desk.stats().counters
+    assert counters == before.counters
+    wait = whole.desk.sample(4, 4).wait
+    assert wait == "experience: 4 of the first 16 items inserted"
+    whole.tables[0] = whole.start(0, 1)
+    assert whole.insert(whole.push(8)) is None
+    assert whole.insert(whole.push(4)) is None
+    assert whole.desk.stats().due == 0.0
+    assert whole.desk.stats().counters == replace(counters, env_steps=counters.env_steps + 12)
+    # One call may run ahead, as at the start of a run; no burst.
+    assert whole.desk.sample(4, 4).places is not None
+    assert whole.desk.sample(1, 4).wait is not None
+
+
+def test_a_recreated_desk_goes_on_with_what_the_shards_hold() -> None:
+    whole = Whole(PRIORITIZED)
+    for _ in range(3):
+        assert whole.insert(whole.push()) is None
+    ids = whole.sample(1, 4).ids
+    whole.tables[shards_of(ids)[0, 0]].update_priorities(ids[:, 0], np.array([7.0]))
+    carried = whole.desk.stats().counters
+    whole.desk = ReplayDesk(PRIORITIZED, shards=3, run_seed=0, incarnation=1, carried=carried)
+    assert whole.desk.sample(1, 4).wait == "word from every shard of the replay"
+    assert whole.desk.admit(0, 0, 3, 8).wait == "word from every shard of the replay"
+    stats = add_up(whole.desk.stats(), [table.stats() for table in whole.tables])
+    assert (stats.size, stats.counters) == (24, carried)
+    assert whole.desk.stats().due == 0.0
+    assert whole.desk.stats().highest_priority == 7.0
+    assert whole.sample(1, 4).size == 24
+    assert whole.insert(whole.push()) is None
+    assert whole.desk.stats().counters == Counters(carried.env_steps + 8, carried.samples + 4, 8 + 8)
+
+
+def test_the_run_ends_when_its_steps_are_accepted() -> None:
+    whole = Whole(replace(SPEC, minimum_size=8), max_env_steps=16)
+    assert whole.desk.admit(1, 0, 0, 8).shards
+    assert whole.desk.admit(2, 0, 0, 8).shards
+    assert whole.desk.admit(3, 0, 0, 8).wait == "pushes under way, which bring the run's last steps"
+    for worker in (1, 2):
+        assert whole.tables[worker].insert(whole.push(worker=worker))
+    assert whole.desk.admit(3, 0, 0, 8).finished
+    whole.sample(4, 4)
+    assert whole.desk.sample(1, 4).finished
+
+
+# What they say of themselves
+
+
+def test_stats_add_up_and_capacity_is_divided() -> None:
+    spec = replace(PRIORITIZED, table=replace(PRIORITIZED.table, capacity=98))
+    assert [spec.table.shard(index, 4).capacity for index in range(4)] == [25, 25, 24, 24]
+    whole = Whole(spec)
+    whole.insert(whole.push())
+    whole.insert(whole.push())
+    whole.sample(1, 4)
+    parts = [table.stats() for table in whole.tables]
+    stats = add_up(whole.desk.stats(), parts)
+    assert (stats.capacity, stats.size, stats.counters) == (98, 16, Counters(16, 4, 0))
+    assert stats.bytes == sum(part.bytes for part in parts) > 0
+    ages = [part.sample_age for part in parts if part.sample_age is not None]
+    assert stats.sample_age == pytest.approx(3 * sum(ages) / len(ages))
+    assert 1.0 <= ages[0] <= 8.0
+
+
+def test_what_cannot_be_divided_is_refused() -> None:
+    SPEC.check_shards(12)
+    with pytest.raises(ConfigurationError, match=r"96 transitions has shards of 7 with replay_shards 13.*push of 8"):
+        SPEC.check_shards(13)
+    with pytest.raises(ConfigurationError, match=r"replay_shards must lie in \[1, 256\], got 257"):
+        SPEC.check_shards(257)
