@@ -49,5 +49,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "setup: $(PYTHON) cannot make virtual environments; install its venv package (python3-venv on Debian and Ubuntu)" >&2; exit 1; }
 	"$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[dev,cluster]'
 	@touch $@

@@ -83,7 +83,9 @@ class OnPolicyWorker(RolloutWorker):
 
         Whole episodes begin at a reset, so lanes that are inside an episode nobody asked for are reset.
         """
+        begun = time.monotonic()
         reply = self._queue.request_permits(self.worker, self.incarnation, self.spec.num_envs, stop=self._stop)
+        self._seconds_waited += time.monotonic() - begun
         if reply is None or reply.finished:
             self._stop.set()
             return False

@@ -256,6 +256,7 @@ class WorkerReport:
         pushes: pushes of it that were accepted.
         weights_version: of the weights it acts with.
         failures: environment lanes it had to rebuild.
+        seconds_waited: in which it took no steps, because what it had made was not yet taken.
         waiting_for: what it waits for, or None.
         last_word: the last thing worth telling.
     """
@@ -269,6 +270,7 @@ class WorkerReport:
     pushes: int
     weights_version: int
     failures: int
+    seconds_waited: float
     waiting_for: str | None
     last_word: str
 
@@ -312,6 +314,7 @@ class RolloutWorker:
         self._outbox = _Outbox(replay, worker, incarnation)
         self._stop = threading.Event()
         self._env_steps = self._episodes = self._failures = 0
+        self._seconds_waited = 0.0
         self._waiting_for: str | None = None
         self._last_word = "starting"
 
@@ -401,6 +404,7 @@ class RolloutWorker:
             pushes=self._outbox.accepted,
             weights_version=self._weights.version,
             failures=self._failures,
+            seconds_waited=self._seconds_waited + self._outbox.seconds_waited,
             waiting_for=self._waiting_for or self._outbox.waiting_for,
             last_word=self._last_word,
         )
@@ -416,6 +420,7 @@ class _Outbox:
         self._abort = threading.Event()
         self._error: BaseException | None = None
         self.env_steps = self.accepted = 0
+        self.seconds_waited = 0.0
         self.finished = False
         self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
         self._thread.start()
@@ -446,6 +451,7 @@ class _Outbox:
         end = time.monotonic() + _SECONDS_TO_SEND_THE_REST
         while not self.finished:
             self.check()
+            begun = time.monotonic()
             try:
                 self._queue.put(push, timeout=0.2)
                 return
@@ -454,6 +460,8 @@ class _Outbox:
                     end = time.monotonic() + _SECONDS_TO_SEND_THE_REST
                 elif time.monotonic() > end:
                     return
+            finally:
+                self.seconds_waited += time.monotonic() - begun
 
     def check(self) -> None:
         """Raise what a push met."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -95,9 +96,9 @@ class WeightStore:
         """Return `[stored weights]` if they are newer than `version`, else None."""
         return self._held if self._version > version else None
 
-    def report(self) -> dict[str, int]:
-        """Return the version held and this process's pid."""
-        return {"version": self._version, "pid": os.getpid()}
+    def report(self) -> dict[str, Any]:
+        """Return the version held, this process's pid and its node."""
+        return {"version": self._version, "pid": os.getpid(), "node": socket.gethostname()}
 
 
 class WeightClient:

@@ -9,6 +9,7 @@ import math
 import operator
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -310,6 +311,7 @@ class RemoteExperience(Experience[Item]):
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.while_waiting: Callable[[], None] = lambda: None
+        self.seconds_waited = 0.0
         self.finished = False
 
     @property
@@ -336,11 +338,14 @@ class RemoteExperience(Experience[Item]):
 
     def _next(self) -> Item | None:
         while not self._stop.is_set() and not self.finished:
+            begun = time.monotonic()
             try:
                 item = self._fetched.get(timeout=0.1)
             except queue.Empty:
+                self.seconds_waited += time.monotonic() - begun
                 self.while_waiting()
                 continue
+            self.seconds_waited += time.monotonic() - begun
             if isinstance(item, BaseException):
                 raise item
             return item

@@ -52,6 +52,7 @@ class LearnerSpec:
         keep_checkpoints: step-numbered checkpoints kept.
         publish_every: updates between published versions of the weights.
         precision: Lightning's name of the precision, or "auto".
+        on_gpu: whether it computes on a GPU; None takes one where there is one.
     """
 
     algorithm: str
@@ -61,6 +62,12 @@ class LearnerSpec:
     keep_checkpoints: int
     publish_every: int
     precision: str
+    on_gpu: bool | None = None
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a learner in this process computes on a GPU."""
+        return torch.cuda.is_available() if self.on_gpu is None else self.on_gpu
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class LearnerReport:
         updates: updates made in the run, those before a resume included.
         weights_version: published last.
         metrics: what the algorithm logged last.
+        seconds_waited: in which it made no updates, because there was no batch.
         waiting_for: what it waits for, or None.
         checkpoint_updates: updates in the newest checkpoint.
         device: where it computes.
@@ -85,6 +93,7 @@ class LearnerReport:
     updates: int
     weights_version: int
     metrics: dict[str, float]
+    seconds_waited: float
     waiting_for: str | None
     checkpoint_updates: int
     device: str
@@ -154,9 +163,11 @@ class Learner:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            accelerator="gpu" if torch.cuda.is_available() else "cpu",
+            accelerator="gpu" if self.spec.gpu else "cpu",
             devices=1,
-            precision=choose_precision(self.spec.precision, images=self._module.environment.is_image),
+            precision=choose_precision(
+                self.spec.precision, images=self._module.environment.is_image, gpu=self.spec.gpu
+            ),
             callbacks=[_LearnerCallback(self)],
         )
         try:
@@ -318,6 +329,7 @@ class Learner:
             updates=self._updates,
             weights_version=self._version,
             metrics={name: float(value) for name, value in self._module.latest_metrics.items()},
+            seconds_waited=self._experience.seconds_waited,
             waiting_for=waiting,
             checkpoint_updates=self._checkpointed,
             device=str(self._module.device),
@@ -358,14 +370,14 @@ def _algorithm_class(name: str) -> type[Algorithm]:
     return ALGORITHMS[name]
 
 
-def choose_precision(name: str, *, images: bool) -> Any:
+def choose_precision(name: str, *, images: bool, gpu: bool | None = None) -> Any:
     """Return Lightning's name of a precision; "auto" takes bfloat16 for images where the device is fast at it.
 
     Dense layers of a few hundred units gain nothing from it: what they spend is spent on calls.
     """
     if name != "auto":
         return name
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() if gpu is None else gpu:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = any(getattr(torch.cpu, asks, bool)() for asks in _FAST_BFLOAT16)

@@ -37,6 +37,9 @@ standard output and nothing else; progress goes to standard error."""
 
 _Command = Callable[[argparse.Namespace, TextIO], int]
 _WIDTH_OF_A_PIPE = 200
+_TRAIN_FLAGS = (
+    "actors", "num_envs", "steps", "stop_at_return", "seed", "replay_shards", "learner_gpus", "cpus_per_actor",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +101,22 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train an agent", "Train an agent, or resume a run.")
     train.add_argument("algorithm", nargs="?", help="such as dqn")
     train.add_argument("environment", nargs="?", help="Gymnasium id, or module:EnvId-v0 for one of your own")
-    train.add_argument("--actors", type=_count, metavar="N", help="rollout workers; default the preset's, or 2")
+    train.add_argument(
+        "--actors",
+        type=_count_or_auto,
+        metavar="N",
+        help="rollout workers; default the preset's, or 2; auto adds some while the learner waits for experience",
+    )
+    train.add_argument("--replay-shards", type=_count, metavar="N", help="divide the replay among N processes; 1")
+    train.add_argument(
+        "--learner-gpus", type=_count_or_auto, metavar="N", help="0, 1, or auto: 1 where there is one; auto"
+    )
+    train.add_argument(
+        "--cpus-per-actor",
+        type=float,
+        metavar="X",
+        help="CPUs that Ray keeps for each worker, so that an autoscaled cluster grows; default 0: none",
+    )
     train.add_argument(
         "--envs-per-actor", type=_count, metavar="N", dest="num_envs", help="environments in each worker (num_envs)"
     )
@@ -155,7 +173,9 @@ def _parser() -> argparse.ArgumentParser:
         "Change the number of rollout workers of a run that is on. Who leaves sends what it has first.",
     )
     scale.add_argument("run", help="a run's name")
-    scale.add_argument("--actors", type=_count, required=True, metavar="N", help="rollout workers there shall be")
+    scale.add_argument(
+        "--actors", type=_count_or_auto, required=True, metavar="N", help="rollout workers there shall be, or auto"
+    )
 
     stop = add("stop", _stop, "end a run in order", "End a run in order, with a checkpoint.")
     stop.add_argument("run", help="a run's name")
@@ -198,6 +218,10 @@ def _count(text: str) -> int:
     return int(number)
 
 
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _count(text)
+
+
 def _common() -> argparse.ArgumentParser:
     """Return the parent of all commands, with what each of them takes."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -235,7 +259,7 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_summary
     from services.home import CONFIG
 
-    flags = {key: getattr(parsed, key) for key in ("actors", "num_envs", "steps", "stop_at_return", "seed")}
+    flags = {key: getattr(parsed, key) for key in _TRAIN_FLAGS}
     overrides = {key: value for key, value in flags.items() if value is not None}
     overrides |= dict(parse_assignment(text) for text in parsed.set)
     file = parsed.config
@@ -328,7 +352,8 @@ def _scale(parsed: argparse.Namespace, out: TextIO) -> int:
 
     with open_home_store(parsed.store) as store:
         answer = control.command(store, parsed.run, "scale", {"actors": parsed.actors})
-    text = f"run {parsed.run}: {answer['before']} workers, now {answer['actors']}"
+    now = "as many as the learner needs" if answer.get("auto") else answer["actors"]
+    text = f"run {parsed.run}: {answer['before']} workers, now {now}"
     return _answer(out, parsed.json, {"run": parsed.run, **answer}, text)
 
 

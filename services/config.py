@@ -10,10 +10,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from learner.algorithms import ALGORITHMS
 from learner.presets import Preset, load_preset
@@ -30,7 +39,12 @@ class RunConfig(BaseModel):
     environment_arguments: dict[str, Any] = Field({}, description="keyword arguments of the environment")
     seed: NonNegativeInt = Field(0, description="from which all others are spawned")
     steps: PositiveInt = Field(1_000_000, description="environment steps, over all workers")
-    actors: PositiveInt = Field(2, description="rollout workers")
+    actors: PositiveInt | Literal["auto"] = Field(2, description="rollout workers, or auto")
+    replay_shards: PositiveInt = Field(1, description="tables that the replay is divided among")
+    learner_gpus: NonNegativeInt | Literal["auto"] = Field("auto", description="0, 1, or auto: 1 where there is one")
+    cpus_per_actor: NonNegativeFloat = Field(
+        0.0, allow_inf_nan=False, description="CPUs that Ray keeps for each worker; 0 for none"
+    )
     eval_every: NonNegativeInt = Field(10_000, description="steps between evaluations; 0 evaluates at the end only")
     stop_at_return: float | None = Field(
         None, allow_inf_nan=False, description="mean return of a periodic evaluation that ends the run; null for none"
@@ -43,6 +57,11 @@ class RunConfig(BaseModel):
     precision: str = Field("auto", description="auto, 32-true, bf16-mixed or 16-mixed")
     replay_deadline: float = Field(300.0, gt=0, description="seconds a process waits for replay before it fails")
     hyperparameters: dict[str, Any] = Field({}, description="arguments of the algorithm's constructor")
+
+    @property
+    def first_actors(self) -> int:
+        """Rollout workers that the run begins with."""
+        return 1 if self.actors == "auto" else self.actors
 
     def save(self, path: Path) -> None:
         """Write this configuration as YAML."""
@@ -129,6 +148,10 @@ def resolve(
         raise _translated(error) from error
     if config.precision not in _PRECISIONS:
         raise ConfigurationError(f"precision must be one of {', '.join(_PRECISIONS)}, got {config.precision!r}")
+    if config.learner_gpus not in ("auto", 0, 1):
+        raise ConfigurationError(
+            f"a learner computes on one GPU: learner_gpus must be auto, 0 or 1, got {config.learner_gpus}"
+        )
     if config.stop_at_return is not None and not 0 < config.eval_every < config.steps:
         raise ConfigurationError(
             f"stop_at_return needs a periodic evaluation before the run's end: "

@@ -10,7 +10,6 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,18 @@ from ray.exceptions import RayError
 
 from learner.training import LAST
 from replay.remote import is_ready
-from replay.server import ReplayStats
-from replay.trajectory_server import QueueSpec
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
 from services.crew import Crew
 from services.figures import Figures
+from services.metrics import RunMetrics
+from services.placement import cluster_cpus, no_room
 from services.processes import CrashLoop, Death, Process, describe_death
 from services.program import Program
 from services.progress import Progress, Watcher
+from services.replay_group import ReplayGroup
 from services.scoring import Scoring
+from services.sizing import AutoSize
 from services.store import Command
 
 TICK_SECONDS = 0.1
@@ -38,7 +39,6 @@ METRICS_SECONDS = 5.0
 START_SECONDS = 180.0
 STOP_SECONDS = 6.0
 SCORING_SECONDS = 3600.0
-LAST_REPORT_SECONDS = 5.0
 MOST_ACTORS = 10_000
 INCARNATIONS_A_GENERATION = 1_000
 
@@ -71,17 +71,21 @@ class Coordinator:
         self.resuming = progress is not None
         self.progress = progress or Progress(next_evaluation=config.eval_every)
         self.stopped_because: str | None = None
-        self._carried = self.progress.counters
-        self._highest_priority = 1.0
         self.figures = Figures(program, self.progress)
         self._seconds_before = self.progress.seconds
         self._begun = time.monotonic()
         self._due: dict[str, float] = {}
-        self._draining: Any = None
+        self._metrics_board = RunMetrics(program.run)
+        self._sizing = AutoSize(most_actors(program)) if program.auto else None
         self._state = "starting"
         first = self.progress.generation * INCARNATIONS_A_GENERATION
         self.weights = Process("weights", 0, lambda _: program.start_weight_store(), first_incarnation=first)
-        self.replay = Process("replay", 0, self._start_replay, first_incarnation=first, report_method="stats")
+        self.replay = ReplayGroup(
+            program,
+            first_incarnation=first,
+            counters=lambda: self.progress.counters,
+            version=lambda: self.progress.weights_version,
+        )
         self.learner = Process(
             "learner", 0, lambda _: program.start_learner(), run=self._fit, first_incarnation=first,
             is_at_work=lambda before, now: now.updates > before.updates,
@@ -102,11 +106,6 @@ class Coordinator:
             goal=config.stop_at_return,
         )
 
-    def _start_replay(self, incarnation: int) -> Any:
-        return self.program.start_replay(
-            incarnation, self._carried, self._highest_priority, self.progress.weights_version
-        )
-
     def _fit(self, handle: Any) -> Any:
         last = self.checkpoints / LAST
         again = self.resuming or self.learner.restarts > 0
@@ -118,7 +117,7 @@ class Coordinator:
     @property
     def processes(self) -> list[Process]:
         """All processes that shall be up, in the order they are started."""
-        return [self.weights, self.replay, self.learner, *self.crew.workers, self.evaluator]
+        return [self.weights, *self.replay.processes, self.learner, *self.crew.workers, self.evaluator]
 
     def run(self) -> dict[str, Any]:
         """Run until the steps or the goal are reached, somebody stops it, or it cannot go on; return the summary.
@@ -161,12 +160,22 @@ class Coordinator:
         while not self.learner.done and self.stopped_because is None and not self.scoring.reached_goal:
             self._tick()
             if self._state == "starting":
-                silent = [process.name for process in self.processes if process.report is None]
-                if not silent:
-                    self._state = "running"
-                    self.watcher.event("running", "all processes are up")
-                elif time.monotonic() > end:
-                    raise RunFailed(f"did not start within {START_SECONDS:.0f} s: {', '.join(silent)}")
+                self._look_whether_all_are_up(end)
+
+    def _look_whether_all_are_up(self, end: float) -> None:
+        """Begin to run once all processes are up; of the workers one is enough, if the cluster lacks room for more."""
+        pending = [process for process in self.crew.workers if process.pending]
+        if len(pending) == len(self.crew.workers):
+            pending = []
+        silent = [process for process in self.processes if process.report is None and process not in pending]
+        if not silent:
+            self._state = "running"
+            count = len(self.crew.workers)
+            some = f"{count - len(pending)} of {count} workers are up: {pending[0].pending}" if pending else ""
+            self.watcher.event("running", some or "all processes are up")
+        elif time.monotonic() > end:
+            names = ", ".join(f"{p.name} ({p.pending})" if p.pending else p.name for p in silent)
+            raise RunFailed(f"did not start within {START_SECONDS:.0f} s: {names}")
 
     def _tick(self) -> None:
         time.sleep(TICK_SECONDS)
@@ -174,11 +183,12 @@ class Coordinator:
         self._poll(self.processes)
         for process, word in self.crew.see_off():
             self.watcher.event("scale", f"{process.name} {word}")
-            self._take_back_permits(process)
+            self.replay.take_back(process)
         self._read_replay()
         self._every("report", REPORT_SECONDS, self._ask_for_reports)
         self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
         self._every("metrics", METRICS_SECONDS, self._metrics)
+        self._size_the_crew()
         self.scoring.tick()
 
     # Commands.
@@ -193,7 +203,7 @@ class Coordinator:
             elif self._state not in ("starting", "running"):
                 self.watcher.answer(command, {"error": f"the run is {self._state}"})
             elif command.kind == "scale":
-                self.watcher.answer(command, self._scale(command.arguments.get("actors")))
+                self.watcher.answer(command, self._scale_as_told(command.arguments.get("actors")))
             elif command.kind == "checkpoint" and self.learner.handle is not None:
                 self._checkpointing.append((command, self.learner.handle.checkpoint.remote(LAST)))
             else:
@@ -202,15 +212,37 @@ class Coordinator:
             self._checkpointing.remove((command, reference))
             self.watcher.answer(command, self._checkpointed(reference))
 
-    def _scale(self, wanted: Any) -> dict[str, Any]:
+    def _scale_as_told(self, wanted: Any) -> dict[str, Any]:
+        before = len(self.crew.workers)
+        if wanted == "auto":
+            self._sizing = AutoSize(most_actors(self.program))
+            self.watcher.event("scale", f"the number of workers follows from who waits, up to {self._sizing.most}")
+            return {"actors": before, "before": before, "auto": True}
         if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= MOST_ACTORS:
-            return {"error": f"actors must be a whole number from 1 to {MOST_ACTORS}, got {wanted!r}"}
+            return {"error": f"actors must be a whole number from 1 to {MOST_ACTORS}, or auto, got {wanted!r}"}
+        self._sizing = None
+        self._scale(wanted)
+        return {"actors": wanted, "before": before}
+
+    def _scale(self, wanted: int, why: str = "") -> None:
         before = len(self.crew.workers)
         joining, _ = self.crew.scale(wanted)
         for process in joining:
             process.start()
-        self.watcher.event("scale", f"scaled from {before} to {wanted} workers")
-        return {"actors": wanted, "before": before}
+        self.watcher.event("scale", f"scaled from {before} to {wanted} workers{why and ': '}{why}")
+
+    def _size_the_crew(self) -> None:
+        """With `--actors auto`, have as many workers as the learner needs."""
+        reports = [worker.report for worker in self.crew.workers]
+        learner = self.figures.learner
+        if self._sizing is None or self._state != "running" or None in reports or learner is None:
+            return
+        if not learner.updates or self.crew.leaving:
+            return  # the first experience is always waited for
+        waits = {(report.worker, report.incarnation): report.seconds_waited for report in reports}
+        better = self._sizing.look(learner.seconds_waited, waits)
+        if better is not None:
+            self._scale(*better)
 
     def _checkpointed(self, reference: Any) -> dict[str, Any]:
         try:
@@ -237,33 +269,24 @@ class Coordinator:
 
     def _recreate(self, process: Process, death: Death) -> None:
         self.watcher.event("death", f"{process.name} is gone: {death.line}\n{death.details}".strip())
-        if process is self.replay:
-            self._carried = self.progress.counters
-            if any(worker.done for worker in self.crew.workers):
-                # They were told that the run has its steps; the last report may be older than that.
-                steps = max(self._carried.env_steps, self.program.steps)
-                self._carried = replace(self._carried, env_steps=steps)
-            self._draining = None
+        if process in self.replay.processes:
+            self.replay.bury(process, all_steps=any(worker.done for worker in self.crew.workers))
         if process in (self.learner, self.evaluator):
             self.scoring.give_up()
         if process in self.crew.workers:
-            self._take_back_permits(process)
+            self.replay.take_back(process)
         process.restart()
         self.watcher.event("restart", f"{process.name} is recreated, incarnation {process.incarnation}")
-        if process in (self.weights, self.replay) and self.learner.handle is not None:
+        if process in (self.weights, self.replay.front) and self.learner.handle is not None:
             self.learner.handle.publish_again.remote()
-
-    def _take_back_permits(self, worker: Process) -> None:
-        """Let others make what a worker that is gone was to make; without that an on-policy batch never completes."""
-        if isinstance(self.program.replay, QueueSpec) and self.replay.handle is not None:
-            self.replay.handle.revoke.remote(worker.index, worker.incarnation)
 
     def _ask_for_reports(self) -> None:
         self._count_seconds()
         for process in self.processes:
             process.ask_for_report()
-        if self._draining is None and self.replay.handle is not None:
-            self._draining = self.replay.handle.drain_episodes.remote()
+        for process in self.crew.workers:
+            process.seek_room(lambda: no_room(self.program.cpus_per_actor))
+        self.replay.ask_for_episodes()
         if self.learner.handle is not None and not self.learner.done:
             self.learner.handle.note_progress.remote(self.progress.counters.env_steps, self.progress.plain())
 
@@ -273,20 +296,14 @@ class Coordinator:
     def _read_replay(self) -> None:
         self.figures.learner = self.learner.result or self.learner.report
         self.progress.weights_version = max(self.progress.weights_version, self.figures.weights_version)
-        stats = self.replay.report
-        if stats is not None and stats is not self.figures.stats:
+        self.figures.take_versions([w.report.weights_version for w in self.crew.workers if w.report is not None])
+        stats = self.replay.stats()
+        if stats is not None:
             self.figures.take_stats(stats)
             self.progress.counters = stats.counters
-            if isinstance(stats, ReplayStats):
-                self._highest_priority = max(self._highest_priority, stats.highest_priority)
-        if self._draining is not None and is_ready(self._draining):
-            try:
-                episodes = ray.get(self._draining)
-            except RayError:
-                episodes = ()
-            self._draining = None
-            self.progress.episodes += len(episodes)
-            self.figures.take_episodes(episodes)
+        episodes = self.replay.episodes()
+        self.progress.episodes += len(episodes)
+        self.figures.take_episodes(episodes)
 
     # The end.
 
@@ -294,7 +311,7 @@ class Coordinator:
         """Take in the final totals and score the run; an interruption leaves it unscored."""
         self.stopped_because = why
         self._state = "scoring"
-        self._read_replay_last()
+        self.replay.last_words(self._read_replay)
         end = time.monotonic() + SCORING_SECONDS
         try:
             self.scoring.finish(lambda: self._tick_while_scoring(end))
@@ -314,21 +331,6 @@ class Coordinator:
         if time.monotonic() > end:
             raise DeadlineExceeded(f"waited {SCORING_SECONDS:.0f} s for the final evaluation")
 
-    def _read_replay_last(self) -> None:
-        """Take in the final totals, which the last report may not have seen."""
-        end = time.monotonic() + LAST_REPORT_SECONDS
-        before = self.replay.report
-        self.replay.ask_for_report()
-        while self.replay.report is before and self.replay.handle is not None and time.monotonic() < end:
-            time.sleep(0.01)
-            self.replay.poll()
-        if self._draining is None and self.replay.handle is not None:
-            self._draining = self.replay.handle.drain_episodes.remote()
-        self._read_replay()
-        while self._draining is not None and self.replay.handle is not None and time.monotonic() < end:
-            time.sleep(0.01)
-            self._read_replay()
-
     def _stop_in_order(self) -> None:
         """Let workers send what they have and the learner write its checkpoint, within a deadline."""
         self._state = "stopping"
@@ -347,7 +349,7 @@ class Coordinator:
                     self.watcher.event("death", f"{process.name} is gone: {death.line}")
             self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
             self._obey()  # a second `squall stop` gets its answer too
-        self._read_replay_last()
+        self.replay.last_words(self._read_replay)
 
     # What others see.
 
@@ -361,7 +363,8 @@ class Coordinator:
 
     def _snapshot(self) -> None:
         own = {
-            "role": "coordinator", "index": 0, "node": socket.gethostname(), "pid": os.getpid(), "state": self._state,
+            "name": "coordinator", "role": "coordinator",
+            "index": 0, "node": socket.gethostname(), "pid": os.getpid(), "state": self._state,
             "incarnation": self.progress.generation, "restarts": 0, "last_word": "", "last_death": None,
         }  # fmt: skip
         self.watcher.snapshot(
@@ -382,6 +385,7 @@ class Coordinator:
     def _metrics(self) -> None:
         figures = self.figures.metrics()
         if figures is not None:
+            self._metrics_board.record(figures, self.processes, len(self.crew.workers))
             self.watcher.metrics(self.progress.counters.env_steps, figures)
 
     def _summary(self) -> dict[str, Any]:
@@ -393,3 +397,8 @@ class Coordinator:
             **self.figures.summary(self.scoring.final),
             "stopped_because": self.stopped_because,
         }
+
+
+def most_actors(program: Program) -> int:
+    """Return how many workers `--actors auto` may have: one for each CPU, or as many as the cluster has room for."""
+    return max(1, int(cluster_cpus() / max(program.cpus_per_actor, 1.0)))

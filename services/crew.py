@@ -75,6 +75,7 @@ class Crew:
             index,
             lambda incarnation: self._start(index, incarnation, self._wanted),
             run=lambda handle: handle.run.remote(),
+            numbered=True,
             first_incarnation=self._used.get(index, self._first_incarnation - 1) + 1,
             is_at_work=lambda _, now: now.pushes > 0,
         )

@@ -93,10 +93,11 @@ def render_snapshot(run: str, snapshot: dict[str, Any], *, processes: bool = Tru
 def _processes(processes: list[dict[str, Any]]) -> Table:
     table = Table("process", "node", "pid", "state", "restarts", "last word", box=None, pad_edge=False)
     for process in processes:
-        name = f"{process['role']}-{process['index']}" if process["role"] == "worker" else process["role"]
         word = process["last_death"] or process["last_word"] or ""
         pid = "" if process["pid"] is None else str(process["pid"])
-        table.add_row(name, process["node"], pid, process["state"], str(process["restarts"]), Text(word))
+        table.add_row(
+            process["name"], process["node"] or "", pid, process["state"], str(process["restarts"]), Text(word)
+        )
     return table
 
 

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from replay.table import available_memory
 from replay.types import SquallError
 from services.home import home, open_home_store
-from services.program import LEAST_OBJECT_STORE, RaySession
+from services.ray_session import LEAST_OBJECT_STORE, RaySession
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 ROOMS = ("replay", "actors", "learner", "services")

@@ -33,6 +33,7 @@ class Figures:
         self._program, self._progress = program, progress
         self.stats: ReplayStats | QueueStats | None = None
         self.learner: LearnerReport | None = None
+        self.policy_lag: float | None = None
         self._returns: deque[float] = deque(maxlen=RETURNS_KEPT)
         self._lengths: deque[int] = deque(maxlen=RETURNS_KEPT)
         self._rates: deque[tuple[float, int, int]] = deque()
@@ -44,6 +45,11 @@ class Figures:
         self._rates.append((now, stats.counters.env_steps, self.updates))
         while now - self._rates[0][0] > RATE_WINDOW_SECONDS:
             self._rates.popleft()
+
+    def take_versions(self, acting: Sequence[int]) -> None:
+        """Take in the versions of the weights that workers act with."""
+        behind = [max(self.weights_version - version, 0) for version in acting if version >= 0]
+        self.policy_lag = sum(behind) / len(behind) if behind else None
 
     def take_episodes(self, episodes: Sequence[EpisodeResult]) -> None:
         """Take in episodes that ended."""
@@ -87,6 +93,7 @@ class Figures:
             "env_steps_per_second": steps_rate,
             "updates_per_second": updates_rate,
             "weights_version": self.weights_version,
+            "policy_lag": self.policy_lag,
             "replay": None if self.stats is None else asdict(self.stats),
             "best_return": self._progress.best_return,
             "seconds": self._progress.seconds,
@@ -102,6 +109,7 @@ class Figures:
             "rollout/ep_rew_mean": _mean(self._returns),
             "rollout/ep_len_mean": _mean(self._lengths),
             "rollout/exploration_rate": self._exploration_rate(),
+            "rollout/policy_lag": self.policy_lag,
             "time/fps": steps_rate,
             "time/updates_per_second": updates_rate,
             "time/total_timesteps": stats.counters.env_steps,
@@ -138,9 +146,9 @@ class Figures:
         }
 
 
-def _particular(stats: ReplayStats | QueueStats) -> dict[str, float]:
+def _particular(stats: ReplayStats | QueueStats) -> dict[str, float | None]:
     if isinstance(stats, ReplayStats):
-        return {"replay/stale_updates": stats.stale_updates}
+        return {"replay/stale_updates": stats.stale_updates, "replay/sample_age": stats.sample_age}
     return {"replay/discarded_steps": stats.discarded_steps}
 
 

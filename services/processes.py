@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from replay.types import SquallError
 MOST_FRUITLESS_DEATHS = 5
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 SILENCE_SECONDS = 60.0
+PENDING_SECONDS = 5.0
 
 
 class CrashLoop(SquallError):
@@ -66,6 +66,7 @@ class Process:
         run: Callable[[Any], Any] | None = None,
         first_incarnation: int = 0,
         report_method: str = "report",
+        numbered: bool = False,
         is_at_work: Callable[[Any, Any], bool] = lambda first, now: True,
     ) -> None:
         """Describe the process; `start` brings it up.
@@ -77,11 +78,14 @@ class Process:
             run: calls the actor's loop and returns the reference to its result; None if it has none.
             first_incarnation: number of the first incarnation.
             report_method: the actor's method that says how it goes.
+            numbered: whether there may be several of this role.
             is_at_work: takes an incarnation's first report and a later one, and says whether it got to work.
         """
         self.role, self.index = role, index
         self._start, self._run = start, run
         self._report_method, self._is_at_work = report_method, is_at_work
+        self._numbered = numbered
+        self.pending: str | None = None
         self.incarnation = first_incarnation - 1
         self.restarts = 0
         self.handle: Any = None
@@ -92,24 +96,31 @@ class Process:
         self._reporting: Any = None
         self._running: Any = None
         self._first_report: Any = None
-        self._asked_at = 0.0
+        self._asked_at = self._launched_at = 0.0
         self._launching = False
         self._fruitless_deaths = 0
 
     @property
     def name(self) -> str:
         """Such as `worker-0`; the index is left out where there is only one."""
-        return f"{self.role}-{self.index}" if self.role == "worker" else self.role
+        return f"{self.role}-{self.index}" if self._numbered else self.role
 
     @property
     def state(self) -> str:
-        """`starting`, `running`, or `done`."""
-        return "done" if self.done else "running" if self.report is not None else "starting"
+        """`starting`, `pending` for want of room, `running`, or `done`."""
+        if self.done or self.report is not None:
+            return "done" if self.done else "running"
+        return "pending" if self.pending else "starting"
+
+    def seek_room(self, no_room: Callable[[], str | None]) -> None:
+        """Take note of why this process cannot start, if it has not for a while; `no_room` says so."""
+        late = self.handle is not None and time.monotonic() - self._launched_at > PENDING_SECONDS
+        self.pending = no_room() if late and self.report is None and not self.done else None
 
     def start(self) -> None:
         """Start the next incarnation, and its loop if it has one."""
         self.incarnation += 1
-        self.report = self._first_report = self._reporting = None
+        self.report = self._first_report = self._reporting = self.pending = None
         self._launch()
 
     def _launch(self) -> None:
@@ -122,6 +133,7 @@ class Process:
             self._launching = True
             return
         self._launching = False
+        self._launched_at = time.monotonic()
         if self._run is not None:
             self._running = self._run(self.handle)
 
@@ -197,13 +209,14 @@ class Process:
         report = self.report
         state = getattr(report, "state", None) or self.state
         return {
+            "name": self.name,
             "role": self.role,
             "index": self.index,
-            "node": getattr(report, "node", socket.gethostname()),
+            "node": report.get("node") if isinstance(report, dict) else getattr(report, "node", None),
             "pid": self.pid(),
             "state": "ended" if ended else "done" if self.done else state,
             "incarnation": self.incarnation,
             "restarts": self.restarts,
-            "last_word": getattr(report, "last_word", ""),
+            "last_word": self.pending or getattr(report, "last_word", ""),
             "last_death": None if self.last_death is None else self.last_death.line,
         }

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
 
 from actors.environments import specify
@@ -27,18 +24,16 @@ from actors.weights import WeightClient, WeightStoreActor
 from learner.training import LearnerActor, LearnerSpec, make_algorithm
 from replay.remote import NAMESPACE, RemoteActor
 from replay.server import Counters, ReplayActor, ReplayClient, ReplaySpec
+from replay.sharded_client import ShardedReplayClient, Teller
+from replay.shards import ReplayDeskActor, ReplayShardActor
 from replay.trajectory_server import QueueSpec, TrajectoryActor, TrajectoryClient
-from replay.types import ConfigurationError, SquallError
+from replay.types import ConfigurationError
 from services.config import RunConfig
+from services.placement import NOWHERE_YET, Placement, place
+from services.ray_session import LEAST_OBJECT_STORE
 
-LEAST_OBJECT_STORE = 128 * 2**20
 _MOST_LEARNER_THREADS = 4
-_LONGEST_TEMPORARY_PATH = 30
 _LONG_EPISODE = 1_000
-
-
-class RayUnavailable(SquallError):
-    """Ray could not be started or reached; the text says which, and where."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,11 @@ class Program:
         replay: what the replay server holds, at which rate; or the trajectory server in its place.
         learner: what the learner does.
         replay_deadline: seconds a process waits for replay.
+        replay_shards: tables that the replay is divided among.
+        auto: whether the number of workers follows from who waits for whom; `actors` is the first then.
+        learner_gpus: GPUs for the learner; None takes one where there is one.
+        cpus_per_actor: CPUs that Ray keeps for each worker.
+        placement: where processes go, once the cluster is known.
     """
 
     run: str
@@ -66,10 +66,25 @@ class Program:
     replay: ReplaySpec | QueueSpec
     learner: LearnerSpec
     replay_deadline: float
+    replay_shards: int = 1
+    auto: bool = False
+    learner_gpus: int | None = None
+    cpus_per_actor: float = 0.0
+    placement: Placement = NOWHERE_YET
+
+    def placed(self) -> Program:
+        """Return this program with its places in the cluster that is joined.
+
+        Raises:
+            ConfigurationError: the cluster lacks what the run asks for.
+        """
+        placement = place(ray.nodes(), learner_gpus=self.learner_gpus, cpus_per_actor=self.cpus_per_actor)  # type: ignore[no-untyped-call]
+        learner = replace(self.learner, on_gpu=placement.learner_gpus > 0)
+        return replace(self, placement=placement, learner=learner)
 
     def start_weight_store(self) -> Any:
         """Start the weight store and return its handle."""
-        return WeightStoreActor.options(**self._named("weights")).remote(put=ray.put)
+        return WeightStoreActor.options(**self._central("weights")).remote(put=ray.put)
 
     def start_replay(self, incarnation: int, carried: Counters, highest_priority: float, version: int) -> Any:
         """Start a replay or trajectory server that goes on from the run's totals, and return its handle.
@@ -82,22 +97,45 @@ class Program:
         """
         common: dict[str, Any] = {"carried": carried, "max_env_steps": self.steps}
         if isinstance(self.replay, QueueSpec):
-            return TrajectoryActor.options(**self._named("replay")).remote(
+            return TrajectoryActor.options(**self._central("replay")).remote(
                 self.replay, version=max(version, 0), **common
             )
-        return ReplayActor.options(**self._named("replay")).remote(
+        return ReplayActor.options(**self._central("replay")).remote(
             self.replay, run_seed=self.seed, incarnation=incarnation, highest_priority=highest_priority, **common
         )
 
+    def start_desk(self, incarnation: int, carried: Counters, highest_priority: float, _: int) -> Any:
+        """Start the desk of a replay in shards and return its handle; see `start_replay`."""
+        return ReplayDeskActor.options(**self._central("replay")).remote(
+            self.replay,
+            shards=self.replay_shards,
+            run_seed=self.seed,
+            incarnation=incarnation,
+            carried=carried,
+            highest_priority=highest_priority,
+            max_env_steps=self.steps,
+        )
+
+    def start_shard(self, shard: int, incarnation: int) -> Any:
+        """Start one of the replay's shards and return its handle."""
+        return ReplayShardActor.options(**self._central(f"replay-{shard}")).remote(
+            self.replay,
+            shard=shard,
+            shards=self.replay_shards,
+            desk=Teller(self._actor("replay")),
+            run_seed=self.seed,
+            incarnation=incarnation,
+        )
+
     def start_learner(self) -> Any:
-        """Start the learner, on a GPU where the cluster has one, and return its handle."""
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0  # type: ignore[no-untyped-call]
-        return LearnerActor.options(num_gpus=gpus).remote(
+        """Start the learner and return its handle."""
+        return LearnerActor.options(**self.placement.for_learner()).remote(
             self.learner, replay=self._replay_client(), weights=self._actor("weights"), threads=self._learner_threads
         )
 
     def start_worker(self, worker: int, incarnation: int, workers: int) -> Any:
         """Start one of `workers` rollout workers and return its handle."""
+        options = self.placement.for_worker(worker, ray.nodes())  # type: ignore[no-untyped-call]
         process: dict[str, Any] = {
             "worker": worker,
             "workers": workers,
@@ -109,8 +147,8 @@ class Program:
             # A lane without a share in the batch would step for nothing.
             share = math.ceil(self.replay.units_per_batch / workers)
             rollout = replace(self.rollout, num_envs=min(self.rollout.num_envs, share))
-            return OnPolicyActor.remote(rollout, queue=self._replay_client(), **process)
-        return RolloutActor.remote(self.rollout, replay=self._replay_client(), **process)
+            return OnPolicyActor.options(**options).remote(rollout, queue=self._replay_client(), **process)
+        return RolloutActor.options(**options).remote(self.rollout, replay=self._replay_client(), **process)
 
     def start_evaluator(self) -> Any:
         """Start the evaluator and return its handle."""
@@ -119,10 +157,13 @@ class Program:
     def _actor(self, role: str) -> RemoteActor:
         return RemoteActor(f"{self.run}/{role}")
 
-    def _named(self, role: str) -> dict[str, str]:
-        return {"name": self._actor(role).name, "namespace": NAMESPACE}
+    def _central(self, role: str) -> dict[str, Any]:
+        return {"name": self._actor(role).name, "namespace": NAMESPACE, **self.placement.beside_the_learner()}
 
     def _replay_client(self) -> ReplayClient | TrajectoryClient:
+        if self.replay_shards > 1:
+            shards = [self._actor(f"replay-{shard}") for shard in range(self.replay_shards)]
+            return ShardedReplayClient(self._actor("replay"), shards, deadline_seconds=self.replay_deadline)
         client = TrajectoryClient if isinstance(self.replay, QueueSpec) else ReplayClient
         return client(self._actor("replay"), deadline_seconds=self.replay_deadline)
 
@@ -147,7 +188,8 @@ class Program:
         else:
             push = layout.frame_bytes * layout.max_segment_frames * self.rollout.num_envs
             batch = 2 * observation * self.replay.batch_size * self.replay.batches_per_sample
-        return max(LEAST_OBJECT_STORE, 2 * (4 * self.actors * push + 6 * batch))
+        actors = max(self.actors, os.cpu_count() or 1) if self.auto else self.actors
+        return max(LEAST_OBJECT_STORE, 2 * (4 * actors * push + 6 * batch))
 
 
 def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
@@ -173,17 +215,24 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
                 f"{config.algorithm} needs publish_every 1, got {config.publish_every}: every batch is made under "
                 f"the newest weights"
             )
+        if config.replay_shards != 1:
+            raise ConfigurationError(
+                f"{config.algorithm} keeps no replay that could be divided: replay_shards must be 1, "
+                f"got {config.replay_shards}"
+            )
     else:
         if config.steps <= replay.minimum_size:
             raise ConfigurationError(
                 f"a run of {config.steps} steps ends before the first update: warm_start_size is "
                 f"{replay.minimum_size}; give more --steps, or --set warm_start_size=..."
             )
+        replay.check_shards(config.replay_shards)
+        # All shards lie on one node, beside the learner; each asks once more, where it is.
         replay.table.check_memory()
     return Program(
         run=run,
         seed=config.seed,
-        actors=config.actors,
+        actors=config.first_actors,
         steps=config.steps,
         policy=module.policy_spec,
         rollout=rollout,
@@ -198,85 +247,8 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
             precision=config.precision,
         ),
         replay_deadline=config.replay_deadline,
+        replay_shards=config.replay_shards,
+        auto=config.actors == "auto",
+        learner_gpus=None if config.learner_gpus == "auto" else config.learner_gpus,
+        cpus_per_actor=config.cpus_per_actor,
     )
-
-
-class RaySession:
-    """A Ray cluster for as long as a `with` block lasts: one of this machine's own, or the one in RAY_ADDRESS."""
-
-    def __init__(self, object_store_bytes: int) -> None:
-        """Say how much shared memory a cluster of our own needs."""
-        self._bytes = object_store_bytes
-        self._folder: str | None = None
-
-    def __enter__(self) -> RaySession:
-        """Start or join the cluster.
-
-        Raises:
-            RayUnavailable: it could not be started or reached, or shared memory is short.
-        """
-        try:
-            try:
-                self._start()
-            except RayUnavailable:
-                raise
-            except Exception:  # Ray raises a bare Exception when its start takes too long, as on a loaded machine
-                self.__exit__()
-                self._start()
-        except Exception as error:
-            self.__exit__()
-            if isinstance(error, RayUnavailable):
-                raise
-            address = os.environ.get("RAY_ADDRESS")
-            where = f"the Ray cluster at {address}" if address else "a local Ray"
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
-            raise RayUnavailable(f"cannot use {where}: {reason}") from error
-        return self
-
-    def _start(self) -> None:
-        common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": False}
-        if address := os.environ.get("RAY_ADDRESS"):
-            ray.init(address=address, **common)
-            return
-        self._folder = _session_folder()
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            include_dashboard=False,
-            object_store_memory=self._shared_memory(),
-            _temp_dir=self._folder,
-            **common,
-        )
-
-    def _shared_memory(self) -> int:
-        try:
-            free = psutil.disk_usage("/dev/shm").free
-        except OSError:
-            return self._bytes
-        if free < LEAST_OBJECT_STORE:
-            raise RayUnavailable(
-                f"/dev/shm has {free / 2**20:.0f} MiB free and Ray needs {LEAST_OBJECT_STORE / 2**20:.0f} MiB; "
-                f"in a container raise its shm_size"
-            )
-        return min(self._bytes, int(free * 0.8))
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the cluster; one of our own ends, and its files go."""
-        ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _session_folder() -> str:
-    """Make a folder for Ray's session, named after this process, and remove those whose process is gone.
-
-    Ray's sockets lie in it, and a socket's path is short by nature, so a long TMPDIR gives way to /tmp.
-    """
-    parent = Path(tempfile.gettempdir())
-    if len(str(parent)) > _LONGEST_TEMPORARY_PATH:
-        parent = Path("/tmp")
-    for old in parent.glob("squall-*-*"):
-        pid = old.name.split("-")[1]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"squall-{os.getpid()}-", dir=parent)

@@ -22,8 +22,9 @@ from services.config import RunConfig
 from services.coordinator import Coordinator
 from services.display import Display
 from services.home import CONFIG, SUMMARY, home, open_home_store
-from services.program import Program, RaySession, plan
+from services.program import Program, plan
 from services.progress import Progress, Watcher
+from services.ray_session import RaySession
 from services.signals import StopSignals, end_at_once
 from services.store import Command, RunNameInUse, RunRecord, RunStore, check_run_name, plain_payload, this_process
 
@@ -216,7 +217,7 @@ def _supervise(
                 with watcher.still_alive():
                     stack.enter_context(RaySession(program.object_store_bytes))
                     signals.take_over()
-                coordinator = Coordinator(program, config, folder, watcher, progress)
+                coordinator = Coordinator(program.placed(), config, folder, watcher, progress)
                 summary = {"run": run, **coordinator.run()}
             summary = plain_payload("summary", summary)
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
@@ -242,9 +243,9 @@ def _last_line(run: str, why: str) -> str:
 
 def _oversubscription(config: RunConfig) -> list[str]:
     cpus = os.cpu_count() or 1
-    if "RAY_ADDRESS" in os.environ or config.actors <= cpus:
+    if "RAY_ADDRESS" in os.environ or config.first_actors <= cpus:
         return []
-    return [f"{config.actors} actors share {cpus} CPUs: it works, each is slower"]
+    return [f"{config.first_actors} actors share {cpus} CPUs: it works, each is slower"]
 
 
 def folder_of(run: str, store_url: str | None = None) -> Path:

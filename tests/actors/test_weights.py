@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -119,7 +120,7 @@ def test_a_store_hands_out_newer_weights_only() -> None:
     assert held.version == 4
     assert store.newer_than(4) is None
     assert store.newer_than(9) is None
-    assert store.report() == {"version": 4, "pid": os.getpid()}
+    assert store.report() == {"version": 4, "pid": os.getpid(), "node": socket.gethostname()}
 
 
 def test_a_store_ignores_older_weights_and_puts_each_version_once() -> None:
