@@ -254,6 +254,7 @@ class WorkerReport:
         env_steps: steps it took in this incarnation.
         episodes: episodes it finished.
         pushes: pushes of it that were accepted.
+        steps_sent: steps in those.
         weights_version: of the weights it acts with.
         failures: environment lanes it had to rebuild.
         seconds_waited: in which it took no steps, because what it had made was not yet taken.
@@ -268,6 +269,7 @@ class WorkerReport:
     env_steps: int
     episodes: int
     pushes: int
+    steps_sent: int
     weights_version: int
     failures: int
     seconds_waited: float
@@ -388,9 +390,9 @@ class RolloutWorker:
         """Ask `run` to send what it has and return."""
         self._stop.set()
 
-    def place(self, workers: int) -> None:
-        """Take note of how many workers there are now, which a ladder of exploration rates depends on."""
-        self._policy.workers = workers
+    def place(self, rank: int, workers: int) -> None:
+        """Take note of which of how many workers this is now, on which a ladder of exploration rates depends."""
+        self._policy.worker, self._policy.workers = rank, workers
 
     def report(self) -> WorkerReport:
         """Return what `squall status` shows."""
@@ -402,6 +404,7 @@ class RolloutWorker:
             env_steps=self._env_steps,
             episodes=self._episodes,
             pushes=self._outbox.accepted,
+            steps_sent=self._outbox.steps_sent,
             weights_version=self._weights.version,
             failures=self._failures,
             seconds_waited=self._seconds_waited + self._outbox.seconds_waited,
@@ -419,7 +422,7 @@ class _Outbox:
         self._sequence = 0
         self._abort = threading.Event()
         self._error: BaseException | None = None
-        self.env_steps = self.accepted = 0
+        self.env_steps = self.accepted = self.steps_sent = 0
         self.seconds_waited = 0.0
         self.finished = False
         self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
@@ -476,6 +479,7 @@ class _Outbox:
                     return
                 self.env_steps = max(self.env_steps, reply.env_steps)
                 self.accepted += reply.accepted
+                self.steps_sent += push.steps if reply.accepted or reply.repeated else 0
                 self.finished = self.finished or reply.finished
         except BaseException as error:
             self._error = error

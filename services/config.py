@@ -170,7 +170,7 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
 
 def _translated(error: ValidationError, key: str = "") -> ConfigurationError:
     first = error.errors()[0]
-    where = key or ".".join(str(part) for part in first["loc"])
+    where = key or str(first["loc"][0])
     return ConfigurationError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}")
 
 

@@ -363,9 +363,9 @@ class Coordinator:
 
     def _snapshot(self) -> None:
         own = {
-            "name": "coordinator", "role": "coordinator",
-            "index": 0, "node": socket.gethostname(), "pid": os.getpid(), "state": self._state,
-            "incarnation": self.progress.generation, "restarts": 0, "last_word": "", "last_death": None,
+            "name": "coordinator", "role": "coordinator", "index": 0, "node": socket.gethostname(), "pid": os.getpid(),
+            "state": self._state, "incarnation": self.progress.generation, "restarts": 0, "steps_sent": None,
+            "last_word": "", "last_death": None,
         }  # fmt: skip
         self.watcher.snapshot(
             {

@@ -55,8 +55,17 @@ class Crew:
             self._leaving.append(_Leaving(process, time.monotonic() + LEAVE_SECONDS))
         for process in self.workers:
             if process.handle is not None:
-                process.handle.place.remote(wanted)
+                process.handle.place.remote(self._rank(process.index), wanted)
         return joining, dismissed
+
+    def _rank(self, index: int) -> int:
+        """Return an index's place among those there are: while others leave there are gaps."""
+        return sum(process.index < index for process in self.workers)
+
+    def _start_in_place(self, index: int, incarnation: int) -> Any:
+        handle = self._start(index, incarnation, self._wanted)
+        handle.place.remote(self._rank(index), self._wanted)
+        return handle
 
     def _free_indices(self, count: int) -> Iterator[int]:
         # Not an index whose last holder is still leaving: a server that hears of the new incarnation takes what the
@@ -73,7 +82,7 @@ class Crew:
         return Process(
             "worker",
             index,
-            lambda incarnation: self._start(index, incarnation, self._wanted),
+            lambda incarnation: self._start_in_place(index, incarnation),
             run=lambda handle: handle.run.remote(),
             numbered=True,
             first_incarnation=self._used.get(index, self._first_incarnation - 1) + 1,
@@ -88,7 +97,7 @@ class Crew:
             death = process.poll()
             late = time.monotonic() > leaving.deadline
             if process.done:
-                word = "left, with everything sent"
+                word = f"left, with everything sent: {process.result.steps_sent:,} steps"
             elif death is not None:
                 word = f"died while it left: {death.line}"
             elif late or process.handle is None:

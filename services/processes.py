@@ -217,6 +217,7 @@ class Process:
             "state": "ended" if ended else "done" if self.done else state,
             "incarnation": self.incarnation,
             "restarts": self.restarts,
+            "steps_sent": getattr(report, "steps_sent", None),
             "last_word": self.pending or getattr(report, "last_word", ""),
             "last_death": None if self.last_death is None else self.last_death.line,
         }

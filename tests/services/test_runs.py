@@ -179,7 +179,7 @@ def test_a_run_is_scaled_up_and_down_while_it_runs(start: Start) -> None:
     assert squall(run.home, "scale", "scaled", "--actors", "1").returncode == 0
     down = run.wait_for(lambda s: workers_of(s) == [(0, "running")])
     words = [event["text"] for event in down["events"] if event["kind"] == "scale"]
-    assert sum(word.endswith("left, with everything sent") for word in words) == 3, words
+    assert sum("left, with everything sent: " in word for word in words) == 3, words
     run.wait_for(lambda s: s["env_steps"] > down["env_steps"] + 1000)
     # An index that is used again has another incarnation, and so other seeds.
     assert squall(run.home, "scale", "scaled", "--actors", "2").returncode == 0
@@ -196,6 +196,69 @@ def test_a_run_is_scaled_up_and_down_while_it_runs(start: Start) -> None:
     ended = squall(run.home, "scale", "scaled", "--actors", "3")
     assert ended.returncode == 1
     assert "finished" in ended.stderr
+
+
+@pytest.mark.slow
+def test_no_step_is_lost_or_counted_twice_from_2_workers_to_5_to_1_with_a_shard_killed_in_between(start: Start) -> None:
+    per = ("per-dqn", *SMALL[1:], "--steps", "1000000", "--set", "eval_every=0", "--replay-shards", "2")
+    run = start("divided", *per, "--actors", "2")
+    begun = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+    assert [p["name"] for p in begun["processes"]] == [
+        "coordinator", "weights", "desk", "replay-0", "replay-1", "learner", "worker-0", "worker-1", "evaluator",
+    ]  # fmt: skip
+    assert squall(run.home, "scale", "divided", "--actors", "5").returncode == 0
+    up = run.wait_for(lambda s: [index for index, state in workers_of(s) if state == "running"] == [0, 1, 2, 3, 4])
+    os.kill(run.pid_of("replay", 1), signal.SIGKILL)
+    back = run.wait_for(lambda s: any(p["name"] == "replay-1" and p["restarts"] and p["pid"] for p in s["processes"]))
+    assert back["env_steps"] >= up["env_steps"]
+    run.wait_for(lambda s: s["env_steps"] > back["env_steps"] + 1000 and s["updates"] > back["updates"] + 500)
+    assert squall(run.home, "scale", "divided", "--actors", "1").returncode == 0
+    down = run.wait_for(lambda s: workers_of(s) == [(0, "running")])
+    run.wait_for(lambda s: s["env_steps"] > down["env_steps"] + 500)
+    assert squall(run.home, "stop", "divided").returncode == 0
+    summary = run.finish(30)
+    assert summary["samples_per_insert"] == pytest.approx(64, rel=0.05)
+    assert 0 < summary["replay_size"] <= summary["env_steps"]
+    status = json.loads(squall(run.home, "status", "divided", "--events", "200", "--json").stdout)
+    left = [text.split("left, with everything sent: ") for e in status["events"] if "left, with" in (text := e["text"])]
+    assert sorted(who for who, _ in left) == ["worker-1 ", "worker-2 ", "worker-3 ", "worker-4 "]
+    sent = [int(steps.removesuffix(" steps").replace(",", "")) for _, steps in left]
+    assert min(sent) > 0
+    total = sum(sent) + next(p["steps_sent"] for p in status["processes"] if p["name"] == "worker-0")
+    # The last worker may not have heard of its last push.
+    assert total <= summary["env_steps"] <= total + 2 * 16
+    assert run.leftovers() == []
+
+
+@pytest.mark.slow
+def test_auto_adds_workers_while_the_learner_waits(start: Start) -> None:
+    run = start("auto", *LONG, "--set", "eval_every=0", "--set", "updates_per_step=0.05", "--actors", "auto")
+    grown = run.wait_for(
+        lambda s: any("from 1 to 2 workers: the learner waited" in e["text"] for e in s["events"]), 150
+    )
+    assert grown["actors"] == 2
+    told = json.loads(squall(run.home, "scale", "auto", "--actors", "1", "--json").stdout)
+    assert told["actors"] == 1
+    assert json.loads(squall(run.home, "scale", "auto", "--actors", "auto", "--json").stdout)["auto"] is True
+    assert squall(run.home, "stop", "auto").returncode == 0
+    run.finish(30)
+    assert run.leftovers() == []
+
+
+@pytest.mark.slow
+def test_a_worker_without_room_in_the_cluster_is_pending_and_the_run_goes_on(start: Start) -> None:
+    every_cpu = str(os.cpu_count())
+    run = start("full", *LONG, "--set", "eval_every=0", "--actors", "2", "--cpus-per-actor", every_cpu)
+    status = run.wait_for(lambda s: workers_of(s) == [(0, "running"), (1, "pending")] and s["updates"] > 0)
+    assert status["state"] == "running"
+    word = next(p["last_word"] for p in status["processes"] if p["name"] == "worker-1")
+    assert word == f"waits for room: it wants {every_cpu} CPU, and 0 of the cluster's {every_cpu} are free"
+    # Its turn comes when the other is gone.
+    os.kill(run.pid_of("worker", 0), signal.SIGKILL)
+    run.wait_for(lambda s: (1, "running") in workers_of(s))
+    assert squall(run.home, "stop", "full").returncode == 0
+    run.finish(30)
+    assert run.leftovers() == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,44 @@
+"""Crew: who joins and leaves, under which index, incarnation and rank; with stand-ins for the actors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.crew import Crew
+
+
+class Handle:
+    """Remembers what it was told, as `handle.method.remote(...)`."""
+
+    def __init__(self, told: list[tuple[Any, ...]], who: tuple[int, int]) -> None:
+        self._told, self._who = told, who
+
+    def __getattr__(self, method: str) -> Any:
+        class Method:
+            remote = staticmethod(lambda *arguments: self._told.append((method, *self._who, *arguments)))
+
+        return Method
+
+
+def test_ranks_have_no_gaps_and_an_index_comes_back_as_another_incarnation() -> None:
+    told: list[tuple[Any, ...]] = []
+    crew = Crew(lambda index, incarnation, _: Handle(told, (index, incarnation)), first_incarnation=7)
+    for process in crew.scale(4)[0]:
+        process.start()
+    assert [entry for entry in told if entry[0] == "place"] == [("place", n, 7, n, 4) for n in range(4)]
+    told.clear()
+    assert [process.index for process in crew.scale(1)[1]] == [3, 2, 1]
+    assert told == [("stop", 3, 7), ("stop", 2, 7), ("stop", 1, 7), ("place", 0, 7, 0, 1)]
+    told.clear()
+    # Those three are still leaving, so that new ones have other indices; and rungs of their own on a ladder of three.
+    joining, _ = crew.scale(3)
+    for process in joining:
+        process.start()
+    places = [entry for entry in told if entry[0] == "place"]
+    assert places == [("place", 0, 7, 0, 3), ("place", 4, 7, 1, 3), ("place", 5, 7, 2, 3)]
+    # An index whose holder has left comes back as an incarnation, and so with seeds, that there never was.
+    for process in crew.leaving:
+        process.done, process.handle, process.result = True, None, type("Report", (), {"steps_sent": 1234})
+    assert [word for _, word in crew.see_off()] == ["left, with everything sent: 1,234 steps"] * 3
+    again, _ = crew.scale(4)
+    assert [(process.index, process.incarnation + 1) for process in again] == [(1, 8)]

@@ -1,0 +1,79 @@
+"""Where processes go, by clusters written down, and that what a cluster lacks is refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import ray
+
+from replay.types import ConfigurationError
+from services.placement import NOWHERE_YET, Placement, cluster_cpus, no_room, place, spread
+
+
+def node(name: str, cpus: float = 4.0, *, gpus: float = 0.0, head: bool = False, alive: bool = True) -> dict[str, Any]:
+    resources = {"CPU": cpus} if cpus else {}
+    resources |= {"GPU": gpus} if gpus else {}
+    resources |= {"node:__internal_head__": 1.0} if head else {}
+    return {"NodeID": name, "Alive": alive, "Resources": resources}
+
+
+HEAD, ONE, TWO = node("a", head=True), node("b"), node("c")
+WITH_GPU = node("d", gpus=1.0)
+
+
+def test_on_one_machine_there_is_nothing_to_decide() -> None:
+    placement = place([HEAD], learner_gpus=None, cpus_per_actor=0.0)
+    assert placement == NOWHERE_YET
+    assert placement.beside_the_learner() == {}
+    assert placement.for_learner() == {"num_gpus": 0}
+    assert placement.for_worker(3, [HEAD]) == {}
+    assert place([node("a", gpus=2.0, head=True)], learner_gpus=None, cpus_per_actor=0.0) == Placement(None, 1)
+    assert place([node("a", gpus=2.0, head=True)], learner_gpus=0, cpus_per_actor=0.0) == Placement(None, 0)
+
+
+def test_replay_and_learner_sit_together_on_the_head_or_where_the_gpu_is() -> None:
+    assert place([ONE, HEAD, TWO], learner_gpus=None, cpus_per_actor=0.0) == Placement("a", 0)
+    assert place([ONE, HEAD, WITH_GPU], learner_gpus=None, cpus_per_actor=0.0) == Placement("d", 1)
+    assert place([ONE, HEAD, WITH_GPU], learner_gpus=0, cpus_per_actor=0.0) == Placement("a", 0)
+    both = [WITH_GPU, node("a", gpus=1.0, head=True)]
+    assert place(both, learner_gpus=1, cpus_per_actor=0.0) == Placement("a", 1)
+    options = place([ONE, HEAD], learner_gpus=None, cpus_per_actor=0.0).beside_the_learner()
+    assert (options["scheduling_strategy"].node_id, options["scheduling_strategy"].soft) == ("a", True)
+
+
+def test_workers_are_spread_in_proportion_to_cpus() -> None:
+    def where(nodes: list[dict[str, Any]], workers: int) -> Counter[str | None]:
+        return Counter(spread(worker, nodes, "a") for worker in range(workers))
+
+    assert where([HEAD, ONE, TWO], 2) == {"b": 1, "c": 1}
+    assert where([HEAD, ONE, TWO], 10) == {"a": 2, "b": 4, "c": 4}
+    assert where([HEAD, ONE, node("c", 12.0)], 8) == {"b": 2, "c": 6}
+    assert where([HEAD, ONE, node("c", alive=False)], 4) == {"a": 1, "b": 3}
+    assert where([node("a", 0.0, head=True), ONE], 3) == {"b": 3}
+    assert where([HEAD], 2) == {None: 2}
+    options = Placement("a", 0, cpus_per_actor=1.0).for_worker(0, [HEAD, ONE])
+    assert options == {"num_cpus": 1.0, "scheduling_strategy": "SPREAD"}
+
+
+def test_what_the_cluster_lacks_is_refused() -> None:
+    gpu = (
+        "learner_gpus is 1, and none of the cluster's 2 nodes has a GPU; add a node with one, or take --learner-gpus 0"
+    )
+    with pytest.raises(ConfigurationError, match=re.escape(gpu)):
+        place([HEAD, ONE], learner_gpus=1, cpus_per_actor=0.0)
+    with pytest.raises(ConfigurationError, match="cpus_per_actor is 5, and the cluster's largest node has 4 CPUs"):
+        place([HEAD, ONE], learner_gpus=0, cpus_per_actor=5.0)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_real_cluster_tells_its_room() -> None:
+    nodes = ray.nodes()
+    assert place(nodes, learner_gpus=0, cpus_per_actor=2.0) == Placement(None, 0, 2.0)
+    assert any("node:__internal_head__" in told["Resources"] for told in nodes)
+    assert cluster_cpus() == 2
+    assert no_room(0.0) is None
+    assert no_room(3.0) == "waits for room: it wants 3 CPU, and 2 of the cluster's 2 are free"
