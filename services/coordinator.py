@@ -385,7 +385,8 @@ class Coordinator:
     def _metrics(self) -> None:
         figures = self.figures.metrics()
         if figures is not None:
-            self._metrics_board.record(figures, self.processes, len(self.crew.workers))
+            scores = {"eval/mean_reward": self.scoring.history[-1]["mean"]} if self.scoring.history else {}
+            self._metrics_board.record({**figures, **scores}, self.processes, len(self.crew.workers))
             self.watcher.metrics(self.progress.counters.env_steps, figures)
 
     def _summary(self) -> dict[str, Any]:

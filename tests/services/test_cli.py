@@ -68,17 +68,8 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["dqn", "CartPole-v1", "--replay-shards", "257"], "replay_shards must lie in [1, 256], got 257"),
         (
             [
-                "dqn",
-                "CartPole-v1",
-                "--replay-shards",
-                "4",
-                "--set",
-                "replay_size=500",
-                "--set",
-                "warm_start_size=100",
-                "--envs-per-actor",
-                "16",
-            ],  # fmt: skip
+                *"dqn CartPole-v1 --replay-shards 4 --envs-per-actor 16 --set replay_size=500 --set warm_start_size=100".split()
+            ],
             "a replay of 500 transitions has shards of 125 with replay_shards 4, and each must hold one push of 256",
         ),
         (["a2c", "CartPole-v1", "--replay-shards", "2"], "a2c keeps no replay that could be divided: replay_shards"),
