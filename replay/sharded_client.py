@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ class ShardedReplayClient(ReplayClient):
         try:
             accepted = self._send(push, admitted, stop)
         except Exception:
-            self._actor.call("revoke", *who, seconds=_SECONDS_TO_TAKE_BACK)
+            with contextlib.suppress(DeadlineExceeded):
+                self._actor.call("revoke", *who, seconds=_SECONDS_TO_TAKE_BACK)
             raise
         return None if accepted is None else InsertReply(admitted.env_steps, accepted=accepted, repeated=not accepted)
 

@@ -262,7 +262,15 @@ class ReplayShard:
     """One of a replay's tables. Every call is short; calls are served one at a time."""
 
     def __init__(
-        self, spec: ReplaySpec, *, shard: int, shards: int, desk: Settles, run_seed: int, incarnation: int = 0
+        self,
+        spec: ReplaySpec,
+        *,
+        shard: int,
+        shards: int,
+        desk: Settles,
+        run_seed: int,
+        incarnation: int = 0,
+        with_others: bool = False,
     ) -> None:
         """Allocate the table.
 
@@ -273,10 +281,13 @@ class ReplayShard:
             desk: told of all that changes.
             run_seed: the run's seed.
             incarnation: how often this shard was recreated.
+            with_others: whether all shards begin now, on this node, so that it must have memory for all of them.
 
         Raises:
             NotEnoughMemory: the machine cannot hold the table.
         """
+        if with_others:
+            spec.table.check_memory()
         self._shard, self._incarnation, self._to = shard, incarnation, desk
         self._layout = spec.table.layout
         self._table = TransitionTable(

@@ -95,9 +95,7 @@ def _processes(processes: list[dict[str, Any]]) -> Table:
     for process in processes:
         word = process["last_death"] or process["last_word"] or ""
         pid = "" if process["pid"] is None else str(process["pid"])
-        table.add_row(
-            process["name"], process["node"] or "", pid, process["state"], str(process["restarts"]), Text(word)
-        )
+        table.add_row(process["name"], process["node"], pid, process["state"], str(process["restarts"]), Text(word))
     return table
 
 

@@ -76,13 +76,16 @@ def spread(worker: int, nodes: Sequence[Node], home: str | None) -> str | None:
     return chosen
 
 
-def place(nodes: Sequence[Node], *, learner_gpus: int | None, cpus_per_actor: float) -> Placement:
+def place(
+    nodes: Sequence[Node], *, learner_gpus: int | None, cpus_per_actor: float, may_grow: bool = False
+) -> Placement:
     """Decide where a run's processes go.
 
     Args:
         nodes: of the cluster, as `ray.nodes` tells them.
         learner_gpus: 0 or 1; None takes a GPU where there is one.
         cpus_per_actor: CPUs to keep for each worker.
+        may_grow: whether larger nodes than there are may yet join.
 
     Raises:
         ConfigurationError: the cluster lacks what is asked for.
@@ -95,7 +98,7 @@ def place(nodes: Sequence[Node], *, learner_gpus: int | None, cpus_per_actor: fl
             f"add a node with one, or take --learner-gpus 0"
         )
     largest = max((node["Resources"].get("CPU", 0.0) for node in alive), default=0.0)
-    if cpus_per_actor > largest:
+    if cpus_per_actor > largest and not may_grow:
         raise ConfigurationError(
             f"cpus_per_actor is {cpus_per_actor:g}, and the cluster's largest node has {largest:g} CPUs: "
             f"no worker would ever start"

@@ -212,7 +212,7 @@ class Process:
             "name": self.name,
             "role": self.role,
             "index": self.index,
-            "node": report.get("node") if isinstance(report, dict) else getattr(report, "node", None),
+            "node": report.get("node", "") if isinstance(report, dict) else getattr(report, "node", ""),
             "pid": self.pid(),
             "state": "ended" if ended else "done" if self.done else state,
             "incarnation": self.incarnation,

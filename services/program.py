@@ -78,7 +78,12 @@ class Program:
         Raises:
             ConfigurationError: the cluster lacks what the run asks for.
         """
-        placement = place(ray.nodes(), learner_gpus=self.learner_gpus, cpus_per_actor=self.cpus_per_actor)  # type: ignore[no-untyped-call]
+        placement = place(
+            ray.nodes(),  # type: ignore[no-untyped-call]
+            learner_gpus=self.learner_gpus,
+            cpus_per_actor=self.cpus_per_actor,
+            may_grow="RAY_ADDRESS" in os.environ,
+        )
         learner = replace(self.learner, on_gpu=placement.learner_gpus > 0)
         return replace(self, placement=placement, learner=learner)
 
@@ -116,8 +121,8 @@ class Program:
             max_env_steps=self.steps,
         )
 
-    def start_shard(self, shard: int, incarnation: int) -> Any:
-        """Start one of the replay's shards and return its handle."""
+    def start_shard(self, shard: int, incarnation: int, *, with_others: bool) -> Any:
+        """Start one of the replay's shards, perhaps together with all others, and return its handle."""
         return ReplayShardActor.options(**self._central(f"replay-{shard}")).remote(
             self.replay,
             shard=shard,
@@ -125,6 +130,7 @@ class Program:
             desk=Teller(self._actor("replay")),
             run_seed=self.seed,
             incarnation=incarnation,
+            with_others=with_others,
         )
 
     def start_learner(self) -> Any:

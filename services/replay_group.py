@@ -53,9 +53,10 @@ class ReplayGroup:
         return start(incarnation, self._carried, self._highest_priority, self._version())
 
     def _shard(self, shard: int, common: dict[str, Any]) -> Process:
-        return Process(
-            "replay", shard, lambda incarnation: self._program.start_shard(shard, incarnation), numbered=True, **common
-        )
+        def start(incarnation: int) -> Any:
+            return self._program.start_shard(shard, incarnation, with_others=not self.shards[shard].restarts)
+
+        return Process("replay", shard, start, numbered=True, **common)
 
     @property
     def processes(self) -> list[Process]:

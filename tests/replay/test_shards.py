@@ -13,7 +13,17 @@ from replay.server import Counters, ReplaySpec
 from replay.sharded_client import assemble
 from replay.shards import ReplayDesk, ReplayShard, add_up
 from replay.table import TableSpec, shards_of
-from replay.types import Array, Batch, ConfigurationError, EpisodeResult, Layout, LayoutMismatch, Moments, Push
+from replay.types import (
+    Array,
+    Batch,
+    ConfigurationError,
+    EpisodeResult,
+    Layout,
+    LayoutMismatch,
+    Moments,
+    NotEnoughMemory,
+    Push,
+)
 from tests.replay.naive import make_segment
 from tests.replay.statistics import FALSE_ALARM, chi_square_p
 
@@ -343,6 +353,13 @@ def test_stats_add_up_and_capacity_is_divided() -> None:
     ages = [part.sample_age for part in parts if part.sample_age is not None]
     assert stats.sample_age == pytest.approx(3 * sum(ages) / len(ages))
     assert 1.0 <= ages[0] <= 8.0
+
+
+def test_shards_that_begin_together_need_memory_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replay.table.available_memory", lambda: SPEC.table.expected_bytes - 1)
+    whole = Whole(SPEC)  # each by itself fits
+    with pytest.raises(NotEnoughMemory, match="a replay of 96 transitions needs"):
+        ReplayShard(SPEC, shard=0, shards=3, desk=whole, run_seed=0, with_others=True)
 
 
 def test_what_cannot_be_divided_is_refused() -> None:

@@ -40,6 +40,9 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+SMALL_REPLAY = ("--set", "replay_size=500", "--set", "warm_start_size=100")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -67,9 +70,7 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["dqn", "CartPole-v1", "--replay-shards", "0"], "replay_shards: input should be greater than 0, got 0"),
         (["dqn", "CartPole-v1", "--replay-shards", "257"], "replay_shards must lie in [1, 256], got 257"),
         (
-            [
-                *"dqn CartPole-v1 --replay-shards 4 --envs-per-actor 16 --set replay_size=500 --set warm_start_size=100".split()
-            ],
+            ["dqn", "CartPole-v1", "--replay-shards", "4", "--envs-per-actor", "16", *SMALL_REPLAY],
             "a replay of 500 transitions has shards of 125 with replay_shards 4, and each must hold one push of 256",
         ),
         (["a2c", "CartPole-v1", "--replay-shards", "2"], "a2c keeps no replay that could be divided: replay_shards"),

@@ -66,6 +66,9 @@ def test_what_the_cluster_lacks_is_refused() -> None:
         place([HEAD, ONE], learner_gpus=1, cpus_per_actor=0.0)
     with pytest.raises(ConfigurationError, match="cpus_per_actor is 5, and the cluster's largest node has 4 CPUs"):
         place([HEAD, ONE], learner_gpus=0, cpus_per_actor=5.0)
+    # Where nodes may join, it waits for them.
+    empty = [node("a", 0.0, head=True)]
+    assert place(empty, learner_gpus=None, cpus_per_actor=1.0, may_grow=True) == Placement(None, 0, 1.0)
 
 
 @pytest.mark.ray

@@ -249,13 +249,14 @@ def test_auto_adds_workers_while_the_learner_waits(start: Start) -> None:
 def test_a_worker_without_room_in_the_cluster_is_pending_and_the_run_goes_on(start: Start) -> None:
     every_cpu = str(os.cpu_count())
     run = start("full", *LONG, "--set", "eval_every=0", "--actors", "2", "--cpus-per-actor", every_cpu)
-    status = run.wait_for(lambda s: workers_of(s) == [(0, "running"), (1, "pending")] and s["updates"] > 0)
+    status = run.wait_for(lambda s: sorted(w for _, w in workers_of(s)) == ["pending", "running"] and s["updates"] > 0)
     assert status["state"] == "running"
-    word = next(p["last_word"] for p in status["processes"] if p["name"] == "worker-1")
+    last = next(p["index"] for p in status["processes"] if p["state"] == "pending")
+    word = next(p["last_word"] for p in status["processes"] if p["state"] == "pending")
     assert word == f"waits for room: it wants {every_cpu} CPU, and 0 of the cluster's {every_cpu} are free"
     # Its turn comes when the other is gone.
-    os.kill(run.pid_of("worker", 0), signal.SIGKILL)
-    run.wait_for(lambda s: (1, "running") in workers_of(s))
+    os.kill(run.pid_of("worker", 1 - last), signal.SIGKILL)
+    run.wait_for(lambda s: (last, "running") in workers_of(s))
     assert squall(run.home, "stop", "full").returncode == 0
     run.finish(30)
     assert run.leftovers() == []
