@@ -202,7 +202,7 @@ def test_a_run_is_scaled_up_and_down_while_it_runs(start: Start) -> None:
 def test_no_step_is_lost_or_counted_twice_from_2_workers_to_5_to_1_with_a_shard_killed_in_between(start: Start) -> None:
     per = ("per-dqn", *SMALL[1:], "--steps", "1000000", "--set", "eval_every=0", "--replay-shards", "2")
     run = start("divided", *per, "--actors", "2")
-    begun = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+    begun = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0, 240)
     assert [p["name"] for p in begun["processes"]] == [
         "coordinator", "weights", "desk", "replay-0", "replay-1", "learner", "worker-0", "worker-1", "evaluator",
     ]  # fmt: skip
@@ -234,7 +234,7 @@ def test_no_step_is_lost_or_counted_twice_from_2_workers_to_5_to_1_with_a_shard_
 def test_auto_adds_workers_while_the_learner_waits(start: Start) -> None:
     run = start("auto", *LONG, "--set", "eval_every=0", "--set", "updates_per_step=0.05", "--actors", "auto")
     grown = run.wait_for(
-        lambda s: any("from 1 to 2 workers: the learner waited" in e["text"] for e in s["events"]), 150
+        lambda s: any("from 1 to 2 workers: the learner waited" in e["text"] for e in s["events"]), 240
     )
     assert grown["actors"] == 2
     told = json.loads(squall(run.home, "scale", "auto", "--actors", "1", "--json").stdout)
@@ -249,8 +249,14 @@ def test_auto_adds_workers_while_the_learner_waits(start: Start) -> None:
 def test_a_worker_without_room_in_the_cluster_is_pending_and_the_run_goes_on(start: Start) -> None:
     every_cpu = str(os.cpu_count())
     run = start("full", *LONG, "--set", "eval_every=0", "--actors", "2", "--cpus-per-actor", every_cpu)
-    status = run.wait_for(lambda s: sorted(w for _, w in workers_of(s)) == ["pending", "running"] and s["updates"] > 0)
-    assert status["state"] == "running"
+    status = run.wait_for(
+        lambda s: (
+            s["state"] == "running"
+            and s["updates"] > 0
+            and sorted(state for _, state in workers_of(s)) == ["pending", "running"]
+        ),
+        240,
+    )
     last = next(p["index"] for p in status["processes"] if p["state"] == "pending")
     word = next(p["last_word"] for p in status["processes"] if p["state"] == "pending")
     assert word == f"waits for room: it wants {every_cpu} CPU, and 0 of the cluster's {every_cpu} are free"
