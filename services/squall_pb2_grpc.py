@@ -436,11 +436,12 @@ class Policy:
 
 
 class ExperienceStub:
-    """Environments outside Squall feed a run. One call is one session, one environment, and its steps come in order.
+    """Environments outside Squall feed an off-policy run. One call is one session, one environment, and its steps come in
+    order.
 
     client: Open, then for each episode: Reset, Step, Step, ..., Step with terminated or truncated; then Close
     server: Opened, then an Action for each Reset and each Step that ended no episode, EpisodeEnded for one that did;
-    Closed after a Close, when everything is in the replay
+    Closed after a Close, when everything is in the replay; or instead of an answer, when the run needs no more
 
     A call that breaks off ends its session: whole steps that arrived count, once; a new session begins a new episode.
     """
@@ -459,11 +460,12 @@ class ExperienceStub:
 
 
 class ExperienceServicer:
-    """Environments outside Squall feed a run. One call is one session, one environment, and its steps come in order.
+    """Environments outside Squall feed an off-policy run. One call is one session, one environment, and its steps come in
+    order.
 
     client: Open, then for each episode: Reset, Step, Step, ..., Step with terminated or truncated; then Close
     server: Opened, then an Action for each Reset and each Step that ended no episode, EpisodeEnded for one that did;
-    Closed after a Close, when everything is in the replay
+    Closed after a Close, when everything is in the replay; or instead of an answer, when the run needs no more
 
     A call that breaks off ends its session: whole steps that arrived count, once; a new session begins a new episode.
     """
@@ -491,11 +493,12 @@ def add_ExperienceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Experience:
-    """Environments outside Squall feed a run. One call is one session, one environment, and its steps come in order.
+    """Environments outside Squall feed an off-policy run. One call is one session, one environment, and its steps come in
+    order.
 
     client: Open, then for each episode: Reset, Step, Step, ..., Step with terminated or truncated; then Close
     server: Opened, then an Action for each Reset and each Step that ended no episode, EpisodeEnded for one that did;
-    Closed after a Close, when everything is in the replay
+    Closed after a Close, when everything is in the replay; or instead of an answer, when the run needs no more
 
     A call that breaks off ends its session: whole steps that arrived count, once; a new session begins a new episode.
     """
