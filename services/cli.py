@@ -100,7 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train an agent", "Train an agent, or resume a run.")
     train.add_argument("algorithm", nargs="?", help="such as dqn")
     train.add_argument("environment", nargs="?", help="Gymnasium id, or module:EnvId-v0 for one of your own")
-    train.add_argument("--actors", type=_count, metavar="N", help="rollout workers; default the preset's, or 2")
+    train.add_argument(
+        "--actors",
+        type=_count,
+        metavar="N",
+        help="rollout workers; default the preset's, or 2; 0 with --serve: all experience comes from outside",
+    )
     train.add_argument(
         "--envs-per-actor", type=_count, metavar="N", dest="num_envs", help="environments in each worker (num_envs)"
     )

@@ -30,7 +30,7 @@ class RunConfig(BaseModel):
     environment_arguments: dict[str, Any] = Field({}, description="keyword arguments of the environment")
     seed: NonNegativeInt = Field(0, description="from which all others are spawned")
     steps: PositiveInt = Field(1_000_000, description="environment steps, over all workers")
-    actors: PositiveInt = Field(2, description="rollout workers")
+    actors: NonNegativeInt = Field(2, description="rollout workers; 0 if all experience comes from outside")
     eval_every: NonNegativeInt = Field(10_000, description="steps between evaluations; 0 evaluates at the end only")
     stop_at_return: float | None = Field(
         None, allow_inf_nan=False, description="mean return of a periodic evaluation that ends the run; null for none"
@@ -43,7 +43,8 @@ class RunConfig(BaseModel):
     precision: str = Field("auto", description="auto, 32-true, bf16-mixed or 16-mixed")
     replay_deadline: float = Field(300.0, gt=0, description="seconds a process waits for replay before it fails")
     serve: str | None = Field(
-        None, description="host:port at which the run serves its policy over gRPC, or auto; null for not at all"
+        None,
+        description="host:port of the gRPC server for policy and experience, or auto; null for none",
     )
     hyperparameters: dict[str, Any] = Field({}, description="arguments of the algorithm's constructor")
 

@@ -208,8 +208,10 @@ class Coordinator:
             self.watcher.answer(command, self._checkpointed(reference))
 
     def _scale(self, wanted: Any) -> dict[str, Any]:
-        if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= MOST_ACTORS:
-            return {"error": f"actors must be a whole number from 1 to {MOST_ACTORS}, got {wanted!r}"}
+        # None at all only where experience may come from outside.
+        least = 0 if self.endpoints and not isinstance(self.program.replay, QueueSpec) else 1
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or not least <= wanted <= MOST_ACTORS:
+            return {"error": f"actors must be a whole number from {least} to {MOST_ACTORS}, got {wanted!r}"}
         before = len(self.crew.workers)
         joining, _ = self.crew.scale(wanted)
         for process in joining:
@@ -244,7 +246,8 @@ class Coordinator:
         self.watcher.event("death", f"{process.name} is gone: {death.line}\n{death.details}".strip())
         if process is self.replay:
             self._carried = self.progress.counters
-            if any(worker.done for worker in self.crew.workers):
+            outside = any(getattr(endpoint.report, "finished", False) for endpoint in self.endpoints)
+            if outside or any(worker.done for worker in self.crew.workers):
                 # They were told that the run has its steps; the last report may be older than that.
                 steps = max(self._carried.env_steps, self.program.steps)
                 self._carried = replace(self._carried, env_steps=steps)
@@ -347,6 +350,9 @@ class Coordinator:
         ]
         for process in stopping:
             process.handle.stop.remote()
+        for endpoint in self.endpoints:
+            if endpoint.handle is not None:
+                endpoint.handle.close.remote()  # sessions send what they have, as workers do
         end = time.monotonic() + STOP_SECONDS
         while time.monotonic() < end and any(not process.done and process.handle is not None for process in stopping):
             time.sleep(0.02)
@@ -362,7 +368,7 @@ class Coordinator:
 
     def _waiting(self) -> dict[str, str]:
         waiting = {}
-        for process in [self.learner, *self.crew.workers]:
+        for process in [self.learner, *self.crew.workers, *self.endpoints]:
             reason = getattr(process.report, "waiting_for", None)
             if reason and not process.done:
                 waiting[process.name] = reason

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from actors.policies import PolicySpec
+from actors.rollout import RolloutSpec
 from actors.weights import WeightClient
 from replay.remote import actor_class
 from replay.seeds import spawn_seed
+from replay.server import ReplayClient
+from services.experience_service import ExperienceService, NoExperience
 from services.grpc_policy import PolicyService, ServedPolicy
 from services.grpc_server import Listening, ServerThread, Service
 
@@ -51,6 +55,39 @@ class PolicyOffer:
 
 
 @dataclass(frozen=True)
+class ExperienceOffer:
+    """Experience, from environments outside.
+
+    Attributes:
+        run: the run's name.
+        algorithm: what trains it.
+        rollout: what a rollout worker of the run does.
+        weights: where the policy's weights come from.
+        replay: where experience goes; None for an on-policy run, which takes none.
+    """
+
+    run: str
+    algorithm: str
+    rollout: RolloutSpec
+    weights: WeightClient
+    replay: ReplayClient | None
+
+    def build(self, incarnation: int) -> Service:
+        """Make the service."""
+        if self.replay is None:
+            return NoExperience(
+                f"{self.algorithm} is on-policy: its batches are made under permits that only rollout workers hold; "
+                f"experience from outside needs an off-policy algorithm, such as dqn or sac"
+            )
+        policy = self.rollout.policy.build()
+        policy.begin(spawn_seed(self.rollout.run_seed, "experience", incarnation=incarnation))
+        served = ServedPolicy(policy, self.algorithm, weights=self.weights)
+        replay = self.replay
+        # Each thread's own: a client says what its call waits for.
+        return ExperienceService(self.run, self.rollout, served, lambda: copy(replay), incarnation=incarnation)
+
+
+@dataclass(frozen=True)
 class EndpointReport:
     """What `squall status` shows of an endpoint, and a gateway needs to find it.
 
@@ -59,7 +96,9 @@ class EndpointReport:
         node: its host.
         address: where it listens, `host:port`.
         services: what it offers, by full name.
-        last_word: the same for people.
+        last_word: the same for people, and how it goes.
+        waiting_for: what callers wait for, or None.
+        finished: whether they were told that the run has all its steps.
     """
 
     pid: int
@@ -67,6 +106,8 @@ class EndpointReport:
     address: str
     services: tuple[str, ...]
     last_word: str
+    waiting_for: str | None = None
+    finished: bool = False
 
     def plain(self) -> dict[str, Any]:
         """Return what a gateway needs, as plain JSON values."""
@@ -99,7 +140,12 @@ class Endpoint:
         names = tuple(service.name for service in self._services)
         what = ", ".join(name.rpartition(".")[2] for name in names)
         address = self._server.address
-        return EndpointReport(os.getpid(), socket.gethostname(), address, names, f"serves {what} on {address}")
+        words = [f"serves {what} on {address}", *(service.last_word for service in self._services if service.last_word)]
+        waiting_for = next((service.waiting_for for service in self._services if service.waiting_for), None)
+        finished = any(service.finished for service in self._services)
+        return EndpointReport(
+            os.getpid(), socket.gethostname(), address, names, "; ".join(words), waiting_for, finished
+        )
 
     def close(self) -> None:
         """Listen no more."""

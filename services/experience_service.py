@@ -181,6 +181,11 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
         return f"{count} of {len(self._callers)} sessions: {reason}"
 
     @property
+    def finished(self) -> bool:
+        """Whether the replay said that the run has all its steps."""
+        return self.couriers.finished
+
+    @property
     def last_word(self) -> str:
         """Sessions and steps, for people."""
         return f"{len(self._callers)} sessions, {self.steps:,} steps of {self.opened:,} sessions in all"

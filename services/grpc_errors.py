@@ -40,6 +40,10 @@ class ServesNothing(SquallError):
     """The run is live and offers no such service: it was started without `--serve`, or for another machine."""
 
 
+class OutOfOrder(SquallError):
+    """A message that may not come now in its stream; the text says which may."""
+
+
 class NotReady(SquallError):
     """What was asked for is not up yet, or is being recreated; the same call may work later."""
 
@@ -62,6 +66,7 @@ CODES: dict[type[SquallError], grpc.StatusCode] = {
     RunIsNotLive: grpc.StatusCode.FAILED_PRECONDITION,
     CommandRefused: grpc.StatusCode.FAILED_PRECONDITION,
     ServesNothing: grpc.StatusCode.FAILED_PRECONDITION,
+    OutOfOrder: grpc.StatusCode.FAILED_PRECONDITION,
     StoreIncompatible: grpc.StatusCode.FAILED_PRECONDITION,
     StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
     NotReady: grpc.StatusCode.UNAVAILABLE,

@@ -16,7 +16,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -152,6 +152,23 @@ class Service:
     def note_progress(self, env_steps: int) -> None:
         """Take note of how far the run is; called from another thread."""
 
+    # What `squall status` shows; asked from another thread.
+
+    @property
+    def last_word(self) -> str:
+        """How it goes, for people, or nothing."""
+        return ""
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What callers wait for, or None."""
+        return None
+
+    @property
+    def finished(self) -> bool:
+        """Whether callers were told that the run has all its steps."""
+        return False
+
 
 class GrpcServer:
     """A server of some services, with standard health checking and reflection, on the running event loop."""
@@ -251,8 +268,8 @@ class ServerThread:
         self._loop.close()
 
 
-_Handler = grpc.RpcMethodHandler[Any, Any]
-_Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
 
 
 class _Doorkeeper(grpc.aio.ServerInterceptor):

@@ -31,7 +31,7 @@ from replay.server import Counters, ReplayActor, ReplayClient, ReplaySpec
 from replay.trajectory_server import QueueSpec, TrajectoryActor, TrajectoryClient
 from replay.types import ConfigurationError, SquallError
 from services.config import RunConfig
-from services.endpoint import EndpointActor, Offer, PolicyOffer
+from services.endpoint import EndpointActor, ExperienceOffer, Offer, PolicyOffer
 from services.grpc_server import LOOPBACK, Listening, read_token, split_address
 
 LEAST_OBJECT_STORE = 128 * 2**20
@@ -52,7 +52,7 @@ class Program:
     Attributes:
         run: the run's name.
         seed: the run's seed.
-        actors: rollout workers.
+        actors: rollout workers; with 0 all experience comes from outside.
         steps: environment steps after which the run is finished.
         policy: the acting module.
         rollout: what each worker does.
@@ -137,8 +137,13 @@ class Program:
 
     def _offers(self) -> list[Offer]:
         """What the endpoint offers."""
-        weights = WeightClient(self._actor("weights"))
-        return [PolicyOffer(self.run, self.seed, self.learner.algorithm, self.policy, weights)]
+        weights, algorithm, replay = WeightClient(self._actor("weights")), self.learner.algorithm, self._replay_client()
+        return [
+            PolicyOffer(self.run, self.seed, algorithm, self.policy, weights),
+            ExperienceOffer(
+                self.run, algorithm, self.rollout, weights, replay if isinstance(replay, ReplayClient) else None
+            ),
+        ]
 
     def _actor(self, role: str) -> RemoteActor:
         return RemoteActor(f"{self.run}/{role}")
@@ -171,7 +176,7 @@ class Program:
         else:
             push = layout.frame_bytes * layout.max_segment_frames * self.rollout.num_envs
             batch = 2 * observation * self.replay.batch_size * self.replay.batches_per_sample
-        return max(LEAST_OBJECT_STORE, 2 * (4 * self.actors * push + 6 * batch))
+        return max(LEAST_OBJECT_STORE, 2 * (4 * max(self.actors, 1) * push + 6 * batch))
 
 
 def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
@@ -191,6 +196,8 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
     except TypeError as error:
         raise ConfigurationError(str(error)) from error
     rollout, replay = module.rollout_spec(), module.experience_spec()
+    if config.actors == 0:
+        _check_outside(config, on_policy=isinstance(replay, QueueSpec))
     if isinstance(replay, QueueSpec):
         if config.publish_every != 1:
             raise ConfigurationError(
@@ -224,6 +231,18 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
         replay_deadline=config.replay_deadline,
         listening=_listening(config.serve),
     )
+
+
+def _check_outside(config: RunConfig, *, on_policy: bool) -> None:
+    if on_policy:
+        raise ConfigurationError(
+            f"{config.algorithm} is on-policy and takes no experience from outside: actors must be positive, got 0"
+        )
+    if config.serve is None:
+        raise ConfigurationError(
+            "actors must be positive, got 0: without rollout workers all experience comes from outside, over gRPC; "
+            "add --serve [HOST:PORT]"
+        )
 
 
 def _listening(serve: str | None) -> Listening | None:

@@ -31,7 +31,15 @@ from services import squall_pb2 as pb
 from services import squall_pb2_grpc
 from services.experience_client import ExperienceClient, ExperienceSession
 from services.experience_service import FIRST_WORKER, ExperienceService, NoExperience
-from services.grpc_errors import NotReady, OutOfOrder, Overloaded, ServerUnavailable, ServesNothing, from_status
+from services.grpc_errors import (
+    CallFailed,
+    NotReady,
+    OutOfOrder,
+    Overloaded,
+    ServerUnavailable,
+    ServesNothing,
+    from_status,
+)
 from services.grpc_policy import ServedPolicy
 from services.grpc_server import Listening, ServerThread
 from services.store import UnknownRun
@@ -292,16 +300,15 @@ def test_hundreds_of_sessions_beside_a_worker_count_every_step_once() -> None:
 
 
 def test_a_full_server_turns_sessions_away_and_takes_them_when_others_have_left() -> None:
-    with station(most_sessions=2) as here:
-        with here.client() as client:
-            with client.open(VECTOR, TWO) as first, client.open(VECTOR, TWO):
-                with pytest.raises(Overloaded, match="2 sessions are open"):
-                    client.open(VECTOR, TWO)
-                first.reset(np.zeros(4, np.float32))
-            here.settle()
-            with client.open(VECTOR, TWO) as again:
-                assert again.reset(np.zeros(4, np.float32)) is not None
-                assert again.id != first.id
+    with station(most_sessions=2) as here, here.client() as client:
+        with client.open(VECTOR, TWO) as first, client.open(VECTOR, TWO):
+            with pytest.raises(Overloaded, match="2 sessions are open"):
+                client.open(VECTOR, TWO)
+            first.reset(np.zeros(4, np.float32))
+        here.settle()
+        with client.open(VECTOR, TWO) as again:
+            assert again.reset(np.zeros(4, np.float32)) is not None
+            assert again.id != first.id
 
 
 # What breaks.
@@ -361,9 +368,10 @@ def test_a_call_that_breaks_off_counts_the_steps_that_arrived() -> None:
         session._call.cancel()
         here.settle()
         assert here.env_steps == here.service.steps == 6
+        with pytest.raises((CallFailed, ServerUnavailable)):
+            session.step(1.0, False, False, np.zeros(4, np.float32))
         with pytest.raises(ServerUnavailable, match="open another"):
-            for _ in range(2):
-                session.step(1.0, False, False, np.zeros(4, np.float32))
+            session.step(1.0, False, False, np.zeros(4, np.float32))
 
 
 def test_random_and_truncated_bytes_are_an_error_and_change_nothing() -> None:
@@ -456,9 +464,9 @@ def test_other_spaces_are_refused_with_both(
 
 
 def test_float64_is_taken_for_float32_and_a_discrete_observation_must_be_one() -> None:
-    with station() as here, here.client() as client:
-        with client.open(spaces.Box(-1, 1, (4,), np.float64), TWO) as session:
-            assert session.reset(np.zeros(4)) is not None
+    box = spaces.Box(-1, 1, (4,), np.float64)
+    with station() as here, here.client() as client, client.open(box, TWO) as session:
+        assert session.reset(np.zeros(4)) is not None
     with station(make_spec(CORRIDOR, "random", lanes=1)) as here, here.client() as client:
         with client.open(spaces.Discrete(5), spaces.Discrete(3)) as session:
             assert session.reset(4) is not None
