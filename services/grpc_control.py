@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
@@ -22,7 +22,7 @@ _COMMANDS_AT_ONCE = 32
 _MOST_INT64 = 2**63 - 1
 
 _Answer = TypeVar("_Answer")
-_Context = grpc.aio.ServicerContext[Any, Any]
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class RunControlService(squall_pb2_grpc.RunControlServicer, Service):
