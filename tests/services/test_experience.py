@@ -29,6 +29,7 @@ from replay.server import ReplayServer
 from replay.types import Array, ConfigurationError, DeadlineExceeded, InsertReply, Push
 from services import squall_pb2 as pb
 from services import squall_pb2_grpc
+from services.config import resolve
 from services.experience_client import ExperienceClient, ExperienceSession
 from services.experience_service import FIRST_WORKER, ExperienceService, NoExperience
 from services.grpc_errors import (
@@ -42,6 +43,8 @@ from services.grpc_errors import (
 )
 from services.grpc_policy import ServedPolicy
 from services.grpc_server import Listening, ServerThread
+from services.program import plan
+from services.runs import check
 from services.store import UnknownRun
 from services.wire import encode_array, spaces_of
 from tests.actors.test_rollout import Direct, Given, make_server, make_spec, make_worker, weights_for
@@ -237,12 +240,12 @@ def test_a_reset_inside_an_episode_cuts_it_as_if_truncated() -> None:
         assert (ended.episode_ended.episode_return, ended.episode_ended.length) == (1.0, 1)
         assert closed.closed == pb.Closed(steps=3)
         items = read_everything(here.replay.server._table)
-        order = np.argsort(items.observation[:, 0])
+        order = np.argsort(items.observation[0, :, 0])
         gamma = here.spec.gamma
-        assert items.observation[order, 0].tolist() == [0.0, 1.0, 9.0]
-        assert items.next_observation[order, 0].tolist() == [2.0, 2.0, 10.0]
-        np.testing.assert_allclose(items.reward[order], [1 + gamma, 1.0, 1.0], rtol=1e-6)
-        np.testing.assert_allclose(items.discount[order], [gamma**2, gamma, 0.0], rtol=1e-6)
+        assert items.observation[0, order, 0].tolist() == [0.0, 1.0, 9.0]
+        assert items.next_observation[0, order, 0].tolist() == [2.0, 2.0, 10.0]
+        np.testing.assert_allclose(items.reward[0, order], [1 + gamma, 1.0, 1.0], rtol=1e-6)
+        np.testing.assert_allclose(items.discount[0, order], [gamma**2, gamma, 0.0], rtol=1e-6)
         assert [episode.length for episode in here.replay.server.drain_episodes()] == [1]
 
 
@@ -500,7 +503,8 @@ def test_openings_that_cannot_be() -> None:
             exchange(here.address, reset(ZEROS))
         with pytest.raises(OutOfOrder, match="opened once"):
             exchange(here.address, *[pb.PlayRequest(open=here.opening())] * 2)
-        assert not here.service._callers
+        here.settle()
+        assert here.env_steps == 0
 
 
 def test_an_on_policy_run_says_that_it_takes_none() -> None:
@@ -513,6 +517,30 @@ def test_an_on_policy_run_says_that_it_takes_none() -> None:
             client.open(VECTOR, TWO)
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "overrides", "words"),
+    [
+        ("dqn", {"actors": 0}, r"got 0: .* add --serve \[HOST:PORT\]"),
+        ("a2c", {"actors": 0, "serve": "auto"}, "a2c is on-policy and takes no experience from outside"),
+    ],
+)
+def test_a_run_without_workers_must_be_served_and_off_policy(
+    algorithm: str, overrides: dict[str, Any], words: str
+) -> None:
+    config, _ = resolve(algorithm, "CartPole-v1", overrides=overrides)
+    with pytest.raises(ConfigurationError, match=words):
+        check(config)
+
+
+def test_a_served_run_offers_experience_if_it_is_off_policy() -> None:
+    for algorithm, kind in (("dqn", ExperienceService), ("a2c", NoExperience)):
+        overrides = {"serve": "auto", **({"actors": 0} if algorithm == "dqn" else {})}
+        config, _ = resolve(algorithm, "CartPole-v1", overrides=overrides)
+        program = plan(config, "mine", ROOT)
+        assert [type(offer.build(0)) for offer in program._offers()][1] is kind
+        assert program.actors == overrides.get("actors", 2)
 
 
 # Waits.

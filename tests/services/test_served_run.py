@@ -71,7 +71,7 @@ def weights_of(client: SquallClient, beyond: int, seconds: float = 90) -> int:
 def test_a_live_run_is_asked_and_commanded_over_grpc(run: Run, client: SquallClient) -> None:
     status = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
     endpoint = next(process for process in status["processes"] if process["role"] == "endpoint")
-    assert endpoint["last_word"].startswith("serves Policy on 127.0.0.1:")
+    assert endpoint["last_word"].startswith("serves Policy, Experience on 127.0.0.1:")
     told = client.describe("served")
     assert (told.algorithm, told.environment) == ("dqn", "CartPole-v1")
     first = weights_of(client, -1)
