@@ -13,8 +13,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from tests.actors.test_rollout import make_spec
 from tests.services.running import Run
-from tests.services.test_experience import station
+from tests.services.test_experience import CARTPOLE, station
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "examples" / "node"
 PROTO = Path(__file__).parents[2] / "services" / "squall.proto"
@@ -84,7 +85,8 @@ def test_the_dynamics_are_those_of_gymnasium(tmp_path: Path) -> None:
 @needs_node
 @needs_npm
 def test_it_plays_until_the_run_has_its_steps(example: Path) -> None:
-    with station(most_steps=3_000) as here:
+    spec = make_spec(CARTPOLE, "epsilon_greedy", lanes=1)
+    with station(spec, most_steps=3_000) as here:
         done = subprocess.run(
             ["node", "play.js", "--address", here.address, "--environments", "5", "--proto", str(PROTO)],
             cwd=example, capture_output=True, text=True, timeout=120, check=False,
