@@ -5,7 +5,7 @@ BIN    := .venv/bin
 STAMP  := .venv/.squall-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint check bench results results-quick clean
+.PHONY: help setup train test lint check proto bench results results-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ lint: $(STAMP) ## check format, lint and types
 
 check: lint ## lint, then the fast tests
 	$(BIN)/python -m pytest -m "not slow"
+
+proto: $(STAMP) ## write the code beside services/squall.proto again
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. services/squall.proto
 
 bench: $(STAMP) ## compare with peers, in tests/benchmarks; ARGS go to it
 	@test -f tests/benchmarks/__main__.py || \

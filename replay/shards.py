@@ -132,6 +132,10 @@ class ReplayDesk:
         if worker in self._admitted and self._admitted[worker][0] <= incarnation:
             del self._admitted[worker]
 
+    def revoke_from(self, first: int) -> None:
+        """Set nothing aside any more for workers numbered `first` and up: the process that sent for them is gone."""
+        self._admitted = {worker: push for worker, push in self._admitted.items() if worker < first}
+
     # Shards.
 
     def settle(self, shard: int, holding: Holding, push: Push | None = None, steps: int = 0) -> None:

@@ -29,6 +29,8 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall evaluate dqn-CartPole-v1-1            play greedy episodes with its best weights
   squall plot dqn-CartPole-v1-1                draw its learning curve
   squall evaluate dqn-CartPole-v1-1 --video play.mp4  and record them
+  squall serve dqn-CartPole-v1-1               answer with its policy over gRPC
+  squall gateway --address 127.0.0.1:50051     one gRPC port for all runs: control, and the policies of live ones
   squall doctor                                what is wrong with this machine, the store, the cluster
 
 Everything lies under SQUALL_HOME (default ./runs); --store or SQUALL_STORE names a Redis server that knows the runs
@@ -38,7 +40,7 @@ standard output and nothing else; progress goes to standard error."""
 _Command = Callable[[argparse.Namespace, TextIO], int]
 _WIDTH_OF_A_PIPE = 200
 _TRAIN_FLAGS = (
-    "actors", "num_envs", "steps", "stop_at_return", "seed", "replay_shards", "learner_gpus", "cpus_per_actor",
+    "actors", "num_envs", "steps", "stop_at_return", "seed", "serve", "replay_shards", "learner_gpus", "cpus_per_actor",
 )  # fmt: skip
 
 
@@ -105,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         "--actors",
         type=_count_or_auto,
         metavar="N",
-        help="rollout workers; default the preset's, or 2; auto adds some while the learner waits for experience",
+        help="rollout workers; default the preset's, or 2; auto adds some while the learner waits for experience; 0 "
+        "with --serve: all experience comes from outside",
     )
     train.add_argument("--replay-shards", type=_count, metavar="N", help="divide the replay among N processes; 1")
     train.add_argument(
@@ -132,6 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, metavar="FILE", help="YAML of run keys, as saved in every run's folder")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key; may be repeated")
     train.add_argument("--resume", metavar="RUN", help="go on from a run's last checkpoint")
+    train.add_argument(
+        "--serve",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT",
+        help="serve the policy over gRPC while it trains; default a free port, of this machine's loopback, or in a Ray "
+        "cluster (RAY_ADDRESS) of the node's own address, which needs a token in SQUALL_GRPC_TOKEN",
+    )
     train.add_argument(
         "--show-config",
         action="store_true",
@@ -180,6 +191,26 @@ def _parser() -> argparse.ArgumentParser:
     stop = add("stop", _stop, "end a run in order", "End a run in order, with a checkpoint.")
     stop.add_argument("run", help="a run's name")
 
+    serve = add(
+        "serve",
+        _serve,
+        "answer with a policy over gRPC",
+        "Serve the policy of a run's checkpoint, or of a file, over gRPC, until a signal. A live run serves its newest "
+        "weights with `squall train --serve`.",
+    )
+    serve.add_argument("run", help="a run's name, or the path of a .ckpt file")
+    serve.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best")
+    _add_listening(serve)
+
+    gateway = add(
+        "gateway",
+        _gateway,
+        "one gRPC port for all runs",
+        "Be the one gRPC port for all runs of a store: list, watch, scale and stop them, and reach the policies and "
+        "sessions of those that train with --serve.",
+    )
+    _add_listening(gateway)
+
     plot = add(
         "plot",
         _plot,
@@ -205,6 +236,20 @@ def _parser() -> argparse.ArgumentParser:
         "cannot work.",
     )
     return parser
+
+
+def _add_listening(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        default="127.0.0.1:50051",
+        metavar="HOST:PORT",
+        help="default 127.0.0.1:50051; beyond loopback a token is needed; port 0 takes a free one",
+    )
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="whose token callers must show; default SQUALL_GRPC_TOKEN"
+    )
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate with its chain; TLS")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its PEM key")
 
 
 def _count(text: str) -> int:
@@ -364,6 +409,35 @@ def _stop(parsed: argparse.Namespace, out: TextIO) -> int:
     with open_home_store(parsed.store) as store:
         answer = control.command(store, parsed.run, "stop")
     return _answer(out, parsed.json, {"run": parsed.run, **answer}, f"run {parsed.run} is stopping")
+
+
+def _serve(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services.serving import serve_checkpoint
+
+    def announce(address: str, checkpoint: Path) -> None:
+        payload = {"run": parsed.run, "address": address, "checkpoint": str(checkpoint)}
+        _answer(out, parsed.json, payload, f"serving {checkpoint} on {address}")
+        out.flush()
+
+    serve_checkpoint(parsed.run, parsed.checkpoint, _listening(parsed), announce, parsed.store)
+    return 0
+
+
+def _gateway(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services.gateway import serve_gateway
+
+    def announce(address: str) -> None:
+        _answer(out, parsed.json, {"address": address}, f"gateway on {address}")
+        out.flush()
+
+    serve_gateway(_listening(parsed), announce, parsed.store)
+    return 0
+
+
+def _listening(parsed: argparse.Namespace) -> Any:
+    from services.grpc_server import Listening, read_token
+
+    return Listening(parsed.address, read_token(parsed.token_file), parsed.tls_cert, parsed.tls_key)
 
 
 def _plot(parsed: argparse.Namespace, out: TextIO) -> int:

@@ -39,7 +39,9 @@ class RunConfig(BaseModel):
     environment_arguments: dict[str, Any] = Field({}, description="keyword arguments of the environment")
     seed: NonNegativeInt = Field(0, description="from which all others are spawned")
     steps: PositiveInt = Field(1_000_000, description="environment steps, over all workers")
-    actors: PositiveInt | Literal["auto"] = Field(2, description="rollout workers, or auto")
+    actors: NonNegativeInt | Literal["auto"] = Field(
+        2, description="rollout workers; auto, or 0 if all experience comes from outside"
+    )
     replay_shards: PositiveInt = Field(1, description="tables that the replay is divided among")
     learner_gpus: NonNegativeInt | Literal["auto"] = Field("auto", description="0, 1, or auto: 1 where there is one")
     cpus_per_actor: NonNegativeFloat = Field(
@@ -56,6 +58,10 @@ class RunConfig(BaseModel):
     keep_checkpoints: PositiveInt = Field(3, description="step-numbered checkpoints kept")
     precision: str = Field("auto", description="auto, 32-true, bf16-mixed or 16-mixed")
     replay_deadline: float = Field(300.0, gt=0, description="seconds a process waits for replay before it fails")
+    serve: str | None = Field(
+        None,
+        description="host:port of the gRPC server for policy and experience, or auto; null for none",
+    )
     hyperparameters: dict[str, Any] = Field({}, description="arguments of the algorithm's constructor")
 
     @property

@@ -21,6 +21,7 @@ from replay.remote import is_ready
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
 from services.crew import Crew
+from services.experience_service import FIRST_WORKER
 from services.figures import Figures
 from services.metrics import RunMetrics
 from services.placement import cluster_cpus, no_room
@@ -91,6 +92,11 @@ class Coordinator:
             is_at_work=lambda before, now: now.updates > before.updates,
         )  # fmt: skip
         self.evaluator = Process("evaluator", 0, lambda _: program.start_evaluator(), first_incarnation=first)
+        self.endpoints = (
+            []
+            if program.listening is None
+            else [Process("endpoint", 0, program.start_endpoint, first_incarnation=first)]
+        )
         self.crew = Crew(program.start_worker, first_incarnation=first)
         self.crew.scale(program.actors)
         self._checkpointing: list[tuple[Command, Any]] = []
@@ -117,7 +123,8 @@ class Coordinator:
     @property
     def processes(self) -> list[Process]:
         """All processes that shall be up, in the order they are started."""
-        return [self.weights, *self.replay.processes, self.learner, *self.crew.workers, self.evaluator]
+        replay = self.replay.processes
+        return [self.weights, *replay, self.learner, *self.crew.workers, self.evaluator, *self.endpoints]
 
     def run(self) -> dict[str, Any]:
         """Run until the steps or the goal are reached, somebody stops it, or it cannot go on; return the summary.
@@ -218,8 +225,10 @@ class Coordinator:
             self._sizing = AutoSize(most_actors(self.program))
             self.watcher.event("scale", f"the number of workers follows from who waits, up to {self._sizing.most}")
             return {"actors": before, "before": before, "auto": True}
-        if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= MOST_ACTORS:
-            return {"error": f"actors must be a whole number from 1 to {MOST_ACTORS}, or auto, got {wanted!r}"}
+        # None at all only where experience may come from outside.
+        least = 0 if self.endpoints and not isinstance(self.program.replay, QueueSpec) else 1
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or not least <= wanted <= MOST_ACTORS:
+            return {"error": f"actors must be auto or a whole number from {least} to {MOST_ACTORS}, got {wanted!r}"}
         self._sizing = None
         self._scale(wanted)
         return {"actors": wanted, "before": before}
@@ -270,7 +279,11 @@ class Coordinator:
     def _recreate(self, process: Process, death: Death) -> None:
         self.watcher.event("death", f"{process.name} is gone: {death.line}\n{death.details}".strip())
         if process in self.replay.processes:
-            self.replay.bury(process, all_steps=any(worker.done for worker in self.crew.workers))
+            heard = [*(worker.done for worker in self.crew.workers)]
+            heard += [getattr(endpoint.report, "finished", False) for endpoint in self.endpoints]
+            self.replay.bury(process, all_steps=any(heard))
+        if process in self.endpoints:
+            self.replay.take_back_from(FIRST_WORKER)
         if process in (self.learner, self.evaluator):
             self.scoring.give_up()
         if process in self.crew.workers:
@@ -289,6 +302,9 @@ class Coordinator:
         self.replay.ask_for_episodes()
         if self.learner.handle is not None and not self.learner.done:
             self.learner.handle.note_progress.remote(self.progress.counters.env_steps, self.progress.plain())
+        for endpoint in self.endpoints:
+            if endpoint.handle is not None:
+                endpoint.handle.note_progress.remote(self.progress.counters.env_steps)
 
     def _count_seconds(self) -> None:
         self.progress.seconds = self._seconds_before + time.monotonic() - self._begun
@@ -320,8 +336,9 @@ class Coordinator:
 
     def _tick_while_scoring(self, end: float) -> None:
         time.sleep(TICK_SECONDS)
-        self._poll([self.evaluator])
-        self.evaluator.ask_for_report()
+        for process in (self.evaluator, *self.endpoints):
+            self._poll([process])
+            process.ask_for_report()
         self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
         reason, self.stopped_because = self.stopped_because, None
         self._obey()
@@ -340,6 +357,9 @@ class Coordinator:
         ]
         for process in stopping:
             process.handle.stop.remote()
+        for endpoint in self.endpoints:
+            if endpoint.handle is not None:
+                endpoint.handle.close.remote()  # sessions send what they have, as workers do
         end = time.monotonic() + STOP_SECONDS
         while time.monotonic() < end and any(not process.done and process.handle is not None for process in stopping):
             time.sleep(0.02)
@@ -355,7 +375,7 @@ class Coordinator:
 
     def _waiting(self) -> dict[str, str]:
         waiting = {}
-        for process in [self.learner, *self.crew.workers]:
+        for process in [self.learner, *self.crew.workers, *self.endpoints]:
             reason = getattr(process.report, "waiting_for", None)
             if reason and not process.done:
                 waiting[process.name] = reason
@@ -374,6 +394,7 @@ class Coordinator:
                 "waiting": self._waiting(),
                 "evaluations": self.scoring.history[-100:],
                 "actors": len(self.crew.workers),
+                "endpoints": self._endpoints_told(),
                 "processes": [
                     own,
                     *(process.describe(ended=self._state == "ended") for process in self.processes),
@@ -381,6 +402,12 @@ class Coordinator:
                 ],
             }
         )
+
+    def _endpoints_told(self) -> list[dict[str, Any]] | None:
+        """Return what a gateway needs of the endpoints that are up; None if the run serves nothing."""
+        if not self.endpoints:
+            return None
+        return [endpoint.report.plain() for endpoint in self.endpoints if endpoint.report is not None]
 
     def _metrics(self) -> None:
         figures = self.figures.metrics()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.environments import specify
 from actors.evaluation import EvaluatorActor
@@ -29,11 +30,14 @@ from replay.shards import ReplayDeskActor, ReplayShardActor
 from replay.trajectory_server import QueueSpec, TrajectoryActor, TrajectoryClient
 from replay.types import ConfigurationError
 from services.config import RunConfig
+from services.endpoint import EndpointActor, ExperienceOffer, Offer, PolicyOffer
+from services.grpc_server import LOOPBACK, Listening, read_token, split_address
 from services.placement import NOWHERE_YET, Placement, place
 from services.ray_session import LEAST_OBJECT_STORE
 
 _MOST_LEARNER_THREADS = 4
 _LONG_EPISODE = 1_000
+_THIS_NODE = "node"  # as a host: this node's own address in the cluster
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Program:
     Attributes:
         run: the run's name.
         seed: the run's seed.
-        actors: rollout workers.
+        actors: rollout workers; with 0 all experience comes from outside.
         steps: environment steps after which the run is finished.
         policy: the acting module.
         rollout: what each worker does.
@@ -55,6 +59,7 @@ class Program:
         learner_gpus: GPUs for the learner; None takes one where there is one.
         cpus_per_actor: CPUs that Ray keeps for each worker.
         placement: where processes go, once the cluster is known.
+        listening: where the run serves its policy over gRPC; None for not at all.
     """
 
     run: str
@@ -71,6 +76,7 @@ class Program:
     learner_gpus: int | None = None
     cpus_per_actor: float = 0.0
     placement: Placement = NOWHERE_YET
+    listening: Listening | None = None
 
     def placed(self) -> Program:
         """Return this program with its places in the cluster that is joined.
@@ -160,6 +166,29 @@ class Program:
         """Start the evaluator and return its handle."""
         return EvaluatorActor.remote(self.policy, run_seed=self.seed, threads=1)
 
+    def start_endpoint(self, incarnation: int) -> Any:
+        """Start the endpoint, on the driver's node, and return its handle."""
+        assert self.listening is not None
+        host, port = split_address(self.listening.address)
+        listening = self.listening
+        if host == _THIS_NODE:
+            own_address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            listening = replace(listening, address=f"{own_address}:{port}")
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return EndpointActor.options(scheduling_strategy=here).remote(
+            self._offers(), listening, incarnation=incarnation, threads=1
+        )
+
+    def _offers(self) -> list[Offer]:
+        """What the endpoint offers."""
+        weights, algorithm, replay = WeightClient(self._actor("weights")), self.learner.algorithm, self._replay_client()
+        return [
+            PolicyOffer(self.run, self.seed, algorithm, self.policy, weights),
+            ExperienceOffer(
+                self.run, algorithm, self.rollout, weights, replay if isinstance(replay, ReplayClient) else None
+            ),
+        ]
+
     def _actor(self, role: str) -> RemoteActor:
         return RemoteActor(f"{self.run}/{role}")
 
@@ -194,7 +223,7 @@ class Program:
         else:
             push = layout.frame_bytes * layout.max_segment_frames * self.rollout.num_envs
             batch = 2 * observation * self.replay.batch_size * self.replay.batches_per_sample
-        actors = max(self.actors, os.cpu_count() or 1) if self.auto else self.actors
+        actors = max(self.actors, os.cpu_count() or 1) if self.auto else max(self.actors, 1)
         return max(LEAST_OBJECT_STORE, 2 * (4 * actors * push + 6 * batch))
 
 
@@ -215,6 +244,8 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
     except TypeError as error:
         raise ConfigurationError(str(error)) from error
     rollout, replay = module.rollout_spec(), module.experience_spec()
+    if config.actors == 0:
+        _check_outside(config, on_policy=isinstance(replay, QueueSpec))
     if isinstance(replay, QueueSpec):
         if config.publish_every != 1:
             raise ConfigurationError(
@@ -257,4 +288,26 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
         auto=config.actors == "auto",
         learner_gpus=None if config.learner_gpus == "auto" else config.learner_gpus,
         cpus_per_actor=config.cpus_per_actor,
+        listening=_listening(config.serve),
     )
+
+
+def _check_outside(config: RunConfig, *, on_policy: bool) -> None:
+    if on_policy:
+        raise ConfigurationError(
+            f"{config.algorithm} is on-policy and takes no experience from outside: actors must be positive, got 0"
+        )
+    if config.serve is None:
+        raise ConfigurationError(
+            "actors must be positive, got 0: without rollout workers all experience comes from outside, over gRPC; "
+            "add --serve [HOST:PORT]"
+        )
+
+
+def _listening(serve: str | None) -> Listening | None:
+    if serve is None:
+        return None
+    if serve == "auto":
+        # Loopback is of no use to a gateway elsewhere.
+        serve = f"{_THIS_NODE if 'RAY_ADDRESS' in os.environ else LOOPBACK}:0"
+    return Listening(serve, read_token())

@@ -88,6 +88,11 @@ class ReplayGroup:
         if (self.shards or isinstance(self._program.replay, QueueSpec)) and self.front.handle is not None:
             self.front.handle.revoke.remote(worker.index, worker.incarnation)
 
+    def take_back_from(self, first: int) -> None:
+        """Do so for all senders numbered `first` and up, whose one process is gone."""
+        if self.shards and self.front.handle is not None:
+            self.front.handle.revoke_from.remote(first)
+
     def ask_for_episodes(self) -> None:
         """Ask for the episodes that ended, unless they are on their way."""
         if self._draining is None and self.front.handle is not None:

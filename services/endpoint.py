@@ -1,0 +1,155 @@
+"""Endpoint: the process of a live run that serves it over gRPC. It runs beside the driver, and takes no CPU slot."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from actors.policies import PolicySpec
+from actors.rollout import RolloutSpec
+from actors.weights import WeightClient
+from replay.remote import actor_class
+from replay.seeds import spawn_seed
+from replay.server import ReplayClient
+from services.experience_service import ExperienceService, NoExperience
+from services.grpc_policy import PolicyService, ServedPolicy
+from services.grpc_server import Listening, ServerThread, Service
+
+
+class Offer(Protocol):
+    """A service described but not made: plain, so that it can be sent to the process that makes it."""
+
+    def build(self, incarnation: int) -> Service:
+        """Make the service, in that process."""
+
+
+@dataclass(frozen=True)
+class PolicyOffer:
+    """Policy, always with the run's newest weights.
+
+    Attributes:
+        run: the run's name.
+        seed: the run's seed.
+        algorithm: what trains it.
+        spec: the acting module.
+        weights: where its weights come from.
+    """
+
+    run: str
+    seed: int
+    algorithm: str
+    spec: PolicySpec
+    weights: WeightClient
+
+    def build(self, incarnation: int) -> PolicyService:
+        """Make the service."""
+        policy = self.spec.build()
+        policy.begin(spawn_seed(self.seed, "endpoint", incarnation=incarnation))
+        return PolicyService(ServedPolicy(policy, self.algorithm, weights=self.weights), self.run)
+
+
+@dataclass(frozen=True)
+class ExperienceOffer:
+    """Experience, from environments outside.
+
+    Attributes:
+        run: the run's name.
+        algorithm: what trains it.
+        rollout: what a rollout worker of the run does.
+        weights: where the policy's weights come from.
+        replay: where experience goes; None for an on-policy run, which takes none.
+    """
+
+    run: str
+    algorithm: str
+    rollout: RolloutSpec
+    weights: WeightClient
+    replay: ReplayClient | None
+
+    def build(self, incarnation: int) -> Service:
+        """Make the service."""
+        if self.replay is None:
+            return NoExperience(
+                f"{self.algorithm} is on-policy: its batches are made under permits that only rollout workers hold; "
+                f"experience from outside needs an off-policy algorithm, such as dqn or sac"
+            )
+        policy = self.rollout.policy.build()
+        policy.begin(spawn_seed(self.rollout.run_seed, "experience", incarnation=incarnation))
+        served = ServedPolicy(policy, self.algorithm, weights=self.weights)
+        replay = self.replay
+        # Each thread's own: a client says what its call waits for.
+        return ExperienceService(self.run, self.rollout, served, lambda: copy(replay), incarnation=incarnation)
+
+
+@dataclass(frozen=True)
+class EndpointReport:
+    """What `squall status` shows of an endpoint, and a gateway needs to find it.
+
+    Attributes:
+        pid: of its process.
+        node: its host.
+        address: where it listens, `host:port`.
+        services: what it offers, by full name.
+        last_word: the same for people, and how it goes.
+        waiting_for: what callers wait for, or None.
+        finished: whether they were told that the run has all its steps.
+    """
+
+    pid: int
+    node: str
+    address: str
+    services: tuple[str, ...]
+    last_word: str
+    waiting_for: str | None = None
+    finished: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """Return what a gateway needs, as plain JSON values."""
+        return {"node": self.node, "address": self.address, "services": list(self.services)}
+
+
+class Endpoint:
+    """Serves some services for as long as it lives."""
+
+    def __init__(
+        self, offers: Sequence[Offer], listening: Listening, *, incarnation: int = 0, threads: int | None = None
+    ) -> None:
+        """Make the services and listen; `threads` sets this process's PyTorch threads.
+
+        Raises:
+            ConfigurationError: nothing can listen there.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._services = [offer.build(incarnation) for offer in offers]
+        self._server = ServerThread(self._services, listening)
+
+    def note_progress(self, env_steps: int) -> None:
+        """Take note of how far the run is."""
+        for service in self._services:
+            service.note_progress(env_steps)
+
+    def report(self) -> EndpointReport:
+        """Return where it listens, and what it offers."""
+        names = tuple(service.name for service in self._services)
+        what = ", ".join(name.rpartition(".")[2] for name in names)
+        address = self._server.address
+        words = [f"serves {what} on {address}", *(service.last_word for service in self._services if service.last_word)]
+        waiting_for = next((service.waiting_for for service in self._services if service.waiting_for), None)
+        finished = any(service.finished for service in self._services)
+        return EndpointReport(
+            os.getpid(), socket.gethostname(), address, names, "; ".join(words), waiting_for, finished
+        )
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._server.close()
+
+
+EndpointActor = actor_class(Endpoint)
