@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 
 from learner.training import LAST
 from replay.remote import is_ready
+from replay.trajectory_server import QueueSpec
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
 from services.crew import Crew

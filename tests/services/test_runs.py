@@ -187,7 +187,7 @@ def test_a_run_is_scaled_up_and_down_while_it_runs(start: Start) -> None:
     assert [p["incarnation"] for p in again["processes"] if p["role"] == "worker"] == [0, 1]
     refused = squall(run.home, "scale", "scaled", "--actors", "0")
     assert refused.returncode == 1
-    assert "actors must be a whole number from 1 to" in refused.stderr
+    assert "actors must be auto or a whole number from 1 to" in refused.stderr
     assert squall(run.home, "stop", "scaled").returncode == 0
     summary = run.finish(30)
     assert summary["actors"] == 2
