@@ -137,12 +137,13 @@ class Program:
 
     def _offers(self) -> list[Offer]:
         """What the endpoint offers."""
-        weights, algorithm, replay = WeightClient(self._actor("weights")), self.learner.algorithm, self._replay_client()
+        algorithm, replay = self.learner.algorithm, self._replay_client()
+        # A client of the weights each: it gives a version once.
+        policy_weights, experience_weights = WeightClient(self._actor("weights")), WeightClient(self._actor("weights"))
+        takes = replay if isinstance(replay, ReplayClient) else None
         return [
-            PolicyOffer(self.run, self.seed, algorithm, self.policy, weights),
-            ExperienceOffer(
-                self.run, algorithm, self.rollout, weights, replay if isinstance(replay, ReplayClient) else None
-            ),
+            PolicyOffer(self.run, self.seed, algorithm, self.policy, policy_weights),
+            ExperienceOffer(self.run, algorithm, self.rollout, experience_weights, takes),
         ]
 
     def _actor(self, role: str) -> RemoteActor:
