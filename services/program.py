@@ -126,13 +126,12 @@ class Program:
         """Start the endpoint, on the driver's node, and return its handle."""
         assert self.listening is not None
         host, port = split_address(self.listening.address)
-        listening = self.listening
+        listening, own_host = self.listening, ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         if host == _THIS_NODE:
-            own_address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            listening = replace(listening, address=f"{own_address}:{port}")
+            listening = replace(listening, address=f"{own_host}:{port}")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return EndpointActor.options(scheduling_strategy=here).remote(
-            self._offers(), listening, incarnation=incarnation, threads=1
+            self._offers(), listening, known_as=own_host, incarnation=incarnation, threads=1
         )
 
     def _offers(self) -> list[Offer]:
