@@ -19,7 +19,9 @@ from replay.seeds import spawn_seed
 from replay.server import ReplayClient
 from services.experience_service import ExperienceService, NoExperience
 from services.grpc_policy import PolicyService, ServedPolicy
-from services.grpc_server import Listening, ServerThread, Service
+from services.grpc_server import Listening, ServerThread, Service, split_address
+
+_EVERY_HOST = ("0.0.0.0", "::")
 
 
 class Offer(Protocol):
@@ -118,9 +120,22 @@ class Endpoint:
     """Serves some services for as long as it lives."""
 
     def __init__(
-        self, offers: Sequence[Offer], listening: Listening, *, incarnation: int = 0, threads: int | None = None
+        self,
+        offers: Sequence[Offer],
+        listening: Listening,
+        *,
+        known_as: str | None = None,
+        incarnation: int = 0,
+        threads: int | None = None,
     ) -> None:
-        """Make the services and listen; `threads` sets this process's PyTorch threads.
+        """Make the services and listen.
+
+        Args:
+            offers: what to serve.
+            listening: where, and for whom.
+            known_as: the host that others reach this one by, where it listens on every address it has.
+            incarnation: how often this process was recreated.
+            threads: PyTorch threads of this process; None leaves them.
 
         Raises:
             ConfigurationError: nothing can listen there.
@@ -129,6 +144,7 @@ class Endpoint:
             torch.set_num_threads(threads)
         self._services = [offer.build(incarnation) for offer in offers]
         self._server = ServerThread(self._services, listening)
+        self._address = reachable(self._server.address, known_as)
 
     def note_progress(self, env_steps: int) -> None:
         """Take note of how far the run is."""
@@ -139,17 +155,26 @@ class Endpoint:
         """Return where it listens, and what it offers."""
         names = tuple(service.name for service in self._services)
         what = ", ".join(name.rpartition(".")[2] for name in names)
-        address = self._server.address
-        words = [f"serves {what} on {address}", *(service.last_word for service in self._services if service.last_word)]
-        waiting_for = next((service.waiting_for for service in self._services if service.waiting_for), None)
-        finished = any(service.finished for service in self._services)
+        told = [service.last_word for service in self._services if service.last_word]
         return EndpointReport(
-            os.getpid(), socket.gethostname(), address, names, "; ".join(words), waiting_for, finished
+            os.getpid(),
+            socket.gethostname(),
+            self._address,
+            names,
+            last_word="; ".join([f"serves {what} on {self._address}", *told]),
+            waiting_for=next((service.waiting_for for service in self._services if service.waiting_for), None),
+            finished=any(service.finished for service in self._services),
         )
 
     def close(self) -> None:
         """Listen no more."""
         self._server.close()
+
+
+def reachable(address: str, known_as: str | None) -> str:
+    """Return the address that others reach a server by; `known_as` is its host where it listens on all it has."""
+    host, port = split_address(address)
+    return f"{known_as}:{port}" if known_as and host in _EVERY_HOST else address
 
 
 EndpointActor = actor_class(Endpoint)

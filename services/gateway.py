@@ -57,7 +57,8 @@ def find_endpoint(store: RunStore, run: str, service: str) -> str:
     short = service.rpartition(".")[2]
     if not record.live:
         raise RunIsNotLive(f"run {run!r} is {record.state}; `squall serve {run}` serves a policy from its checkpoint")
-    endpoints = (store.read_snapshot(run) or {"endpoints": []}).get("endpoints")
+    # The coordinator's first snapshot comes when Ray is up.
+    endpoints = (store.read_snapshot(run) or {}).get("endpoints", [] if record.state == "starting" else None)
     if endpoints is None:
         raise ServesNothing(f"run {run!r} serves nothing: it was started without --serve")
     if not endpoints:

@@ -170,23 +170,23 @@ class Program:
         """Start the endpoint, on the driver's node, and return its handle."""
         assert self.listening is not None
         host, port = split_address(self.listening.address)
-        listening = self.listening
+        listening, own_host = self.listening, ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         if host == _THIS_NODE:
-            own_address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            listening = replace(listening, address=f"{own_address}:{port}")
+            listening = replace(listening, address=f"{own_host}:{port}")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return EndpointActor.options(scheduling_strategy=here).remote(
-            self._offers(), listening, incarnation=incarnation, threads=1
+            self._offers(), listening, known_as=own_host, incarnation=incarnation, threads=1
         )
 
     def _offers(self) -> list[Offer]:
         """What the endpoint offers."""
-        weights, algorithm, replay = WeightClient(self._actor("weights")), self.learner.algorithm, self._replay_client()
+        algorithm, replay = self.learner.algorithm, self._replay_client()
+        # A client of the weights each: it gives a version once.
+        policy_weights, experience_weights = WeightClient(self._actor("weights")), WeightClient(self._actor("weights"))
+        takes = replay if isinstance(replay, ReplayClient) else None
         return [
-            PolicyOffer(self.run, self.seed, algorithm, self.policy, weights),
-            ExperienceOffer(
-                self.run, algorithm, self.rollout, weights, replay if isinstance(replay, ReplayClient) else None
-            ),
+            PolicyOffer(self.run, self.seed, algorithm, self.policy, policy_weights),
+            ExperienceOffer(self.run, algorithm, self.rollout, experience_weights, takes),
         ]
 
     def _actor(self, role: str) -> RemoteActor:

@@ -102,7 +102,7 @@ def test_it_plays_until_the_run_has_its_steps(example: Path) -> None:
 def run(tmp_path: Path) -> Iterator[Run]:
     run = Run(
         tmp_path / "runs", "outside", "dqn", "CartPole-v1", "--actors", "0", "--serve", "--name", "outside",
-        "--steps", "40000", "--stop-at-return", "440", "--set", "eval_every=1500", "--set", "final_eval_episodes=20",
+        "--steps", "40000", "--stop-at-return", "465", "--set", "eval_every=1500", "--set", "final_eval_episodes=20",
     )  # fmt: skip
     yield run
     run.kill_everything()

@@ -23,6 +23,7 @@ from learner import DQN
 from replay.types import Array, ConfigurationError, LayoutMismatch
 from services import squall_pb2 as pb
 from services import squall_pb2_grpc
+from services.cli import main
 from services.client import SquallClient
 from services.grpc_errors import NotReady, Overloaded
 from services.grpc_policy import MOST_ROWS, Batcher, PolicyService, ServedPolicy
@@ -320,14 +321,9 @@ def test_serve_answers_with_a_checkpoints_policy_until_it_is_told_to_stop(checkp
         (["it.ckpt", "--tls-key", "key.pem"], "TLS takes both a certificate and its key"),
     ],
 )
-def test_what_cannot_be_served_is_refused(arguments: list[str], words: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*SQUALL, "serve", *arguments],
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert words in done.stderr
+def test_what_cannot_be_served_is_refused(
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SQUALL_GRPC_TOKEN", raising=False)
+    assert main(["serve", *arguments]) == 2
+    assert words in capfd.readouterr().err

@@ -53,7 +53,7 @@ def client(run: Run) -> Iterator[SquallClient]:
         gateway.communicate()
 
 
-def weights_of(client: SquallClient, beyond: int, seconds: float = 90) -> int:
+def weights_of(client: SquallClient, beyond: int, seconds: float = 240) -> int:
     """Act until the weights are newer than version `beyond`; return the version."""
     end = time.monotonic() + seconds
     while True:
@@ -69,7 +69,7 @@ def weights_of(client: SquallClient, beyond: int, seconds: float = 90) -> int:
 
 
 def test_a_live_run_is_asked_and_commanded_over_grpc(run: Run, client: SquallClient) -> None:
-    status = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+    status = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0, seconds=240)
     endpoint = next(process for process in status["processes"] if process["role"] == "endpoint")
     assert endpoint["last_word"].startswith("serves Policy, Experience on 127.0.0.1:")
     told = client.describe("served")
@@ -86,7 +86,9 @@ def test_a_live_run_is_asked_and_commanded_over_grpc(run: Run, client: SquallCli
     assert (seen.run.name, seen.run.state, seen.actors) == ("served", "running", 2)
 
     os.kill(endpoint["pid"], signal.SIGKILL)
-    run.wait_for(lambda s: any(p["role"] == "endpoint" and p["restarts"] == 1 and p["pid"] for p in s["processes"]))
+    run.wait_for(
+        lambda s: any(p["role"] == "endpoint" and p["restarts"] == 1 and p["pid"] for p in s["processes"]), seconds=240
+    )
     # The new process begins with the newest weights, not with what the old one had.
     assert weights_of(client, first + 1) > first
 
