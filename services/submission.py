@@ -85,7 +85,12 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 
 class JobServer:
-    """A cluster's job server."""
+    """A cluster's job server.
+
+    Attributes:
+        address: its URL.
+        env_file: the file that its token is read from, unless the environment has it.
+    """
 
     def __init__(self, address: str | None = None, env_file: Path | None = None) -> None:
         """Reach the job server.
@@ -100,9 +105,9 @@ class JobServer:
             SquallError: the extra `cluster` is not installed.
         """
         self.address = _checked(address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS)
-        self._env_file = env_file or ENV_FILE
+        self.env_file = env_file or ENV_FILE
         if env_file is not None or ENV_FILE.exists():
-            for name, value in read_env_file(self._env_file).items():
+            for name, value in read_env_file(self.env_file).items():
                 if name in _TOKEN_VARIABLES:
                     os.environ.setdefault(name, value)
         os.environ[ADDRESS_VARIABLE] = self.address  # Ray takes RAY_ADDRESS before the address that it is given
@@ -114,7 +119,9 @@ class JobServer:
             import requests  # noqa: F401
             from ray.job_submission import JobSubmissionClient
         except ImportError as error:
-            raise SquallError(f"submitting needs more than is installed: pip install 'squall[cluster]' ({error})") from error
+            raise SquallError(
+                f"submitting needs more than is installed: pip install 'squall[cluster]' ({error})"
+            ) from error
         url = urlsplit(self.address)
         port = url.port or (443 if url.scheme == "https" else 80)
         try:
@@ -195,9 +202,7 @@ class JobServer:
             async for text in self._client.tail_job_logs(job.id):
                 log.take(text)
 
-    def _ask(
-        self, call: Callable[[], _Answer], what: str, seconds: float = ANSWER_SECONDS, hint: str = ""
-    ) -> _Answer:
+    def _ask(self, call: Callable[[], _Answer], what: str, seconds: float = ANSWER_SECONDS, hint: str = "") -> _Answer:
         """Call within a deadline; Ray's client has none, so a thread of our own does the waiting."""
         import requests
         from ray.exceptions import AuthenticationError
@@ -219,8 +224,8 @@ class JobServer:
             return answer  # type: ignore[no-any-return]
         if isinstance(failure, AuthenticationError):
             raise JobServerUnavailable(
-                f"the job server at {self.address} does not take our token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN must "
-                f"be the cluster's, in the environment or in {self._env_file}"
+                f"the job server at {self.address} does not take our token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+                f"must be the cluster's, in the environment or in {self.env_file}"
             ) from failure
         if isinstance(failure, RuntimeError | OSError | requests.RequestException):
             line = (str(failure).splitlines() or [repr(failure)])[0]
