@@ -5,7 +5,7 @@ BIN    := .venv/bin
 STAMP  := .venv/.squall-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint check bench results results-quick clean
+.PHONY: help setup train test lint check test-cluster bench results results-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ lint: $(STAMP) ## check format, lint and types
 
 check: lint ## lint, then the fast tests
 	$(BIN)/python -m pytest -m "not slow"
+
+test-cluster: $(STAMP) ## drive docker-compose.yml on whatever Docker engine there is; skipped where there is none
+	@if docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then \
+		SQUALL_TEST_CLUSTER=1 $(BIN)/python -m pytest -v tests/cluster $(ARGS); \
+	else \
+		echo "skipped: no engine"; \
+	fi
 
 bench: $(STAMP) ## compare with peers, in tests/benchmarks; ARGS go to it
 	@test -f tests/benchmarks/__main__.py || \
@@ -49,5 +56,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "setup: $(PYTHON) cannot make virtual environments; install its venv package (python3-venv on Debian and Ubuntu)" >&2; exit 1; }
 	"$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[dev,cluster]'
 	@touch $@

@@ -52,8 +52,20 @@ class Cluster:
             run(self.engine, "run")
 
     def up(self, *services: str, workers: int = 2) -> None:
-        """Bring services up and wait until they are healthy."""
-        self.compose("up", "-d", "--wait", "--scale", f"ray-worker={workers}", *services, timeout=900)
+        """Bring services up and wait until they are healthy.
+
+        A Ray that did not start in the time that it gives itself is started again by its restart policy, but
+        `up --wait` gives up at the first.
+        """
+        end = time.monotonic() + 600
+        while True:
+            begun = time.monotonic()
+            done = self.compose(
+                "up", "-d", "--wait", "--scale", f"ray-worker={workers}", *services, timeout=900, check=begun > end
+            )
+            if done.returncode == 0:
+                return
+            time.sleep(5)
 
     def where_the_ports_are(self, *command: str) -> list[str]:
         """Return the command that runs this one where the published ports can be reached."""
