@@ -5,7 +5,7 @@ BIN    := .venv/bin
 STAMP  := .venv/.squall-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint check test-cluster bench results results-quick clean
+.PHONY: help setup train test lint check test-cluster proto bench results results-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-cluster: $(STAMP) ## drive docker-compose.yml on whatever Docker engine the
 	else \
 		echo "skipped: no engine"; \
 	fi
+
+proto: $(STAMP) ## write the code beside services/squall.proto again
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. services/squall.proto
 
 bench: $(STAMP) ## compare with peers, in tests/benchmarks; ARGS go to it
 	@test -f tests/benchmarks/__main__.py || \

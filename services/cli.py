@@ -29,6 +29,8 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall evaluate dqn-CartPole-v1-1            play greedy episodes with its best weights
   squall plot dqn-CartPole-v1-1                draw its learning curve
   squall evaluate dqn-CartPole-v1-1 --video play.mp4  and record them
+  squall serve dqn-CartPole-v1-1               answer with its policy over gRPC
+  squall gateway --address 127.0.0.1:50051     one gRPC port for all runs: control, and the policies of live ones
   squall doctor                                what is wrong with this machine, the store, the cluster
   squall submit -- train dqn CartPole-v1       run that on a cluster, and follow its log
 
@@ -121,6 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key; may be repeated")
     train.add_argument("--resume", metavar="RUN", help="go on from a run's last checkpoint")
     train.add_argument(
+        "--serve",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT",
+        help="serve the policy over gRPC while it trains; default a free port, of this machine's loopback, or in a Ray "
+        "cluster (RAY_ADDRESS) of the node's own address, which needs a token in SQUALL_GRPC_TOKEN",
+    )
+    train.add_argument(
         "--show-config",
         action="store_true",
         help="check and print the resolved configuration, all keys of it, and stop",
@@ -166,6 +176,26 @@ def _parser() -> argparse.ArgumentParser:
     stop = add("stop", _stop, "end a run in order", "End a run in order, with a checkpoint.")
     stop.add_argument("run", help="a run's name")
 
+    serve = add(
+        "serve",
+        _serve,
+        "answer with a policy over gRPC",
+        "Serve the policy of a run's checkpoint, or of a file, over gRPC, until a signal. A live run serves its newest "
+        "weights with `squall train --serve`.",
+    )
+    serve.add_argument("run", help="a run's name, or the path of a .ckpt file")
+    serve.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default best")
+    _add_listening(serve)
+
+    gateway = add(
+        "gateway",
+        _gateway,
+        "one gRPC port for all runs",
+        "Be the one gRPC port for all runs of a store: list, watch, scale and stop them, and reach the policies and "
+        "sessions of those that train with --serve.",
+    )
+    _add_listening(gateway)
+
     plot = add(
         "plot",
         _plot,
@@ -208,6 +238,20 @@ def _parser() -> argparse.ArgumentParser:
         "arguments", nargs=argparse.REMAINDER, metavar="-- ...", help="such as: -- train dqn CartPole-v1"
     )
     return parser
+
+
+def _add_listening(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        default="127.0.0.1:50051",
+        metavar="HOST:PORT",
+        help="default 127.0.0.1:50051; beyond loopback a token is needed; port 0 takes a free one",
+    )
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="whose token callers must show; default SQUALL_GRPC_TOKEN"
+    )
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate with its chain; TLS")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its PEM key")
 
 
 def _count(text: str) -> int:
@@ -258,7 +302,7 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.display import render_summary
     from services.home import CONFIG
 
-    flags = {key: getattr(parsed, key) for key in ("actors", "num_envs", "steps", "stop_at_return", "seed")}
+    flags = {key: getattr(parsed, key) for key in ("actors", "num_envs", "steps", "stop_at_return", "seed", "serve")}
     overrides = {key: value for key, value in flags.items() if value is not None}
     overrides |= dict(parse_assignment(text) for text in parsed.set)
     file = parsed.config
@@ -362,6 +406,35 @@ def _stop(parsed: argparse.Namespace, out: TextIO) -> int:
     with open_home_store(parsed.store) as store:
         answer = control.command(store, parsed.run, "stop")
     return _answer(out, parsed.json, {"run": parsed.run, **answer}, f"run {parsed.run} is stopping")
+
+
+def _serve(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services.serving import serve_checkpoint
+
+    def announce(address: str, checkpoint: Path) -> None:
+        payload = {"run": parsed.run, "address": address, "checkpoint": str(checkpoint)}
+        _answer(out, parsed.json, payload, f"serving {checkpoint} on {address}")
+        out.flush()
+
+    serve_checkpoint(parsed.run, parsed.checkpoint, _listening(parsed), announce, parsed.store)
+    return 0
+
+
+def _gateway(parsed: argparse.Namespace, out: TextIO) -> int:
+    from services.gateway import serve_gateway
+
+    def announce(address: str) -> None:
+        _answer(out, parsed.json, {"address": address}, f"gateway on {address}")
+        out.flush()
+
+    serve_gateway(_listening(parsed), announce, parsed.store)
+    return 0
+
+
+def _listening(parsed: argparse.Namespace) -> Any:
+    from services.grpc_server import Listening, read_token
+
+    return Listening(parsed.address, read_token(parsed.token_file), parsed.tls_cert, parsed.tls_key)
 
 
 def _plot(parsed: argparse.Namespace, out: TextIO) -> int:

@@ -42,6 +42,9 @@ class RunConfig(BaseModel):
     keep_checkpoints: PositiveInt = Field(3, description="step-numbered checkpoints kept")
     precision: str = Field("auto", description="auto, 32-true, bf16-mixed or 16-mixed")
     replay_deadline: float = Field(300.0, gt=0, description="seconds a process waits for replay before it fails")
+    serve: str | None = Field(
+        None, description="host:port at which the run serves its policy over gRPC, or auto; null for not at all"
+    )
     hyperparameters: dict[str, Any] = Field({}, description="arguments of the algorithm's constructor")
 
     def save(self, path: Path) -> None:

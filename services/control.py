@@ -33,6 +33,7 @@ def status(store: RunStore, run: str, *, events: int = 10) -> dict[str, Any]:
         "algorithm": record.algorithm,
         "environment": record.environment,
         "seed": record.seed,
+        "created": record.created,
         "state": record.state,
         "stopped_because": record.stopped_because,
         "heartbeat": record.heartbeat,
@@ -74,40 +75,66 @@ class News:
     status: dict[str, Any]
     events: list[Event]
 
+    @property
+    def last(self) -> bool:
+        """Whether no more will come: the run has ended or is lost."""
+        return self.status["state"] in (*ENDED_STATES, LOST)
+
     def plain(self) -> dict[str, Any]:
         """Return both as one mapping of plain values."""
         return {**self.status, "events": [_plain(event) for event in self.events]}
 
 
-def follow(store: RunStore, run: str, *, every: float = LOOK_SECONDS, past_events: int = 10) -> Iterator[News]:
-    """Yield news of a run until it has ended or is lost; a store that is away is waited for, for a minute.
+class Follower:
+    """Looks at a run again and again; whoever holds it says when. A store that is away is waited for, for a minute."""
 
-    Args:
-        store: where the run reports.
-        run: its name.
-        every: seconds between looks.
-        past_events: how many of the events so far come with the first news.
+    def __init__(self, store: RunStore, run: str, *, past_events: int = 10) -> None:
+        """Begin to follow a run.
 
-    Raises:
-        UnknownRun: there is no such run.
-        StoreUnavailable: the store was away for too long.
-    """
-    store.get(run)
-    seen: int | None = None
-    answered = time.monotonic()
-    while True:
+        Args:
+            store: where the run reports.
+            run: its name.
+            past_events: how many of the events so far come with the first news.
+
+        Raises:
+            UnknownRun: there is no such run.
+        """
+        store.get(run)
+        self._store, self._run, self._past_events = store, run, past_events
+        self._seen: int | None = None
+        self._answered = time.monotonic()
+
+    def look(self) -> News | None:
+        """Return what is new, or None while the store is away.
+
+        Raises:
+            StoreUnavailable: it was away for too long.
+        """
         begun = time.monotonic()
         try:
             # The state before the events: what is read last misses none that led to the state.
-            told = status(store, run, events=0)
-            new = store.events(run, limit=past_events) if seen is None else store.events(run, after_id=seen)
+            told = status(self._store, self._run, events=0)
+            if self._seen is None:
+                new = self._store.events(self._run, limit=self._past_events)
+            else:
+                new = self._store.events(self._run, after_id=self._seen)
         except StoreUnavailable:
-            if begun - answered > AWAY_SECONDS:
+            if begun - self._answered > AWAY_SECONDS:
                 raise
-        else:
-            answered = begun
-            seen = max([seen or 0, *(event.id for event in new)])
-            yield News(told, new)
-            if told["state"] in (*ENDED_STATES, LOST):
+            return None
+        self._answered = begun
+        self._seen = max([self._seen or 0, *(event.id for event in new)])
+        return News(told, new)
+
+
+def follow(store: RunStore, run: str, *, every: float = LOOK_SECONDS, past_events: int = 10) -> Iterator[News]:
+    """Yield news of a run, one look every so many seconds, until it has ended or is lost; raises as `Follower` does."""
+    follower = Follower(store, run, past_events=past_events)
+    while True:
+        begun = time.monotonic()
+        news = follower.look()
+        if news is not None:
+            yield news
+            if news.last:
                 return
         time.sleep(max(0.0, begun + every - time.monotonic()))

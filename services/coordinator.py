@@ -87,6 +87,11 @@ class Coordinator:
             is_at_work=lambda before, now: now.updates > before.updates,
         )  # fmt: skip
         self.evaluator = Process("evaluator", 0, lambda _: program.start_evaluator(), first_incarnation=first)
+        self.endpoints = (
+            []
+            if program.listening is None
+            else [Process("endpoint", 0, program.start_endpoint, first_incarnation=first)]
+        )
         self.crew = Crew(program.start_worker, first_incarnation=first)
         self.crew.scale(program.actors)
         self._checkpointing: list[tuple[Command, Any]] = []
@@ -118,7 +123,7 @@ class Coordinator:
     @property
     def processes(self) -> list[Process]:
         """All processes that shall be up, in the order they are started."""
-        return [self.weights, self.replay, self.learner, *self.crew.workers, self.evaluator]
+        return [self.weights, self.replay, self.learner, *self.crew.workers, self.evaluator, *self.endpoints]
 
     def run(self) -> dict[str, Any]:
         """Run until the steps or the goal are reached, somebody stops it, or it cannot go on; return the summary.
@@ -266,6 +271,9 @@ class Coordinator:
             self._draining = self.replay.handle.drain_episodes.remote()
         if self.learner.handle is not None and not self.learner.done:
             self.learner.handle.note_progress.remote(self.progress.counters.env_steps, self.progress.plain())
+        for endpoint in self.endpoints:
+            if endpoint.handle is not None:
+                endpoint.handle.note_progress.remote(self.progress.counters.env_steps)
 
     def _count_seconds(self) -> None:
         self.progress.seconds = self._seconds_before + time.monotonic() - self._begun
@@ -303,8 +311,9 @@ class Coordinator:
 
     def _tick_while_scoring(self, end: float) -> None:
         time.sleep(TICK_SECONDS)
-        self._poll([self.evaluator])
-        self.evaluator.ask_for_report()
+        for process in (self.evaluator, *self.endpoints):
+            self._poll([process])
+            process.ask_for_report()
         self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
         reason, self.stopped_because = self.stopped_because, None
         self._obey()
@@ -371,6 +380,7 @@ class Coordinator:
                 "waiting": self._waiting(),
                 "evaluations": self.scoring.history[-100:],
                 "actors": len(self.crew.workers),
+                "endpoints": self._endpoints_told(),
                 "processes": [
                     own,
                     *(process.describe(ended=self._state == "ended") for process in self.processes),
@@ -378,6 +388,12 @@ class Coordinator:
                 ],
             }
         )
+
+    def _endpoints_told(self) -> list[dict[str, Any]] | None:
+        """Return what a gateway needs of the endpoints that are up; None if the run serves nothing."""
+        if not self.endpoints:
+            return None
+        return [endpoint.report.plain() for endpoint in self.endpoints if endpoint.report is not None]
 
     def _metrics(self) -> None:
         figures = self.figures.metrics()

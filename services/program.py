@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.environments import specify
 from actors.evaluation import EvaluatorActor
@@ -30,11 +31,14 @@ from replay.server import Counters, ReplayActor, ReplayClient, ReplaySpec
 from replay.trajectory_server import QueueSpec, TrajectoryActor, TrajectoryClient
 from replay.types import ConfigurationError, SquallError
 from services.config import RunConfig
+from services.endpoint import EndpointActor, Offer, PolicyOffer
+from services.grpc_server import LOOPBACK, Listening, read_token, split_address
 
 LEAST_OBJECT_STORE = 128 * 2**20
 _MOST_LEARNER_THREADS = 4
 _LONGEST_TEMPORARY_PATH = 30
 _LONG_EPISODE = 1_000
+_THIS_NODE = "node"  # as a host: this node's own address in the cluster
 
 
 class RayUnavailable(SquallError):
@@ -55,6 +59,7 @@ class Program:
         replay: what the replay server holds, at which rate; or the trajectory server in its place.
         learner: what the learner does.
         replay_deadline: seconds a process waits for replay.
+        listening: where the run serves its policy over gRPC; None for not at all.
     """
 
     run: str
@@ -66,6 +71,7 @@ class Program:
     replay: ReplaySpec | QueueSpec
     learner: LearnerSpec
     replay_deadline: float
+    listening: Listening | None = None
 
     def start_weight_store(self) -> Any:
         """Start the weight store and return its handle."""
@@ -115,6 +121,23 @@ class Program:
     def start_evaluator(self) -> Any:
         """Start the evaluator and return its handle."""
         return EvaluatorActor.remote(self.policy, run_seed=self.seed, threads=1)
+
+    def start_endpoint(self, incarnation: int) -> Any:
+        """Start the endpoint, on the driver's node, and return its handle."""
+        assert self.listening is not None
+        host, port = split_address(self.listening.address)
+        listening, own_host = self.listening, ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        if host == _THIS_NODE:
+            listening = replace(listening, address=f"{own_host}:{port}")
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return EndpointActor.options(scheduling_strategy=here).remote(
+            self._offers(), listening, known_as=own_host, incarnation=incarnation, threads=1
+        )
+
+    def _offers(self) -> list[Offer]:
+        """What the endpoint offers."""
+        weights = WeightClient(self._actor("weights"))
+        return [PolicyOffer(self.run, self.seed, self.learner.algorithm, self.policy, weights)]
 
     def _actor(self, role: str) -> RemoteActor:
         return RemoteActor(f"{self.run}/{role}")
@@ -198,7 +221,17 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
             precision=config.precision,
         ),
         replay_deadline=config.replay_deadline,
+        listening=_listening(config.serve),
     )
+
+
+def _listening(serve: str | None) -> Listening | None:
+    if serve is None:
+        return None
+    if serve == "auto":
+        # Loopback is of no use to a gateway elsewhere.
+        serve = f"{_THIS_NODE if 'RAY_ADDRESS' in os.environ else LOOPBACK}:0"
+    return Listening(serve, read_token())
 
 
 class RaySession:

@@ -77,6 +77,8 @@ def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
             "stop_at_return needs a periodic evaluation before the run's end: eval_every is 0",
         ),
         (["dqn", "CartPole-v1", "--stop-at-return", "9", "--steps", "2000", "--set", "eval_every=2000"], "2,000 steps"),
+        (["dqn", "CartPole-v1", "--serve", "here"], "an address is host:port, such as 127.0.0.1:50051, got 'here'"),
+        (["dqn", "CartPole-v1", "--serve", "10.0.0.1:0"], "listening on 10.0.0.1:0, beyond this machine's loopback"),
         (["dqn", "CartPole-v1", "--stop-at-return", "nan"], "stop_at_return: input should be a finite number, got nan"),
         (["dqn", "CartPole-v1", "--name", "../up"], "a run name has"),
         (["dqn", "CartPole-v1", "--config", "nowhere.yaml"], "there is no file nowhere.yaml"),

@@ -1,0 +1,359 @@
+"""The gRPC server: where it listens and whom it lets in, errors as status codes, health and reflection.
+
+What it offers is a list of `Service`s; a run's endpoint, `squall serve` and `squall gateway` differ in that list alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import inspect
+import ipaddress
+import os
+import re
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from replay.types import ConfigurationError
+from services.grpc_errors import TRAILER, Unauthenticated, to_status
+
+TOKEN = "SQUALL_GRPC_TOKEN"
+LOOPBACK = "127.0.0.1"
+MOST_BYTES = 16 * 2**20
+"""Bytes in one message, either way."""
+MOST_CALLS = 4_096
+"""Calls under way at once; more are turned away."""
+GRACE_SECONDS = 2.0
+_SHORTEST_TOKEN = 16
+_START_SECONDS = 30.0
+_HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MOST_BYTES),
+    ("grpc.max_send_message_length", MOST_BYTES),
+    # A peer that is gone without a word is noticed after half a minute.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),  # two servers on one port would share its calls without a word
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: the limit is on what arrives, not on what it unpacks to
+)
+
+
+def read_token(file: Path | None = None) -> str | None:
+    """Return the token in `file`, else in SQUALL_GRPC_TOKEN, else None.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or what it holds is no token.
+    """
+    if file is None:
+        token, where = os.environ.get(TOKEN) or None, TOKEN
+    else:
+        try:
+            token, where = file.read_text().strip(), str(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"cannot read a token from {file}: {error}") from error
+    if token is not None and not re.fullmatch(rf"[!-~]{{{_SHORTEST_TOKEN},1000}}", token):
+        raise ConfigurationError(
+            f"a token has {_SHORTEST_TOKEN} to 1,000 printable ASCII characters without spaces, which `openssl rand "
+            f"-hex 32` makes; that in {where} has {len(token)} characters or others"
+        )
+    return token
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a server listens, and whom it lets in.
+
+    Attributes:
+        address: `host:port`; port 0 takes any that is free.
+        token: what a caller must show, as `authorization: Bearer TOKEN`; None lets everybody in.
+        tls_cert: PEM file of the server's certificate and its chain.
+        tls_key: PEM file of its key.
+    """
+
+    address: str = f"{LOOPBACK}:0"
+    token: str | None = field(default=None, repr=False)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        host, _ = split_address(self.address)
+        if self.token is None and not is_loopback(host):
+            raise ConfigurationError(
+                f"listening on {self.address}, beyond this machine's loopback, needs a token: set {TOKEN}, or name a "
+                f"--token-file"
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigurationError("TLS takes both a certificate and its key: --tls-cert and --tls-key")
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """Return what TLS needs, or None without it.
+
+        Raises:
+            ConfigurationError: a file cannot be read.
+        """
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        try:
+            pair = (self.tls_key.read_bytes(), self.tls_cert.read_bytes())
+        except OSError as error:
+            raise ConfigurationError(f"cannot read what TLS needs: {error}") from error
+        return grpc.ssl_server_credentials([pair])
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of `host:port` or `[IPv6]:port`.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]/]+)):(\d{1,5})", address)
+    if match is None or int(match[3]) > 65535:
+        raise ConfigurationError(f"an address is host:port, such as {LOOPBACK}:50051, got {address!r}")
+    return match[1] or match[2], int(match[3])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine as seen from itself alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Service:
+    """What a server offers: one service of a proto. Used on one event loop, between `start` and `stop`."""
+
+    name: ClassVar[str]
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register this service's methods."""
+        raise NotImplementedError
+
+    async def start(self) -> None:
+        """Begin what goes on in the background."""
+
+    async def stop(self) -> None:
+        """End it."""
+
+    def note_progress(self, env_steps: int) -> None:
+        """Take note of how far the run is; called from another thread."""
+
+
+class GrpcServer:
+    """A server of some services, with standard health checking and reflection, on the running event loop."""
+
+    def __init__(self, services: Sequence[Service], listening: Listening) -> None:
+        """Say what to offer, and where; `start` begins."""
+        self._services, self._listening = services, listening
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        """Listen; return the address with the port that was taken.
+
+        Raises:
+            ConfigurationError: nothing can listen there, or TLS has no such certificate.
+        """
+        token = self._listening.token
+        interceptors = [*([_Doorkeeper(token)] if token is not None else []), _Translator()]
+        server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [health.SERVICE_NAME, reflection.SERVICE_NAME, *(service.name for service in self._services)]
+        reflection.enable_server_reflection(names, server)
+        for service in self._services:
+            service.add_to(server)
+        credentials, address = self._listening.credentials(), self._listening.address
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigurationError(f"cannot listen on {address}: {' '.join(str(error).split())}") from error
+        self._server = server
+        for service in self._services:
+            await service.start()
+        await server.start()
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    async def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """Take no new calls, let those under way end for `grace` seconds, and end."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace)
+        for service in self._services:
+            await service.stop()
+
+
+def serve_until_signal(services: Sequence[Service], listening: Listening, announce: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM; call this in the main thread, which signals reach.
+
+    Args:
+        services: what to offer.
+        listening: where, and for whom.
+        announce: told the address when the server is up.
+    """
+
+    async def serve() -> None:
+        over, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, over.set)
+        server = GrpcServer(services, listening)
+        try:
+            announce(await server.start())
+            await over.wait()
+        finally:
+            await server.stop()
+
+    asyncio.run(serve())
+
+
+class ServerThread:
+    """A server on an event loop of its own, for a process that has other things to do."""
+
+    def __init__(self, services: Sequence[Service], listening: Listening) -> None:
+        """Listen; raises what `GrpcServer.start` raises."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
+        self._thread.start()
+        self._server = GrpcServer(services, listening)
+        try:
+            self.address = self._do(self._server.start())
+        except BaseException:
+            self._end()
+            raise
+
+    def _do(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(_START_SECONDS)
+
+    def close(self) -> None:
+        """End the server and its thread."""
+        self._do(self._server.stop(0.0))
+        self._end()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_START_SECONDS)
+        self._loop.close()
+
+
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
+
+
+class _Doorkeeper(grpc.aio.ServerInterceptor):
+    """Turns away whoever does not know the token, whatever the method, before anything that was sent is looked at."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+        # Of this kind because it reads no message; a caller of any other kind understands the answer.
+        self._denial: _Handler = grpc.stream_stream_rpc_method_handler(self._deny)
+
+    async def intercept_service(self, continuation: _Continuation, details: grpc.HandlerCallDetails) -> _Handler | None:
+        # The probe of whoever runs the container has no token, and learns that the server is up.
+        if details.method == _HEALTH_CHECK or self._is_known(details):
+            return await continuation(details)
+        return self._denial
+
+    def _is_known(self, details: grpc.HandlerCallDetails) -> bool:
+        shown = [value for key, value in details.invocation_metadata or () if key == "authorization"]
+        if len(shown) != 1:
+            return False
+        value = shown[0] if isinstance(shown[0], bytes) else shown[0].encode()
+        scheme, _, token = value.partition(b" ")
+        return hmac.compare_digest(token.strip(), self._token) and scheme.lower() == b"bearer"
+
+    @staticmethod
+    async def _deny(_: Any, context: Any) -> None:
+        code, text, trailers = to_status(Unauthenticated("this server wants a token: authorization: Bearer TOKEN"))
+        await context.abort(code, text, trailers)
+
+
+class _Translator(grpc.aio.ServerInterceptor):
+    """Turns errors into status codes, those of reading a message too."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, _Handler] = {}
+
+    async def intercept_service(self, continuation: _Continuation, details: grpc.HandlerCallDetails) -> _Handler | None:
+        known = self._handlers.get(details.method)
+        if known is None:
+            handler = await continuation(details)
+            if handler is None:
+                return None
+            known = self._handlers[details.method] = _translating(handler)
+        return known
+
+
+def _translating(handler: Any) -> _Handler:
+    """Return a handler like the given one that reads its requests itself, so that it can say what was wrong."""
+    kinds = (
+        "unary" if not streams else "stream" for streams in (handler.request_streaming, handler.response_streaming)
+    )
+    kind = "_".join(kinds)
+    inner, read = getattr(handler, kind), _reader(handler.request_deserializer)
+
+    def requests_of(raw: Any) -> Any:
+        return _read_each(raw, read) if handler.request_streaming else read(raw)
+
+    async def answer(raw: Any, context: Any) -> Any:
+        try:
+            return await inner(requests_of(raw), context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, error)
+
+    async def answers(raw: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in inner(requests_of(raw), context):
+                yield response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort(context, error)
+
+    make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+    behaviour = answers if inspect.isasyncgenfunction(inner) else answer
+    made: _Handler = make(behaviour, response_serializer=handler.response_serializer)
+    return made
+
+
+def _reader(deserialize: Any) -> Callable[[bytes], Any]:
+    name = getattr(getattr(deserialize, "__self__", None), "__name__", "message")
+
+    def read(raw: bytes) -> Any:
+        try:
+            return deserialize(raw)
+        except DecodeError as error:
+            raise ConfigurationError(f"{len(raw)} bytes came that are no {name}") from error
+
+    return read
+
+
+async def _read_each(raw: AsyncIterator[bytes], read: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+    async for each in raw:
+        yield read(each)
+
+
+async def _abort(context: Any, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AioRpcError):
+        # A server behind this one said so.
+        trailers = tuple((key, value) for key, value in error.trailing_metadata() or () if key == TRAILER)
+        await context.abort(error.code(), error.details() or "", trailers)
+    code, text, named = to_status(error)
+    await context.abort(code, text, named)

@@ -1,0 +1,67 @@
+"""Real servers on loopback, and a run that is live as far as the store knows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec
+from actors.policies import EpsilonSchedule, PolicySpec
+from services.grpc_policy import PolicyService, ServedPolicy
+from services.grpc_server import Listening, ServerThread, Service
+from services.redis_store import RedisRunStore
+from services.sqlite_store import SQLiteRunStore
+from services.store import RunRecord, RunStore, this_process
+from tests.services.redis_server import RedisServer
+
+TOKEN_FOR_TESTS = "a-token-that-only-tests-know"
+CARTPOLE = EnvironmentSpec("CartPole-v1", (4,), "float32", 1, DiscreteActions(2))
+PENDULUM = EnvironmentSpec("Pendulum-v1", (3,), "float32", 1, ContinuousActions((1,), (-2.0,), (2.0,)))
+CORRIDOR = EnvironmentSpec("Corridor-v0", (), "int64", 1, DiscreteActions(3), observation_count=5)
+
+
+@contextmanager
+def serving(*services: Service, token: str | None = None, **tls: Path) -> Iterator[str]:
+    """Serve on a free port and yield the address."""
+    server = ServerThread(services, Listening(token=token, **tls))
+    try:
+        yield server.address
+    finally:
+        server.close()
+
+
+def make_policy(environment: EnvironmentSpec = CARTPOLE, *, version: int = 7) -> ServedPolicy:
+    """Return a small policy; exploring, an epsilon-greedy one acts wholly at random."""
+    kind = "epsilon_greedy" if isinstance(environment.actions, DiscreteActions) else "squashed_gaussian"
+    spec = PolicySpec(kind, environment, (8,), exploration=EpsilonSchedule(1.0, 1.0))
+    policy = spec.build()
+    policy.begin(np.random.SeedSequence(1))
+    return ServedPolicy(policy, "dqn", version=version)
+
+
+def policy_service(run: str = "mine", environment: EnvironmentSpec = CARTPOLE, **options: Any) -> PolicyService:
+    return PolicyService(make_policy(environment), run, **options)
+
+
+@contextmanager
+def open_backend(kind: str, folder: Path) -> Iterator[RunStore]:
+    """Open a store of a kind, "sqlite" or "redis"."""
+    if kind == "sqlite":
+        with SQLiteRunStore(folder / "squall.db") as store:
+            yield store
+        return
+    with RedisServer(folder) as server, RedisRunStore(server.url) as store:
+        yield store
+
+
+def register(store: RunStore, name: str, state: str = "running", snapshot: Mapping[str, Any] | None = None) -> None:
+    """Enter a run of this process, which is there, so it reads as live."""
+    now, me = time.time(), this_process()
+    store.register(RunRecord(name, now, "dqn", "CartPole-v1", 3, *me, state, now, None, {"serve": "auto"}))
+    if snapshot is not None:
+        store.write_snapshot(name, snapshot, time.time())
