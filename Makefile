@@ -5,7 +5,7 @@ BIN    := .venv/bin
 STAMP  := .venv/.squall-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint check proto bench results results-quick clean
+.PHONY: help setup train test lint check test-cluster proto bench results results-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ lint: $(STAMP) ## check format, lint and types
 
 check: lint ## lint, then the fast tests
 	$(BIN)/python -m pytest -m "not slow"
+
+test-cluster: $(STAMP) ## drive docker-compose.yml on whatever Docker engine there is; skipped where there is none
+	@if docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1; then \
+		SQUALL_TEST_CLUSTER=1 $(BIN)/python -m pytest -v tests/cluster $(ARGS); \
+	else \
+		echo "skipped: no engine"; \
+	fi
 
 proto: $(STAMP) ## write the code beside services/squall.proto again
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. services/squall.proto

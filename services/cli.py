@@ -32,6 +32,7 @@ Train reinforcement-learning agents with many rollout workers, a replay server a
   squall serve dqn-CartPole-v1-1               answer with its policy over gRPC
   squall gateway --address 127.0.0.1:50051     one gRPC port for all runs: control, and the policies of live ones
   squall doctor                                what is wrong with this machine, the store, the cluster
+  squall submit -- train dqn CartPole-v1       run that on a cluster, and follow its log
 
 Everything lies under SQUALL_HOME (default ./runs); --store or SQUALL_STORE names a Redis server that knows the runs
 of several machines. With --json a command prints one JSON document on
@@ -46,6 +47,11 @@ _TRAIN_FLAGS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    from services.rooms import hidden_rooms
+
+    if hidden := hidden_rooms():
+        print(f"squall: {hidden}", file=sys.stderr)
+        return 2
     parsed = _parser().parse_args(arguments)
     with _clean_stdout() as out:
         try:
@@ -234,6 +240,23 @@ def _parser() -> argparse.ArgumentParser:
         "Look at this machine, the store, and from inside a worker at every node of the cluster (RAY_ADDRESS, or a "
         "local Ray): versions, processors, memory, /dev/shm, GPU, ALE, ports, clocks. Exit status 1 if something "
         "cannot work.",
+    )
+
+    submit = add(
+        "submit",
+        _submit,
+        "run a command on a cluster, and follow its log",
+        "Upload a folder to a cluster's job server, run a squall command in it there, and follow its log; the exit "
+        "status is the command's. The token comes from RAY_AUTH_MODE and RAY_AUTH_TOKEN, or else from .env here.",
+    )
+    submit.add_argument("--address", metavar="URL", help="default RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265")
+    submit.add_argument("--working-dir", type=Path, default=Path(), metavar="DIR", help="what is uploaded; default .")
+    submit.add_argument("--env-file", type=Path, metavar="FILE", help="where the token is; default .env")
+    submit.add_argument(
+        "--follow", action=argparse.BooleanOptionalAction, default=True, help="follow the log to the end; the default"
+    )
+    submit.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="-- ...", help="such as: -- train dqn CartPole-v1"
     )
     return parser
 
@@ -470,6 +493,32 @@ def _doctor(parsed: argparse.Namespace, out: TextIO) -> int:
     findings = doctor.examine(parsed.store)
     _answer(out, parsed.json, [asdict(finding) for finding in findings], render_findings(findings))
     return int(any(finding.verdict == doctor.PROBLEM for finding in findings))
+
+
+def _submit(parsed: argparse.Namespace, out: TextIO) -> int:
+    from dataclasses import asdict
+
+    from replay.types import ConfigurationError
+    from services.submission import JobServer
+
+    command = parsed.arguments[1:] if parsed.arguments[:1] == ["--"] else parsed.arguments
+    if not command or command[0] == "submit":
+        raise ConfigurationError("name what to run, such as: squall submit -- train dqn CartPole-v1")
+    _parser().parse_args(command)  # what it cannot read, no cluster needs to be asked about
+    server = JobServer(parsed.address, parsed.env_file)
+    job = server.submit(command, parsed.working_dir)
+    print(f"job {job.id} is submitted to {job.address}\n{job.advice}", file=sys.stderr, flush=True)
+    if parsed.follow:
+        log = sys.stderr if parsed.json else out
+        try:
+            job = server.follow(job, lambda text: print(text, end="", file=log, flush=True))
+        except KeyboardInterrupt:
+            print(f"squall: job {job.id} goes on; with {server.env_file} exported\n{job.advice}", file=sys.stderr)
+            return 130
+        print(f"job {job.id} {job.status}, exit status {job.exit_status}: {job.message}", file=sys.stderr)
+    if parsed.json:
+        _answer(out, True, asdict(job), "")
+    return job.exit_status or 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ A finding says what was seen, and where it is not good, what to do.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import sys
@@ -25,9 +24,9 @@ from replay.table import available_memory
 from replay.types import SquallError
 from services.home import home, open_home_store
 from services.ray_session import LEAST_OBJECT_STORE, RaySession
+from services.rooms import hidden_rooms, place_of
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
-ROOMS = ("replay", "actors", "learner", "services")
 PACKAGES = ("ray", "torch", "pytorch-lightning", "gymnasium", "ale-py", "numpy", "redis", "grpcio")
 NODE_SECONDS = 90.0
 
@@ -112,14 +111,9 @@ _Verdict = tuple[str, str, str]
 
 
 def _rooms() -> _Verdict:
-    origins: dict[str, str] = {}
-    for room in ROOMS:
-        spec = importlib.util.find_spec(room)
-        origins[room] = str(Path(spec.origin).parents[1]) if spec is not None and spec.origin else "nowhere"
-    if len(set(origins.values())) == 1 and "nowhere" not in origins.values():
-        return OK, f"Squall's packages come from {origins['services']}", ""
-    found = ", ".join(f"{room} from {place}" for room, place in origins.items())
-    return PROBLEM, found, "a folder of yours hides one of Squall's packages: rename it, or start elsewhere"
+    if hidden := hidden_rooms():
+        return PROBLEM, hidden, "what one process takes from there the others would not understand"
+    return OK, f"Squall's packages come from {place_of('services')}", ""
 
 
 def _packages() -> _Verdict:

@@ -79,7 +79,7 @@ def test_a_folder_that_hides_a_package_is_named(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=True, timeout=60
     )
     assert "problem" in done.stdout
-    assert f"replay from {tmp_path}" in done.stdout
+    assert f"'replay' comes from {tmp_path}" in done.stdout
 
 
 @pytest.mark.parametrize(("off", "verdict"), [(0.0, OK), (1.5, OK), (-30.0, PROBLEM), (30.0, PROBLEM)])
