@@ -119,6 +119,8 @@ _A2C = Row(
     threshold=475,
     plots=("cartpole-policy-gradients", "cartpole-a2c-actors"),
 )
+_FAST_PONG = {"updates_per_step": 0.5, "eval_every": 15_000, "stop_at_return": 19.5}
+
 _ON_PONG = Row("dqn-pong", "dqn", "PongNoFrameskip-v4", 50_000, steps=50_000, seeds=(0,), plots=("pong",))
 
 
@@ -178,9 +180,15 @@ ROWS = (
             within=300_000,
             threshold=18,
             steps=300_000,
-            settings={"updates_per_step": 0.5},
+            settings={**_FAST_PONG, **more},
         )
-        for name in ("n-step-dqn", "non-distributional-rainbow")
+        for name, more in (
+            ("n-step-dqn", {"eps_last_frame": 60_000}),
+            (
+                "non-distributional-rainbow",
+                {"warm_start_size": 5_000, "sync_rate": 500, "learning_rate": 0.0002},
+            ),
+        )
     ),
     *(
         replace(_ON_PONG, id=f"{name}-pong", algorithm=name)
