@@ -34,6 +34,7 @@ FENCES = {
         "services/placement.py",
         "services/metrics.py",
         "services/doctor.py",
+        "services/submission.py",
         "services/cli.py",
     ),
     "matplotlib": ("services/plotting.py",),
