@@ -16,14 +16,12 @@ from typing import Any
 
 import pytest
 
-from services import cli
 from tests.cluster.compose import BIN, PROJECT, ROOT, Cluster, run
 
 pytestmark = pytest.mark.timeout(1500)
 
 GOAL = 475
-SERVICES = ("redis", "ray-head", "ray-worker", "tensorboard")
-HAS_GATEWAY = "gateway" in cli._parser().format_help()
+SERVICES = ("redis", "ray-head", "ray-worker", "gateway", "tensorboard")
 HEAD, REDIS = f"{PROJECT}-ray-head-1", f"{PROJECT}-redis-1"
 
 
@@ -34,7 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(env_file)
     cluster.build()
     try:
-        cluster.up(*_services())
+        cluster.up(*SERVICES)
         yield cluster
     finally:
         cluster.compose("down", "-v", "-t", "2", "--remove-orphans", timeout=300, check=False)
@@ -46,10 +44,6 @@ def logs_of_a_failure(cluster: Cluster, request: pytest.FixtureRequest) -> Itera
     yield
     if request.session.testsfailed > failed:
         print(cluster.logs())
-
-
-def _services() -> tuple[str, ...]:
-    return (*SERVICES, "gateway") if HAS_GATEWAY else SERVICES
 
 
 def _submit(cluster: Cluster, folder: Path, line: str) -> subprocess.Popen[str]:
@@ -158,7 +152,7 @@ def test_a_run_whose_head_is_killed_reads_lost_and_is_resumed(cluster: Cluster, 
     finally:
         job.kill()
 
-    cluster.up(*_services())  # returns when all nodes are well again
+    cluster.up(*SERVICES)  # returns when all nodes are well again
     before = cluster.status("second")
     assert before["state"] == "lost"
     job = _submit(cluster, tmp_path, f"{squall} -- train --resume second --stop-at-return 100 --set eval_every=2000")
@@ -173,7 +167,7 @@ def test_a_run_whose_head_is_killed_reads_lost_and_is_resumed(cluster: Cluster, 
 def test_runs_and_checkpoints_outlive_the_cluster(cluster: Cluster) -> None:
     cluster.compose("down", "-t", "20", timeout=300)
     assert cluster.containers() == []
-    cluster.up(*_services())
+    cluster.up(*SERVICES)
     runs = json.loads(cluster.exec("ray-head", "squall", "runs", "--json").stdout)
     assert {run["name"]: run["state"] for run in runs} == {"first": "finished", "second": "finished"}
     played = cluster.exec("ray-worker", "squall", "evaluate", "first", "--episodes", "10", "--json").stdout
@@ -182,7 +176,6 @@ def test_runs_and_checkpoints_outlive_the_cluster(cluster: Cluster) -> None:
     assert {"first/tensorboard", "second/tensorboard"} <= set(json.loads(boards))
 
 
-@pytest.mark.skipif(not HAS_GATEWAY, reason="this Squall has no gateway yet")
 def test_the_gateway_answers(cluster: Cluster) -> None:
     code = (
         "import grpc, sys; from grpc_health.v1 import health_pb2 as m, health_pb2_grpc as g;"
