@@ -26,10 +26,8 @@ lint: $(STAMP) ## check format, lint and types
 check: lint ## lint, then the fast tests
 	$(BIN)/python -m pytest -m "not slow"
 
-bench: $(STAMP) ## compare with peers, in tests/benchmarks; ARGS go to it
-	@test -f tests/benchmarks/__main__.py || \
-		{ echo "bench: there are no benchmarks yet: tests/benchmarks/__main__.py does not exist" >&2; exit 1; }
-	$(BIN)/python -m tests.benchmarks $(ARGS)
+bench: $(STAMP) ## measure beside peers and write BENCHMARKS.md; hours; ONLY=per,lightning, ARGS=--quick
+	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 results: $(STAMP) ## train all that RESULTS.md holds, or go on with it, and write it; ARGS="dqn-cartpole", ARGS=--render
 	$(BIN)/python -m tests.results $(ARGS)
