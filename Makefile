@@ -36,10 +36,8 @@ test-cluster: $(STAMP) ## drive docker-compose.yml on whatever Docker engine the
 proto: $(STAMP) ## write the code beside services/squall.proto again
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. services/squall.proto
 
-bench: $(STAMP) ## compare with peers, in tests/benchmarks; ARGS go to it
-	@test -f tests/benchmarks/__main__.py || \
-		{ echo "bench: there are no benchmarks yet: tests/benchmarks/__main__.py does not exist" >&2; exit 1; }
-	$(BIN)/python -m tests.benchmarks $(ARGS)
+bench: $(STAMP) ## measure beside peers and write BENCHMARKS.md; hours; ONLY=per,lightning, ARGS=--quick
+	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 results: $(STAMP) ## train all that RESULTS.md holds, or go on with it, and write it; ARGS="dqn-cartpole", ARGS=--render
 	$(BIN)/python -m tests.results $(ARGS)

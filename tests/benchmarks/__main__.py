@@ -1,0 +1,64 @@
+"""`python -m tests.benchmarks`: measure Squall beside its peers and beside the machine's limit, and write it down.
+
+The machine must do nothing else meanwhile. Exit status: 0 measured, 1 a side failed, 2 bad input, 130 interrupted;
+whether a target is met is for BENCHMARKS.md to say, not for an exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tests.benchmarks import report
+from tests.benchmarks.cases import CASES, ROWS
+from tests.benchmarks.measuring import Protocol, compare
+from tests.benchmarks.peers import ROOT
+
+_QUICK = Protocol(pairs=2, warm_up=2.0, seconds=4.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--only", metavar="ROW,ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--quick", action="store_true", help="two short pairs of the quick cases; no file is written")
+    parser.add_argument(
+        "--pairs", type=int, default=Protocol.pairs, metavar="N", help="default %(default)s, at least 5"
+    )
+    parser.add_argument("--seconds", type=float, default=Protocol.seconds, metavar="S", help="of a window, 10 to 30")
+    parser.add_argument(
+        "--render", action="store_true", help="measure nothing: BENCHMARKS.md and plot from results.json"
+    )
+    parsed = parser.parse_args(arguments)
+    only = [name for name in (parsed.only or "").split(",") if name]
+    unknown = set(only) - set(ROWS)
+    if unknown:
+        parser.error(f"no row is named {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    if parsed.pairs < 5 or not 10 <= parsed.seconds <= 30:
+        parser.error(f"at least 5 pairs and windows of 10 to 30 s, got {parsed.pairs} and {parsed.seconds:g}")
+    if parsed.render:
+        report.render(ROOT)
+        return 0
+    protocol = _QUICK if parsed.quick else Protocol(parsed.pairs, seconds=parsed.seconds)
+    chosen = [case for case in CASES if (not only or case.row in only) and (case.quick or not parsed.quick)]
+    failed = False
+    try:
+        for case in chosen:
+            print(f"{case.id}: {case.title}", file=sys.stderr, flush=True)
+            comparisons = list(compare(case, protocol))
+            failed |= any(comparison.failed for comparison in comparisons)
+            for comparison in comparisons:
+                print(f"{case.id:<24}{report.line(case, comparison)}", flush=True)
+            if not parsed.quick:
+                report.keep(ROOT, case, comparisons)
+    except KeyboardInterrupt:
+        return 130
+    if not parsed.quick:
+        report.render(ROOT)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

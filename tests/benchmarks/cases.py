@@ -1,0 +1,203 @@
+"""What is compared, as data: one case a figure, of ours beside the peers' and the machine's limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+LIMIT = "limit"
+BOTH = (1, 2)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One program that is measured.
+
+    Attributes:
+        name: as the tables show it.
+        script: in `sides/`.
+        arguments: of the script.
+        peer: whose environment runs it, a key of `PEERS`; "" is this one.
+        threads: numbers of threads to choose the best of.
+    """
+
+    name: str
+    script: str
+    arguments: tuple[str, ...] = ()
+    peer: str = ""
+    threads: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure.
+
+    Attributes:
+        row: as BENCHMARKS.md groups it.
+        name: within the row; "" where the row has one case.
+        title: what is measured.
+        unit: of the figure.
+        ours: Squall.
+        others: the peers and the limit, each paired with ours.
+        targets: side -> the ratio wanted, ours being so many times better.
+        higher_is_better: False for times and bytes.
+        same: facts that both sides must tell, alike.
+        tolerance: relative difference allowed in them.
+        quick: whether `--quick` measures it.
+    """
+
+    row: str
+    name: str
+    title: str
+    unit: str
+    ours: Side
+    others: tuple[Side, ...]
+    targets: dict[str, float] = field(default_factory=dict)
+    higher_is_better: bool = True
+    same: tuple[str, ...] = ()
+    tolerance: float = 0.02
+    quick: bool = False
+
+    @property
+    def id(self) -> str:
+        """Row and name."""
+        return f"{self.row}/{self.name}" if self.name else self.row
+
+
+def _end_to_end(row: str, title: str, peers: Sequence[str], targets: dict[str, float], quick: bool = False) -> Case:
+    scripts = {"stable-baselines3": "sb3_train.py", "tianshou": "tianshou_train.py", "rllib": "rllib_train.py"}
+    return Case(
+        row,
+        "",
+        title,
+        "environment steps/s",
+        Side("Squall", "squall_train.py", ("--case", row), threads=BOTH),
+        (
+            *(Side(peer, scripts[peer], ("--case", row), peer, BOTH) for peer in peers),
+            Side(LIMIT, "bare_train.py", ("--case", row), threads=BOTH),
+        ),
+        targets,
+        same=("parameters", "batch_size", "updates_per_step"),
+        tolerance=0.06,
+        quick=quick,
+    )
+
+
+def _per(batch: int, inserts: int, quick: bool = False) -> Case:
+    name = f"{batch}" + ("+insert" if inserts else "")
+    arguments = ("--batch", str(batch), "--inserts", str(inserts))
+    return Case(
+        "per",
+        name,
+        f"prioritized cycle at 2^20 items: draw {batch} with data and weights, set their priorities"
+        + (f", after {inserts} inserts" if inserts else ""),
+        "us a cycle",
+        Side("Squall", "squall_per.py", arguments),
+        (
+            Side("cpprb", "cpprb_per.py", arguments, "cpprb"),
+            Side("tianshou", "tianshou_per.py", arguments, "tianshou"),
+            Side(LIMIT, "bare_per.py", arguments),
+        ),
+        {"cpprb": 2.0},
+        higher_is_better=False,
+        same=("batch_size", "items"),
+        quick=quick,
+    )
+
+
+def _replay(kind: str, table: str, what: str, peer_target: float, quick: bool = False) -> Case:
+    arguments = ("--kind", kind, "--table", table, "--what", what)
+    return Case(
+        "replay",
+        f"{kind}-{table}-{what}",
+        f"the replay service, one writer and one reader process: {kind} items {what}, {table}",
+        "items/s",
+        Side("Squall", "squall_replay.py", arguments),
+        (Side("reverb", "reverb_replay.py", arguments, "reverb"), Side(LIMIT, "bare_replay.py", arguments)),
+        {"reverb": peer_target},
+        same=("item_bytes",),
+        tolerance=0.1,
+        quick=quick,
+    )
+
+
+CASES: tuple[Case, ...] = (
+    _end_to_end(
+        "pong",
+        "DQN on PongNoFrameskip-v4: Nature CNN, batch 32, one update per 4 steps, 8 environments",
+        ("stable-baselines3", "rllib"),
+        {"stable-baselines3": 3.0, LIMIT: 0.85, "rllib": 10.0},
+    ),
+    _end_to_end(
+        "cartpole",
+        "DQN on CartPole-v1: 256x256, batch 64, one update per 2 steps",
+        ("stable-baselines3", "tianshou", "rllib"),
+        {"stable-baselines3": 2.5, LIMIT: 0.85, "rllib": 25.0},
+        quick=True,
+    ),
+    _end_to_end(
+        "pendulum",
+        "SAC on Pendulum-v1: two critics of 256x256, batch 256, one update a step",
+        ("stable-baselines3", "tianshou"),
+        {"stable-baselines3": 1.5, LIMIT: 0.85},
+    ),
+    _per(256, 0, quick=True),
+    _per(512, 0),
+    _per(256, 256),
+    *(
+        _replay(kind, table, what, target)
+        for kind, sampled in (("atari", 2.5), ("vector", 10.0))
+        for table in ("uniform", "prioritized")
+        for what, target in (("inserted", 5.0), ("sampled", sampled))
+    ),
+    *(
+        Case(
+            "memory",
+            f"n={n}",
+            f"resident bytes of an Atari transition at 100,000 transitions, n = {n}",
+            "bytes",
+            Side("Squall", "squall_memory.py", ("--n-steps", str(n))),
+            (
+                Side("stable-baselines3", "sb3_memory.py", ("--n-steps", str(n)), "stable-baselines3"),
+                Side("cpprb", "cpprb_memory.py", ("--n-steps", str(n)), "cpprb"),
+                Side(LIMIT, "bare_memory.py"),
+            ),
+            {LIMIT: 1 / 1.15},
+            higher_is_better=False,
+            same=("transitions",),
+        )
+        for n in (1, 3)
+    ),
+    *(
+        Case(
+            "lightning",
+            f"k={k}",
+            f"DQN's updates on CartPole-sized batches through the Trainer, {k} a training_step, beside a bare loop",
+            "updates/s",
+            Side("Squall", "squall_lightning.py", ("--k", str(k))),
+            (Side(LIMIT, "bare_lightning.py"),),
+            {LIMIT: {1: 0.0, 8: 0.85, 32: 0.95}[k]} if k > 1 else {},
+            same=("parameters", "batch_size"),
+            quick=k == 8,
+        )
+        for k in (1, 8, 32)
+    ),
+    *(
+        Case(
+            "collect",
+            name,
+            f"one RolloutWorker, {name}, {lanes} lanes, beside the raw vector environment and bare inference",
+            "environment steps/s",
+            Side("Squall", "squall_collect.py", ("--env", env, "--lanes", str(lanes))),
+            (
+                Side(LIMIT, "bare_collect.py", ("--env", env, "--lanes", str(lanes))),
+                Side("stable-baselines3", "sb3_collect.py", ("--env", env, "--lanes", str(lanes)), "stable-baselines3"),
+            ),
+            {LIMIT: 0.9},
+            same=("lanes",),
+            quick=name == "cartpole",
+        )
+        for name, env, lanes in (("pong", "PongNoFrameskip-v4", 8), ("cartpole", "CartPole-v1", 64))
+    ),
+)
+ROWS = tuple(dict.fromkeys(case.row for case in CASES))

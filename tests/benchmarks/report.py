@@ -1,0 +1,166 @@
+"""BENCHMARKS.md and its plot, from results.json alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.cases import CASES, LIMIT, ROWS, Case
+from tests.benchmarks.measuring import Comparison, reached
+from tests.benchmarks.peers import PEERS
+
+_VERSIONS = ("torch", "ray", "pytorch-lightning", "numpy", "gymnasium", "ale-py")
+_HEAD = """\
+# Benchmarks
+
+`make bench` measures and writes this page, the plot and [results.json](tests/benchmarks/results.json); nothing here is
+typed by hand. `make bench ONLY=per,lightning` measures some rows, `make bench ARGS=--quick` is a look of some minutes
+that writes nothing.
+
+A figure counts as a ratio measured side by side: ours and the other side in turn (ABBA), each a process of its own,
+with a warm-up before each window; the ratio is the median over the pairs, with the lowest and the highest. More than 1
+means that Squall is better, also where less is better. Threads: each side's better of those it was tried with. `limit`
+is a bare loop of the same arithmetic, by hand, on the same machine. A pair whose sides did not do the same work
+(parameters, batch size, updates per step, items) is an error and no figure.
+"""
+
+
+def file_of(root: Path) -> Path:
+    """Return where the figures are."""
+    return root / "tests" / "benchmarks" / "results.json"
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    cpu = platform.processor()
+    for row in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if row.startswith("model name"):
+            cpu = row.partition(":")[2].strip()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _VERSIONS},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def keep(root: Path, case: Case, comparisons: Sequence[Comparison]) -> None:
+    """Write a case's figures into results.json, over those it had."""
+    file = file_of(root)
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept[case.id] = {"machine": machine(), "comparisons": [comparison.plain() for comparison in comparisons]}
+    file.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def read(root: Path) -> dict[str, tuple[dict[str, Any], list[Comparison]]]:
+    """Return machine and comparisons of every case that was measured."""
+    file = file_of(root)
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    return {
+        name: (entry["machine"], [Comparison(**{k: _frozen(v) for k, v in c.items()}) for c in entry["comparisons"]])
+        for name, entry in kept.items()
+    }
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def line(case: Case, comparison: Comparison) -> str:
+    """Return one comparison in words, for a terminal."""
+    if comparison.failed:
+        return f"{comparison.other}: failed: {comparison.failed}"
+    wanted = case.targets.get(comparison.other)
+    ours, theirs = statistics.median(comparison.ours), statistics.median(comparison.theirs)
+    return (
+        f"{comparison.ratio:6.2f} x {comparison.other} ({min(comparison.ratios):.2f}-{max(comparison.ratios):.2f})"
+        f"{'' if wanted is None else f', wanted {wanted:.2f}'}; {ours:,.4g} and {theirs:,.4g} {case.unit}"
+    )
+
+
+def render(root: Path) -> None:
+    """Write BENCHMARKS.md and the plot."""
+    measured = read(root)
+    draw(measured, root / "tests" / "benchmarks" / "ratios.png")
+    (root / "BENCHMARKS.md").write_text(markdown(measured))
+
+
+def markdown(measured: dict[str, tuple[dict[str, Any], list[Comparison]]]) -> str:
+    """Return the page."""
+    parts = [_HEAD, "![How many times better Squall is, and the ratio wanted](tests/benchmarks/ratios.png)\n"]
+    for row in ROWS:
+        cases = [case for case in CASES if case.row == row]
+        parts.append(f"## {row}\n")
+        parts.append("| case | side | ours | theirs | ratio | range | wanted | threads | verdict |")
+        parts.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        for case in cases:
+            parts += _rows(case, measured[case.id][1] if case.id in measured else [])
+        parts.append("")
+        parts += [f"- `{case.name or case.row}`: {case.title}; {case.unit}." for case in cases]
+        parts.append(f"\n```\nmake bench ONLY={row}\n```\n")
+    parts.append("## Where\n")
+    parts += sorted({_where(machine) for machine, _ in measured.values()}) or ["Nothing is measured yet."]
+    parts.append("\nPeers: " + "; ".join(f"{name}: {', '.join(wants)}" for name, wants in PEERS.items()) + ".\n")
+    return "\n".join(parts)
+
+
+def _rows(case: Case, comparisons: Sequence[Comparison]) -> Iterable[str]:
+    found = {comparison.other: comparison for comparison in comparisons}
+    for side in case.others:
+        comparison, wanted = found.get(side.name), case.targets.get(side.name)
+        head = f"| {case.name or case.row} | {side.name} |"
+        tail = f" {'' if wanted is None else f'{wanted:.2f}'} |"
+        if comparison is None:
+            yield f"{head} | | | |{tail} | not yet measured |"
+        elif comparison.failed:
+            yield f"{head} | | | |{tail} | {comparison.failed.replace('|', '/')} |"
+        else:
+            verdict = {None: "", True: "reached", False: "short of it"}[reached(wanted, comparisons, side.name)]
+            ours, theirs = statistics.median(comparison.ours), statistics.median(comparison.theirs)
+            spread = f"{min(comparison.ratios):.2f}-{max(comparison.ratios):.2f}"
+            threads = "{} and {}".format(*comparison.threads)
+            figures = f"{ours:,.4g} | {theirs:,.4g} | {comparison.ratio:.2f} | {spread}"
+            yield f"{head} {figures} |{tail} {threads} | {verdict} |"
+
+
+def _where(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return f"- {machine['date']}: {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, {versions}."
+
+
+def draw(measured: dict[str, tuple[dict[str, Any], list[Comparison]]], file: Path) -> None:
+    """Draw every ratio with its range, and what was wanted; one panel for the peers, one for the limit."""
+    from matplotlib.figure import Figure
+
+    bars = [
+        (case, comparison)
+        for case in CASES
+        for comparison in (measured[case.id][1] if case.id in measured else [])
+        if not comparison.failed
+    ]
+    figure = Figure(figsize=(10, 1.2 + 0.26 * max(len(bars), 4)), layout="constrained")
+    for axes, limit in zip(figure.subplots(1, 2), (False, True), strict=True):
+        shown = [(case, c) for case, c in bars if (c.other == LIMIT) == limit]
+        for y, (case, comparison) in enumerate(reversed(shown)):
+            low, high = min(comparison.ratios), max(comparison.ratios)
+            axes.barh(y, comparison.ratio, color="#4878a8", height=0.6)
+            axes.plot([low, high], [y, y], color="black", linewidth=1)
+            if (wanted := case.targets.get(comparison.other)) is not None:
+                axes.plot([wanted, wanted], [y - 0.4, y + 0.4], color="#c04030", linewidth=2)
+        axes.set_yticks(
+            range(len(shown)), [c.id if limit else f"{c.id}: {o.other}" for c, o in reversed(shown)], fontsize=7
+        )
+        axes.set_title("beside the limit" if limit else "beside peers (log)")
+        axes.set_xlabel("times better; red: wanted")
+        if not limit:
+            axes.set_xscale("log")
+        axes.axvline(1.0, color="grey", linewidth=0.8)
+    figure.savefig(file, dpi=120)
