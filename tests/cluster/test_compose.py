@@ -49,15 +49,15 @@ def logs_of_a_failure(cluster: Cluster, request: pytest.FixtureRequest) -> Itera
 def _submit(cluster: Cluster, folder: Path, line: str) -> subprocess.Popen[str]:
     """Type a line into a shell at the top of the repository, with .env exported as the README says."""
     shell = f"set -a; . {shlex.quote(str(cluster.env_file))}; set +a; PATH={shlex.quote(str(BIN))}:$PATH; exec {line}"
-    log = (folder / "submit.log").open("w")
-    return subprocess.Popen(
-        cluster.where_the_ports_are("bash", "-c", shell),
-        cwd=ROOT,
-        stdout=log,
-        stderr=log,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
+    with (folder / "submit.log").open("w") as log:
+        return subprocess.Popen(
+            cluster.where_the_ports_are("bash", "-c", shell),
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
 
 
 def _finish(job: subprocess.Popen[str], folder: Path, seconds: float) -> None:
@@ -65,6 +65,7 @@ def _finish(job: subprocess.Popen[str], folder: Path, seconds: float) -> None:
         assert job.wait(seconds) == 0, (folder / "submit.log").read_text()[-6000:]
     finally:
         job.kill()
+        job.wait()
 
 
 def _summary(cluster: Cluster, name: str) -> dict[str, Any]:
@@ -151,6 +152,7 @@ def test_a_run_whose_head_is_killed_reads_lost_and_is_resumed(cluster: Cluster, 
         assert job.wait(300) != 0, (tmp_path / "submit.log").read_text()
     finally:
         job.kill()
+        job.wait()
 
     cluster.up(*SERVICES)  # returns when all nodes are well again
     before = cluster.status("second")
