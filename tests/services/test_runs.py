@@ -233,10 +233,13 @@ def test_no_step_is_lost_or_counted_twice_from_2_workers_to_5_to_1_with_a_shard_
 @pytest.mark.slow
 def test_auto_adds_workers_while_the_learner_waits(start: Start) -> None:
     run = start("auto", *LONG, "--set", "eval_every=0", "--set", "updates_per_step=0.05", "--actors", "auto")
-    grown = run.wait_for(
-        lambda s: any("from 1 to 2 workers: the learner waited" in e["text"] for e in s["events"]), 240
+    # The snapshot is a little older than the events.
+    run.wait_for(
+        lambda s: (
+            s.get("actors") == 2 and any("from 1 to 2 workers: the learner waited" in e["text"] for e in s["events"])
+        ),
+        240,
     )
-    assert grown["actors"] == 2
     told = json.loads(squall(run.home, "scale", "auto", "--actors", "1", "--json").stdout)
     assert told["actors"] == 1
     assert json.loads(squall(run.home, "scale", "auto", "--actors", "auto", "--json").stdout)["auto"] is True

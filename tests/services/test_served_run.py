@@ -79,7 +79,7 @@ def test_a_live_run_is_asked_and_commanded_over_grpc(run: Run, client: SquallCli
 
     scaled = client.scale("served", 2)
     assert (scaled.before, scaled.actors) == (1, 2)
-    with pytest.raises(CommandRefused, match="actors must be a whole number"):
+    with pytest.raises(CommandRefused, match="actors must be auto or a whole number"):
         client.scale("served", -3)
     assert Path(client.checkpoint("served").checkpoint).exists()
     seen = next(client.watch("served"))
