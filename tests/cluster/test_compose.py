@@ -157,7 +157,7 @@ def test_a_run_whose_head_is_killed_reads_lost_and_is_resumed(cluster: Cluster, 
     cluster.up(*SERVICES)  # returns when all nodes are well again
     before = cluster.status("second")
     assert before["state"] == "lost"
-    job = _submit(cluster, tmp_path, f"{squall} -- train --resume second --stop-at-return 100 --set eval_every=2000")
+    job = _submit(cluster, tmp_path, f"{squall} -- train --resume second --stop-at-return {GOAL}")
     _finish(job, tmp_path, 600)
     log = (tmp_path / "submit.log").read_text()
     assert "exit status 0" in log
