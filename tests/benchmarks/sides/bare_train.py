@@ -7,7 +7,6 @@ environment steps, the lower is the limit: what a learner and workers that waste
 from __future__ import annotations
 
 import multiprocessing
-import time
 from typing import Any
 
 from measure import arguments, rate, report
@@ -17,8 +16,7 @@ parsed = arguments("case")
 
 import torch  # noqa: E402
 
-from actors.environments import specify  # noqa: E402
-from actors.rollout import seeds_for  # noqa: E402
+from actors.environments import seeds_for, specify  # noqa: E402
 from learner.training import choose_precision, make_algorithm  # noqa: E402
 from replay.seeds import spawn_seed  # noqa: E402
 
@@ -105,7 +103,6 @@ if __name__ == "__main__":
     receiver, sender = multiprocessing.Pipe(duplex=False)
     stepping = multiprocessing.get_context("spawn").Process(target=steps_per_second, args=(parsed.case, sender))
     updates, facts = updates_per_second(work)
-    time.sleep(0.1)
     stepping.start()
     steps = receiver.recv()
     stepping.join()
