@@ -239,6 +239,17 @@ def test_what_a_dead_worker_was_admitted_with_is_given_back() -> None:
     assert whole.desk.stats().waiting == {}
 
 
+def test_what_was_admitted_for_a_process_of_many_senders_is_given_back_together() -> None:
+    whole = Whole(SPEC)
+    for _ in range(2):
+        assert whole.insert(whole.push()) is None
+    assert whole.desk.admit(1_000_007, 0, 0, 8).shards
+    whole.desk.revoke_from(1_000_008)
+    assert "of 8 would leave 32 samples due" in (whole.insert(whole.push()) or "")
+    whole.desk.revoke_from(1_000_000)
+    assert whole.insert(Push(0, 0, 2, (make_segment(LAYOUT, 8),))) is None
+
+
 def test_a_push_that_does_not_fit_is_refused_whole() -> None:
     whole = Whole(SPEC)
     segments = (make_segment(LAYOUT, 4), make_segment(replace(LAYOUT, frame_shape=(2,)), 4))
