@@ -237,11 +237,9 @@ class LocalTransitions(LocalExperience[TransitionBatch]):
             self._builder.begin(self._lanes.reset())
             self._begun = True
         row = self._step()
-        for segment in self._builder.add(
-            row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed
-        ):
-            self._table.insert(segment)
-            self._limiter.record_insert(segment.steps)
+        segments = self._builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
+        self._table.insert(*segments)
+        self._limiter.record_insert(sum(segment.steps for segment in segments))
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """See `TransitionTable.update_priorities`."""

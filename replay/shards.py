@@ -293,7 +293,6 @@ class ReplayShard:
         if with_others:
             spec.table.check_memory()
         self._shard, self._incarnation, self._to = shard, incarnation, desk
-        self._layout = spec.table.layout
         self._table = TransitionTable(
             spec.table.shard(shard, shards),
             seed=spawn_seed(run_seed, "replay", shard, incarnation),
@@ -315,11 +314,8 @@ class ReplayShard:
         """
         if self._seen.has_seen(push):
             return False
-        for segment in push.segments:
-            segment.check(self._layout)
         self._table.highest_priority = max(self._table.highest_priority, highest_priority)
-        for segment in push.segments:
-            self._table.insert(segment)
+        self._table.insert(*push.segments)
         self._seen.accept(Push(push.worker, push.incarnation, push.sequence))
         self._tell(replace(push, segments=()), push.steps)
         return True

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import psutil
 
 from replay.sum_tree import SumTree
-from replay.types import Array, Batch, ConfigurationError, Layout, NotEnoughMemory, Segment
+from replay.types import Array, Batch, ConfigurationError, Layout, NotEnoughMemory, Segment, check_segments
 
 _SEQUENCE_BITS = 43
 _INCARNATION_BITS = 12
@@ -30,6 +31,8 @@ MOST_SHARDS = 1 << _SHARD_BITS
 # A table whose episodes are shorter still evicts a little early.
 _SLACK_SMALL, _SLACK_LARGE = 0.30, 0.0125
 _LARGE_FRAME_BYTES = 1024
+
+_ROWS = ("row", "bootstrap_row")  # of a segment, where frames are counted from its own first
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class TableSpec:
         per_transition = 4 + 1 + 4 + 1 + action + 4 + 4
         total = self.frame_capacity * layout.frame_bytes + self.capacity * per_transition
         if self.priority_exponent is not None:
-            total += 16 * (1 << (self.capacity - 1).bit_length())
+            total += SumTree.bytes_for(self.capacity)
         return total
 
     def shard(self, index: int, shards: int) -> TableSpec:
@@ -198,45 +201,64 @@ class TransitionTable:
         frames = (ring.newest_frame - ring.oldest_frame) * self.spec.layout.frame_bytes
         return frames + row * self.size // self.spec.capacity
 
-    def insert(self, segment: Segment) -> None:
-        """Add a segment, evicting the oldest ones as far as needed.
+    def insert(self, *segments: Segment) -> None:
+        """Add segments, all or none, evicting the oldest ones as far as needed.
 
         Raises:
-            LayoutMismatch: the segment does not fit the layout; the table is unchanged.
+            LayoutMismatch: a segment does not fit the layout; the table is unchanged.
         """
-        segment.check(self.spec.layout)
-        steps, frames = segment.steps, len(segment.frames)
-        if not steps:
+        check_segments(segments, self.spec.layout)
+        self._insert([segment for segment in segments if segment.steps])
+
+    def _insert(self, segments: Sequence[Segment]) -> None:
+        """Add segments that fit and have steps; each small field is written once, for all of them."""
+        if not segments:
             return
-        ring = self._ring
-        while self.size + steps > self.spec.capacity or (
-            ring.newest_frame - ring.oldest_frame + frames > self.spec.frame_capacity
+        ring, frame_capacity = self._ring, self.spec.frame_capacity
+        sizes = [(segment.steps, len(segment.frames)) for segment in segments]
+        steps, frames = (sum(size) for size in zip(*sizes, strict=True))
+        if len(segments) > 1 and (steps > self.spec.capacity or frames > frame_capacity):
+            middle = len(segments) // 2  # the second half evicts some of the first
+            self._insert(segments[:middle])
+            self._insert(segments[middle:])
+            return
+        self._make_room(steps, frames)
+        at, first_frames = ring.newest, []
+        for segment in segments:
+            _write(self._frames, ring.newest_frame, segment.frames)
+            first_frames.append(ring.newest_frame)
+            ring.newest_frame += len(segment.frames)
+        first_frame = np.repeat(first_frames, [size[0] for size in sizes])
+        for store, name in (
+            (self._row, "row"),
+            (self._bootstrap_row, "bootstrap_row"),
+            (self._age, "age"),
+            (self._bootstrap_age, "bootstrap_age"),
+            (self._action, "action"),
+            (self._reward, "reward"),
+            (self._discount, "discount"),
         ):
-            self._evict_oldest()
-        _write(self._frames, ring.newest_frame, segment.frames)
-        at = ring.newest
-        for store, rows in ((self._row, segment.row), (self._bootstrap_row, segment.bootstrap_row)):
-            _write(store, at, (ring.newest_frame + rows.astype(np.int64)) % self.spec.frame_capacity)
-        _write(self._age, at, segment.age)
-        _write(self._bootstrap_age, at, segment.bootstrap_age)
-        _write(self._action, at, segment.action)
-        _write(self._reward, at, segment.reward)
-        _write(self._discount, at, segment.discount)
+            values = np.concatenate([getattr(segment, name) for segment in segments])
+            _write(store, at, (first_frame + values) % frame_capacity if name in _ROWS else values)
         if self._tree is not None:
             slots = np.arange(at, at + steps) % self.spec.capacity
             self._tree.set(slots, np.full(steps, self._weight(self.highest_priority)))
-        ring.segments.append((steps, frames))
+        ring.segments.extend(sizes)
         ring.newest += steps
-        ring.newest_frame += frames
 
-    def _evict_oldest(self) -> None:
-        ring = self._ring
-        steps, frames = ring.segments.popleft()
-        if self._tree is not None:
-            self._tree.set(np.arange(ring.oldest, ring.oldest + steps) % self.spec.capacity, np.zeros(steps))
-        ring.oldest += steps
-        ring.oldest_frame += frames
-        self.evicted += steps
+    def _make_room(self, steps: int, frames: int) -> None:
+        """Evict the oldest segments until so many steps and frames fit."""
+        ring, first = self._ring, self._ring.oldest
+        while self.size + steps > self.spec.capacity or (
+            ring.newest_frame - ring.oldest_frame + frames > self.spec.frame_capacity
+        ):
+            oldest_steps, oldest_frames = ring.segments.popleft()
+            ring.oldest += oldest_steps
+            ring.oldest_frame += oldest_frames
+        evicted = ring.oldest - first
+        if self._tree is not None and evicted:
+            self._tree.set(np.arange(first, ring.oldest) % self.spec.capacity, np.zeros(evicted))
+        self.evicted += evicted
 
     def _weight(self, priority: float) -> float:
         assert self.spec.priority_exponent is not None

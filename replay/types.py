@@ -8,6 +8,7 @@ steps it is the product. Bootstrapping stops at termination only.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,27 +118,42 @@ class Segment:
 
     def check(self, layout: Layout) -> None:
         """Raise `LayoutMismatch`, naming both sides, unless this segment fits `layout`."""
-        steps = self.steps
+        check_segments((self,), layout)
+
+
+def check_segments(segments: Sequence[Segment], layout: Layout) -> None:
+    """Raise `LayoutMismatch`, naming both sides, unless every segment fits `layout`.
+
+    Shapes are looked at one by one, values all at once: a push has many short segments.
+    """
+    if not segments:
+        return
+    frame, action, single = np.dtype(layout.frame_dtype), np.dtype(layout.action_dtype), np.dtype(np.float32)
+    row, age = np.dtype(np.int32), np.dtype(np.uint8)
+    for segment in segments:
+        steps, frames = segment.steps, len(segment.frames)
         if steps > layout.segment_length:
             raise LayoutMismatch(f"a segment holds at most {layout.segment_length} steps, got {steps}")
-        _expect("frames", self.frames, (len(self.frames), *layout.frame_shape), layout.frame_dtype)
-        if len(self.frames) > layout.max_segment_frames:
-            raise LayoutMismatch(f"a segment holds at most {layout.max_segment_frames} frames, got {len(self.frames)}")
-        _expect("action", self.action, (steps, *layout.action_shape), layout.action_dtype)
-        for name in ("reward", "discount"):
-            _expect(name, getattr(self, name), (steps,), "float32")
-        for name in ("row", "bootstrap_row"):
-            rows = getattr(self, name)
-            _expect(name, rows, (steps,), "int32")
-            if steps and not (rows.min() >= 0 and rows.max() < len(self.frames)):
-                raise LayoutMismatch(f"{name} must lie in [0, {len(self.frames)}), got {rows.min()}..{rows.max()}")
-        for name, rows in (("age", self.row), ("bootstrap_age", self.bootstrap_row)):
-            ages = getattr(self, name)
-            _expect(name, ages, (steps,), "uint8")
-            if steps and ages.max() > layout.stack - 1:
-                raise LayoutMismatch(f"{name} must be at most {layout.stack - 1}, got {ages.max()}")
-            if steps and (ages.astype(np.int32) > rows).any():
-                raise LayoutMismatch(f"{name} points before the segment's first frame")
+        if frames > layout.max_segment_frames:
+            raise LayoutMismatch(f"a segment holds at most {layout.max_segment_frames} frames, got {frames}")
+        _expect("frames", segment.frames, (frames, *layout.frame_shape), frame)
+        _expect("action", segment.action, (steps, *layout.action_shape), action)
+        _expect("reward", segment.reward, (steps,), single)
+        _expect("discount", segment.discount, (steps,), single)
+        _expect("row", segment.row, (steps,), row)
+        _expect("bootstrap_row", segment.bootstrap_row, (steps,), row)
+        _expect("age", segment.age, (steps,), age)
+        _expect("bootstrap_age", segment.bootstrap_age, (steps,), age)
+    ends = np.repeat([len(segment.frames) for segment in segments], [segment.steps for segment in segments])
+    for prefix in ("", "bootstrap_"):
+        rows = np.concatenate([getattr(segment, prefix + "row") for segment in segments])
+        ages = np.concatenate([getattr(segment, prefix + "age") for segment in segments])
+        for wrong in np.flatnonzero((rows < 0) | (rows >= ends))[:1]:
+            raise LayoutMismatch(f"{prefix}row must lie in [0, {ends[wrong]}), got {rows[wrong]}")
+        if len(ages) and ages.max() > layout.stack - 1:
+            raise LayoutMismatch(f"{prefix}age must be at most {layout.stack - 1}, got {ages.max()}")
+        if (ages > rows).any():
+            raise LayoutMismatch(f"{prefix}age points before the segment's first frame")
 
 
 @dataclass(frozen=True)
@@ -195,8 +211,8 @@ class Permit:
     version: int
 
 
-def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
-    if array.shape != shape or array.dtype != np.dtype(dtype):
+def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: str | np.dtype[Any]) -> None:
+    if array.shape != shape or array.dtype != dtype:
         raise LayoutMismatch(f"{name} must have shape {shape} and dtype {dtype}, got {array.shape} and {array.dtype}")
 
 

@@ -136,10 +136,11 @@ class Meter:
         table = experience._table
         insert, sample = table.insert, table.sample
 
-        def counted_insert(segment: Any) -> None:
-            insert(segment)
-            self.inserts += segment.steps
-            self.rewards = segment.reward
+        def counted_insert(*segments: Any) -> None:
+            insert(*segments)
+            for segment in segments:
+                self.inserts += segment.steps
+                self.rewards = segment.reward
 
         def counted_sample(k: int, batch_size: int) -> Batch:
             self.first_sample_at = self.first_sample_at or self.inserts

@@ -180,13 +180,35 @@ def test_bytes_counts_what_is_held() -> None:
     assert table.bytes == 0
     segment = make_segment(STACKED, 8)
     table.insert(segment)
-    tree = 16 * 512 / 400
+    tree = 8 * (400 + 56 + 8 + 8) / 400  # levels of 400, 50, 7 and 1, in lines of 8
     per_transition = 4 + 1 + 4 + 1 + 8 + 4 + 4 + tree
     assert table.bytes == int(segment.frames.nbytes + 8 * per_transition)
     for _ in range(200):
         table.insert(segment)
     assert table.bytes == int(50 * segment.frames.nbytes + 400 * per_transition)
     assert table.bytes <= table.spec.expected_bytes
+
+
+@pytest.mark.parametrize("layout", [VECTOR, STACKED, replace(STACKED, segment_length=2, n_steps=5)])
+@pytest.mark.parametrize("most", [3, 9, 40])
+def test_segments_inserted_at_once_are_as_if_one_by_one(layout: Layout, most: int) -> None:
+    together, singly = make_table(layout, 37, 0.6), make_table(layout, 37, 0.6)
+    rng = np.random.default_rng(most)
+    lane = Lane(layout, rng, 0.2)
+    for _ in range(60):
+        lengths = rng.integers(
+            1, layout.segment_length + 1, int(rng.integers(1, most + 1))
+        )  # 40 can be more than it holds
+        segments = [lane.cut(int(length), flush=bool(rng.random() < 0.1))[0] for length in lengths]
+        together.insert(make_segment(layout, 0), *segments)
+        for segment in segments:
+            singly.insert(segment)
+        assert (together.size, together.evicted, together.bytes) == (singly.size, singly.evicted, singly.bytes)
+        assert together.mass == singly.mass
+        if singly.size:
+            ours, theirs = read_everything(together), read_everything(singly)
+            for name in ("observation", "action", "reward", "discount", "next_observation", "ids", "probability"):
+                assert_same_bits(getattr(ours, name), getattr(theirs, name))
 
 
 @pytest.mark.parametrize("alpha", [None, 0.6])
@@ -196,7 +218,7 @@ def test_a_segment_that_does_not_fit_leaves_the_table_unchanged(alpha: float | N
     before = read_everything(table)
     for wrong in (make_segment(STACKED, 4), replace(make_segment(VECTOR, 4), reward=np.zeros(3, np.float32))):
         with pytest.raises(LayoutMismatch):
-            table.insert(wrong)
+            table.insert(make_segment(VECTOR, 4), wrong, make_segment(VECTOR, 2))
     assert (table.size, table.evicted) == (8, 0)
     after = read_everything(table)
     for name in ("observation", "reward", "ids", "probability"):

@@ -45,8 +45,8 @@ turn = 0
 def cycle() -> None:
     """Insert, draw, weigh, set priorities."""
     global turn
-    for one in fresh:
-        table.insert(one)
+    if fresh:
+        table.insert(*fresh)
     drawn = table.sample(1, batch)
     importance_weights(torch.from_numpy(drawn.probability[0]).float(), drawn.size, 0.4)
     table.update_priorities(drawn.ids, priorities[turn % 64][None])
