@@ -24,6 +24,7 @@ from services.config import RunConfig
 from services.crew import Crew
 from services.experience_service import FIRST_WORKER
 from services.figures import Figures
+from services.grpc_server import split_address
 from services.metrics import RunMetrics
 from services.placement import cluster_cpus, no_room
 from services.processes import CrashLoop, Death, Process, describe_death
@@ -94,10 +95,9 @@ class Coordinator:
         )  # fmt: skip
         self.evaluator = Process("evaluator", 0, lambda _: program.start_evaluator(), first_incarnation=first)
         self.endpoints = (
-            []
-            if program.listening is None
-            else [Process("endpoint", 0, program.start_endpoint, first_incarnation=first)]
+            [] if program.listening is None else [Process("endpoint", 0, self._start_endpoint, first_incarnation=first)]
         )
+        self._endpoint_port: int | None = None
         self.crew = Crew(program.start_worker, first_incarnation=first)
         self.crew.scale(program.actors)
         self._checkpointing: list[tuple[Command, Any]] = []
@@ -112,6 +112,9 @@ class Coordinator:
             final_episodes=config.final_eval_episodes,
             goal=config.stop_at_return,
         )
+
+    def _start_endpoint(self, incarnation: int) -> Any:
+        return self.program.start_endpoint(incarnation, self._endpoint_port)
 
     def _fit(self, handle: Any) -> Any:
         last = self.checkpoints / LAST
@@ -284,6 +287,8 @@ class Coordinator:
             heard += [getattr(endpoint.report, "finished", False) for endpoint in self.endpoints]
             self.replay.bury(process, all_steps=any(heard))
         if process in self.endpoints:
+            if process.report is not None:  # whoever knows its address shall find the next one there
+                self._endpoint_port = split_address(process.report.address)[1]
             self.replay.take_back_from(FIRST_WORKER)
         if process in (self.learner, self.evaluator):
             self.scoring.give_up()

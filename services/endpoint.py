@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from actors.weights import WeightClient
 from replay.remote import actor_class
 from replay.seeds import spawn_seed
 from replay.server import ReplayClient
+from replay.types import ConfigurationError
 from services.experience_service import ExperienceService, NoExperience
 from services.grpc_policy import PolicyService, ServedPolicy
 from services.grpc_server import Listening, ServerThread, Service, split_address
@@ -127,6 +129,7 @@ class Endpoint:
         known_as: str | None = None,
         incarnation: int = 0,
         threads: int | None = None,
+        port_before: int | None = None,
     ) -> None:
         """Make the services and listen.
 
@@ -136,6 +139,7 @@ class Endpoint:
             known_as: the host that others reach this one by, where it listens on every address it has.
             incarnation: how often this process was recreated.
             threads: PyTorch threads of this process; None leaves them.
+            port_before: where an earlier process listened that took any free port: this one does again, if it can.
 
         Raises:
             ConfigurationError: nothing can listen there.
@@ -143,7 +147,7 @@ class Endpoint:
         if threads is not None:
             torch.set_num_threads(threads)
         self._services = [offer.build(incarnation) for offer in offers]
-        self._server = ServerThread(self._services, listening)
+        self._server = _listen(self._services, listening, port_before)
         self._address = reachable(self._server.address, known_as)
 
     def note_progress(self, env_steps: int) -> None:
@@ -169,6 +173,13 @@ class Endpoint:
     def close(self) -> None:
         """Listen no more."""
         self._server.close()
+
+
+def _listen(services: Sequence[Service], listening: Listening, port_before: int | None) -> ServerThread:
+    if port_before is not None and listening.address.endswith(":0"):
+        with contextlib.suppress(ConfigurationError):  # somebody else has it now
+            return ServerThread(services, replace(listening, address=f"{listening.address[:-1]}{port_before}"))
+    return ServerThread(services, listening)
 
 
 def reachable(address: str, known_as: str | None) -> str:

@@ -166,8 +166,8 @@ class Program:
         """Start the evaluator and return its handle."""
         return EvaluatorActor.remote(self.policy, run_seed=self.seed, threads=1)
 
-    def start_endpoint(self, incarnation: int) -> Any:
-        """Start the endpoint, on the driver's node, and return its handle."""
+    def start_endpoint(self, incarnation: int, port_before: int | None = None) -> Any:
+        """Start the endpoint, on the driver's node, and return its handle; `port_before` see `Endpoint`."""
         assert self.listening is not None
         host, port = split_address(self.listening.address)
         listening, own_host = self.listening, ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -175,7 +175,7 @@ class Program:
             listening = replace(listening, address=f"{own_host}:{port}")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return EndpointActor.options(scheduling_strategy=here).remote(
-            self._offers(), listening, known_as=own_host, incarnation=incarnation, threads=1
+            self._offers(), listening, known_as=own_host, incarnation=incarnation, threads=1, port_before=port_before
         )
 
     def _offers(self) -> list[Offer]:

@@ -11,7 +11,7 @@ import pytest
 from services.client import SquallClient
 from services.endpoint import Endpoint, reachable
 from services.grpc_policy import PolicyService
-from services.grpc_server import Listening
+from services.grpc_server import Listening, split_address
 from tests.services.serving import policy_service
 
 
@@ -37,6 +37,15 @@ def test_an_endpoint_serves_and_says_where() -> None:
             assert client.act(np.zeros((1, 4), np.float32), "run-3").weights_version == 7
         endpoint.note_progress(1234)
         assert offer.made[0].served.step == 1234
+
+
+def test_a_recreated_endpoint_listens_where_it_did_if_it_can() -> None:
+    with closing(Endpoint([Ready([])], Listening())) as endpoint:
+        before = endpoint.report().address
+        with closing(Endpoint([Ready([])], Listening(), port_before=split_address(before)[1])) as other:
+            assert other.report().address != before, "its port is taken"
+    with closing(Endpoint([Ready([])], Listening(), port_before=split_address(before)[1])) as again:
+        assert again.report().address == before
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])

@@ -31,8 +31,10 @@ from replay.types import Array, ConfigurationError, DeadlineExceeded, InsertRepl
 from services import squall_pb2 as pb
 from services import squall_pb2_grpc
 from services.config import resolve
+from services.endpoint import EndpointReport
 from services.experience_client import ExperienceClient, ExperienceSession
 from services.experience_service import FIRST_WORKER, ExperienceService, NoExperience
+from services.gateway import gateway_services
 from services.grpc_errors import (
     CallFailed,
     NotReady,
@@ -46,11 +48,13 @@ from services.grpc_policy import ServedPolicy
 from services.grpc_server import Listening, ServerThread
 from services.program import plan
 from services.runs import check
-from services.store import UnknownRun
+from services.sqlite_store import SQLiteRunStore
+from services.store import UnknownRun, this_process
 from services.wire import encode_array, spaces_of
 from tests.actors.test_rollout import Direct, Given, make_server, make_spec, make_worker, weights_for
 from tests.actors.toys import TEST_POLICIES, RandomPolicy
 from tests.replay.naive import assert_same_bits, read_everything
+from tests.services.serving import register, serving
 
 ROOT = Path(__file__).parents[2]
 SHORT = specify("SquallShort-v0")
@@ -361,6 +365,35 @@ def test_play_opens_a_new_session_when_the_connection_breaks() -> None:
     assert replay.server.stats().counters.env_steps == first.steps + second.steps
     assert second.steps == outcome[0].steps, "what the broken session sent was never confirmed to its client"
     assert outcome[0].taken >= 600
+
+
+def test_sessions_go_on_through_a_gateway_when_the_endpoint_behind_it_is_another_one(tmp_path: Path) -> None:
+    spec = make_spec(CARTPOLE, "random", lanes=1)
+    replay = Shared(make_server(spec, max_env_steps=600))
+    services = [make_service(spec, replay, incarnation=incarnation) for incarnation in range(2)]
+    outcome: list[Any] = []
+
+    def listed(server: ServerThread) -> dict[str, Any]:
+        report = EndpointReport(1, this_process().host, server.address, (ExperienceService.name,), "")
+        return {"endpoints": [report.plain()]}
+
+    with SQLiteRunStore(tmp_path / "squall.db") as store, serving(*gateway_services(store, None)) as gateway:
+        server = ServerThread([services[0]], Listening())
+        register(store, "mine", snapshot=listed(server))
+        with ExperienceClient(gateway, run="mine", answer_seconds=30.0) as client:
+            thread = threading.Thread(target=lambda: outcome.append(client.play(gym.make("CartPole-v1"), seed=0)))
+            thread.start()
+            wait_for(lambda: services[0].steps > 50)
+            server.close()
+            server = ServerThread([services[1]], Listening())
+            try:
+                store.write_snapshot("mine", listed(server), time.time())
+                thread.join(60.0)
+            finally:
+                server.close()
+    assert (outcome[0].finished, outcome[0].sessions) == (True, 2)
+    assert replay.server.stats().counters.env_steps == services[0].steps + services[1].steps
+    assert services[1].steps == outcome[0].steps
 
 
 def test_a_call_that_breaks_off_counts_the_steps_that_arrived() -> None:

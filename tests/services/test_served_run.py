@@ -86,9 +86,11 @@ def test_a_live_run_is_asked_and_commanded_over_grpc(run: Run, client: SquallCli
     assert (seen.run.name, seen.run.state, seen.actors) == ("served", "running", 2)
 
     os.kill(endpoint["pid"], signal.SIGKILL)
-    run.wait_for(
+    status = run.wait_for(
         lambda s: any(p["role"] == "endpoint" and p["restarts"] == 1 and p["pid"] for p in s["processes"]), seconds=240
     )
+    again = next(process for process in status["processes"] if process["role"] == "endpoint")
+    assert again["last_word"] == endpoint["last_word"], "whoever knows its address finds it there again"
     # The new process begins with the newest weights, not with what the old one had.
     assert weights_of(client, first + 1) > first
 
