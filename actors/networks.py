@@ -30,22 +30,29 @@ class NatureCNN(nn.Module):
         if min(size) < 36:
             raise ConfigurationError(f"the Nature CNN needs images of at least 36x36 pixels, got {tuple(size)}")
         self.convolutions = nn.Sequential(
-            nn.Conv2d(channels, 32, 8, 4), nn.ReLU(),
-            nn.Conv2d(32, 64, 4, 2), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, 1), nn.ReLU(),
+            nn.Conv2d(channels, 32, 8, 4), nn.ReLU(inplace=True),
+            nn.Conv2d(32, 64, 4, 2), nn.ReLU(inplace=True),
+            nn.Conv2d(64, 64, 3, 1), nn.ReLU(inplace=True),
             nn.Flatten(),
         )  # fmt: skip
         with torch.no_grad():
             flat = self.convolutions(torch.zeros(1, channels, *size)).shape[1]
-        self.dense = nn.Sequential(nn.Linear(flat, features), nn.ReLU())
+        self.dense = nn.Sequential(nn.Linear(flat, features), nn.ReLU(inplace=True))
         self.features = features
 
     def forward(self, observation: Tensor) -> Tensor:
         """Map images `[B, ...]` to features `[B, features]`."""
         if self.channels_last:
             observation = observation.movedim(-1, 1)
-        features: Tensor = self.dense(self.convolutions(observation.float() / 255.0))
+        features: Tensor = self.dense(self.convolutions(_from_bytes(observation)))
         return features
+
+
+def _from_bytes(image: Tensor) -> Tensor:
+    """Return uint8 as [0, 1], at once in autocast's precision, which holds 0 .. 255 exactly."""
+    device = image.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return image.to(dtype).div_(255.0)
 
 
 class RunningNorm(nn.Module):

@@ -78,6 +78,19 @@ def test_pixels_are_scaled_to_one() -> None:
     assert (seen[0] == 1.0).all()
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_pixels_go_to_the_precision_in_use_in_one_step_and_bit_for_bit(enabled: bool) -> None:
+    torso, image = NatureCNN((4, 84, 84), 16), torch.arange(256).repeat(441)[: 4 * 84 * 84].to(torch.uint8)
+    image = image.reshape(1, 4, 84, 84)
+    before = image.clone()
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        expected = torso.dense(torso.convolutions(before.float() / 255.0))
+        found = torso(image)
+    assert found.dtype == (torch.bfloat16 if enabled else torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(image, before), "the batch is not written to"
+
+
 def test_channels_may_come_last() -> None:
     first, last = NatureCNN((3, 60, 80), 16), NatureCNN((60, 80, 3), 16)
     last.load_state_dict(first.state_dict())
