@@ -44,6 +44,9 @@ class RunConfig(BaseModel):
     )
     replay_shards: PositiveInt = Field(1, description="tables that the replay is divided among")
     learner_gpus: NonNegativeInt | Literal["auto"] = Field("auto", description="0, 1, or auto: 1 where there is one")
+    learner_threads: PositiveInt | Literal["auto"] = Field(
+        "auto", description="CPU threads of the learner; auto: the machine's CPUs that workers leave, 1 to 4"
+    )
     cpus_per_actor: NonNegativeFloat = Field(
         0.0, allow_inf_nan=False, description="CPUs that Ray keeps for each worker; 0 for none"
     )

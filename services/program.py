@@ -58,6 +58,7 @@ class Program:
         auto: whether the number of workers follows from who waits for whom; `actors` is the first then.
         learner_gpus: GPUs for the learner; None takes one where there is one.
         cpus_per_actor: CPUs that Ray keeps for each worker.
+        learner_threads: CPU threads of the learner; None takes those that the workers leave.
         placement: where processes go, once the cluster is known.
         listening: where the run serves its policy over gRPC; None for not at all.
     """
@@ -75,6 +76,7 @@ class Program:
     auto: bool = False
     learner_gpus: int | None = None
     cpus_per_actor: float = 0.0
+    learner_threads: int | None = None
     placement: Placement = NOWHERE_YET
     listening: Listening | None = None
 
@@ -142,7 +144,10 @@ class Program:
     def start_learner(self) -> Any:
         """Start the learner and return its handle."""
         return LearnerActor.options(**self.placement.for_learner()).remote(
-            self.learner, replay=self._replay_client(), weights=self._actor("weights"), threads=self._learner_threads
+            self.learner,
+            replay=self._replay_client(),
+            weights=self._actor("weights"),
+            threads=self._threads_of_the_learner,
         )
 
     def start_worker(self, worker: int, incarnation: int, workers: int) -> Any:
@@ -208,7 +213,9 @@ class Program:
         return 1.0 if isinstance(self.replay, QueueSpec) else self.replay.samples_per_insert
 
     @property
-    def _learner_threads(self) -> int:
+    def _threads_of_the_learner(self) -> int:
+        if self.learner_threads is not None:
+            return self.learner_threads
         spare = (os.cpu_count() or 1) - self.actors
         return max(1, min(_MOST_LEARNER_THREADS, spare))
 
@@ -288,6 +295,7 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
         auto=config.actors == "auto",
         learner_gpus=None if config.learner_gpus == "auto" else config.learner_gpus,
         cpus_per_actor=config.cpus_per_actor,
+        learner_threads=None if config.learner_threads == "auto" else config.learner_threads,
         listening=_listening(config.serve),
     )
 

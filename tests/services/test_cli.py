@@ -79,6 +79,10 @@ SMALL_REPLAY = ("--set", "replay_size=500", "--set", "warm_start_size=100")
             ["dqn", "CartPole-v1", "--cpus-per-actor", "-1"],
             "cpus_per_actor: input should be greater than or equal to 0",
         ),
+        (
+            ["dqn", "CartPole-v1", "--set", "learner_threads=0"],
+            "learner_threads: input should be greater than 0, got 0",
+        ),
         (["dqn", "CartPole-v1", "--envs-per-actor", "0"], "num_envs must be positive, got 0"),
         (["dqn", "CartPole-v1", "--steps", "0"], "steps: input should be greater than 0, got 0"),
         (["dqn", "CartPole-v1", "--steps", "500"], "ends before the first update: warm_start_size is 1000"),

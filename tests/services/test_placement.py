@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
 from replay.types import ConfigurationError
+from services.config import resolve
 from services.placement import NOWHERE_YET, Placement, cluster_cpus, no_room, place, spread
+from services.program import plan
 
 
 def node(name: str, cpus: float = 4.0, *, gpus: float = 0.0, head: bool = False, alive: bool = True) -> dict[str, Any]:
@@ -81,3 +84,10 @@ def test_a_real_cluster_tells_its_room() -> None:
     assert cluster_cpus() == 2
     assert no_room(0.0) is None
     assert no_room(3.0) == "waits for room: it wants 3 CPU, and 2 of the cluster's 2 are free"
+
+
+def test_the_learner_has_the_threads_it_is_given_or_those_that_workers_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    for threads, actors, expected in (("auto", 6, 2), ("auto", 8, 1), ("auto", 1, 4), (7, 8, 7)):
+        config, _ = resolve("dqn", "CartPole-v1", overrides={"learner_threads": threads, "actors": actors})
+        assert plan(config, "mine", Path())._threads_of_the_learner == expected

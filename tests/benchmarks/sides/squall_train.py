@@ -33,6 +33,7 @@ def command(work: Work) -> list[str]:
         "warm_start_size": work.warm_start,
         "updates_per_step": work.updates_per_step,
         "eval_every": 0,
+        "learner_threads": parsed.threads,
         "num_envs": work.envs // work.actors,
     }
     if work.algorithm == "dqn":
