@@ -29,7 +29,7 @@ from replay.seeds import spawn_seed
 from replay.server import ReplayServer
 from replay.types import Array, ConfigurationError, DeadlineExceeded, InsertReply, Push
 from services import squall_pb2 as pb
-from services import squall_pb2_grpc
+from services import squall_pb2_grpc, wire
 from services.config import resolve
 from services.endpoint import EndpointReport
 from services.experience_client import ExperienceClient, ExperienceSession
@@ -54,7 +54,7 @@ from services.wire import encode_array, spaces_of
 from tests.actors.test_rollout import Direct, Given, make_server, make_spec, make_worker, weights_for
 from tests.actors.toys import TEST_POLICIES, RandomPolicy
 from tests.replay.naive import assert_same_bits, read_everything
-from tests.services.serving import register, serving
+from tests.services.serving import PENDULUM, register, serving
 
 ROOT = Path(__file__).parents[2]
 SHORT = specify("SquallShort-v0")
@@ -483,7 +483,7 @@ def test_what_cannot_be_is_refused(messages: Sequence[pb.PlayRequest], kind: typ
         (CARTPOLE, spaces.Box(-1, 1, (4,), np.int32), TWO, r"a Box of float32 .*, got a Box of int32"),
         (CARTPOLE, spaces.Discrete(4), TWO, r"a Box of float32 of shape \[4\], got Discrete\(4\)"),
         (CARTPOLE, VECTOR, spaces.Discrete(3), r"must be Discrete\(2\), got Discrete\(3\)"),
-        (CARTPOLE, VECTOR, spaces.Box(-1, 1, (1,), np.float32), r"must be Discrete\(2\), got Box"),
+        (CARTPOLE, VECTOR, spaces.Box(-1, 1, (1,), np.float32), r"must be Discrete\(2\), got a Box of float32"),
         (CORRIDOR, spaces.Discrete(6), spaces.Discrete(3), r"must be Discrete\(5\), got Discrete\(6\)"),
         (STACKS, spaces.Box(0, 255, (4, 2, 3), np.uint8), spaces.Box(-2, 2, (2,), np.float32), "stacks 4 of them"),
         (STACKS, spaces.Box(0, 255, (2, 3), np.uint8), spaces.Box(-1, 1, (2,), np.float32), "-2.0, 2.0.*got.*-1.0"),
@@ -498,6 +498,21 @@ def test_other_spaces_are_refused_with_both(
         pytest.raises(ConfigurationError, match=words),
     ):
         client.open(observations, actions)
+
+
+@pytest.mark.parametrize("which", ["observation_space", "action_space"])
+def test_spaces_of_another_size_are_refused_before_their_bounds_are_made(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: Any) -> None:
+        raise AssertionError("bounds were made")
+
+    with station(make_spec(PENDULUM, "random", lanes=1)) as here:
+        opening = here.opening()
+        getattr(opening, which).box.shape[:] = [2**22]
+        monkeypatch.setattr(wire, "_decode_bounds", made)
+        with pytest.raises(ConfigurationError, match=r"got a Box of float32 of shape \[4194304\]"):
+            exchange(here.address, pb.PlayRequest(open=opening))
 
 
 def test_float64_is_taken_for_float32_and_a_discrete_observation_must_be_one() -> None:
