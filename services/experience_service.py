@@ -353,6 +353,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
     async def _drain(self, caller: _Caller) -> None:
         try:
             with contextlib.suppress(RuntimeError):  # the threads have ended
+                await self._ship(caller)  # apart: with the rest it may be more than a push holds
                 caller.session.flush()
                 await self._ship(caller, rest=True)
                 await self._sent(caller)

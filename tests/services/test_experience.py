@@ -411,6 +411,27 @@ def test_a_call_that_breaks_off_counts_the_steps_that_arrived() -> None:
             session.step(1.0, False, False, np.zeros(4, np.float32))
 
 
+def test_a_call_that_breaks_off_while_it_waits_for_the_learner_loses_no_step() -> None:
+    spec = make_spec(CARTPOLE, "random", lanes=1, n_steps=3)
+    rate = {"samples_per_insert": 1.0, "minimum_size": 1}
+    with station(spec, rate=rate) as here, grpc.insecure_channel(here.address) as channel:
+        opening = pb.PlayRequest(open=here.opening())
+        messages = [opening, reset(ZEROS), *(step(number) for number in range(1, 100))]
+        call = squall_pb2_grpc.ExperienceStub(channel).Play(iter(messages), timeout=60.0)
+        next(call)
+        (caller,) = here.service._callers.values()
+        # One push waits, and one segment waits for that.
+        wait_for(lambda: "the learner" in str(here.service.waiting_for) and caller.session.is_ready())
+        arrived = caller.session.steps
+        call.cancel()
+        wait_for(lambda: caller.left)
+        while here.service._callers:
+            with here.replay._lock:
+                here.replay.server.sample(1, 1)
+            time.sleep(0.001)
+        assert here.env_steps == here.service.steps == arrived
+
+
 def test_random_and_truncated_bytes_are_an_error_and_change_nothing() -> None:
     rng = np.random.default_rng(0)
     with station() as here, grpc.insecure_channel(here.address) as channel:
