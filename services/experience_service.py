@@ -268,7 +268,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
             return caller.last_answer
         if kind == "reset":
             session.reset(message.reset)
-            result = None
+            result = caller.last_answer = None
         elif kind == "step":
             result = session.step(message.step)
         elif kind == "open":

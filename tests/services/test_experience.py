@@ -472,6 +472,7 @@ def _bad_step(**fields: Any) -> pb.PlayRequest:
         ([step(1)], OutOfOrder, "step 1 came outside an episode; a Reset begins one"),
         ([reset(ZEROS), step(2)], OutOfOrder, "step 2 came where step 1 comes next"),
         ([reset(ZEROS), step(1, terminated=True), step(2)], OutOfOrder, "outside an episode"),
+        ([reset(ZEROS), step(1), reset(ZEROS), step(1)], OutOfOrder, "step 1 came where step 2 comes next"),
         ([pb.PlayRequest()], ConfigurationError, "none of them"),
         ([reset((0, 0, 0))], ConfigurationError, r"float32 of shape \[4\], got float32 of shape \[3\]"),
         ([reset((0, 0, 0, np.nan))], ConfigurationError, "finite"),
