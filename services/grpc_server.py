@@ -208,6 +208,7 @@ class GrpcServer:
         self._server = server
         for service in self._services:
             await service.start()
+            await self._health.set(service.name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         return f"{address.rpartition(':')[0]}:{port}"
 
@@ -419,5 +420,8 @@ async def _abort(context: Any, error: Exception) -> None:
         # A server behind this one said so.
         trailers = tuple((key, value) for key, value in error.trailing_metadata() or () if key == TRAILER)
         await context.abort(error.code(), error.details() or "", trailers)
+    if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
+        # So says gRPC's own base class of a service for a method that is not overridden.
+        await context.abort(context.code(), context.details())
     code, text, named = to_status(error)
     await context.abort(code, text, named)

@@ -197,6 +197,10 @@ def test_the_standard_probe_and_reflection_answer(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
         assert health.status == health_pb2.HealthCheckResponse.SERVING
+        for service, code in (("squall.v1.Policy", grpc.StatusCode.OK), ("no.such", grpc.StatusCode.NOT_FOUND)):
+            question = health_pb2.HealthCheckRequest(service=service).SerializeToString()
+            assert outcome(address, HEALTH_CHECK, question)[0] is code
+        assert outcome(address, "/grpc.health.v1.Health/List", b"")[0] is grpc.StatusCode.UNIMPLEMENTED
         reflected = ProtoReflectionDescriptorDatabase(channel)
         assert set(reflected.get_services()) == {
             "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection", "squall.v1.Policy",
