@@ -28,12 +28,11 @@ from services import squall_pb2_grpc
 from services.experience_session import Content, Session
 from services.grpc_errors import NotReady, OutOfOrder, Overloaded, ServesNothing
 from services.grpc_policy import REFRESH_SECONDS, Batcher, ServedPolicy
-from services.grpc_server import Service
+from services.grpc_server import IDLE_SECONDS, Service
 from services.store import UnknownRun
 from services.wire import encode_array
 
 MOST_SESSIONS = 1_024
-IDLE_SECONDS = 300.0
 FIRST_WORKER = 1_000_000
 """Session i pushes as this worker + i; rollout workers have smaller numbers."""
 _SESSIONS_AN_INCARNATION = 10**12

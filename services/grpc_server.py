@@ -6,6 +6,7 @@ What it offers is a list of `Service`s; a run's endpoint, `squall serve` and `sq
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import inspect
 import ipaddress
@@ -36,6 +37,8 @@ MOST_PROBES = 64
 """Of those, health checks without the token."""
 FIRST_MESSAGE_SECONDS = 60.0
 """A call whose first message takes longer is ended: core alone would wait for it for ever."""
+IDLE_SECONDS = 300.0
+"""A call whose peer takes no answer for so long is ended, and a session whose client says nothing."""
 GRACE_SECONDS = 2.0
 _SHORTEST_TOKEN = 16
 _START_SECONDS = 30.0
@@ -358,10 +361,12 @@ def _translating(handler: Any) -> _Handler:
         except Exception as error:
             await _abort(context, error)
 
-    async def answer_each(raw: Any, context: Any) -> AsyncIterator[Any]:
+    async def answer_each(raw: Any, context: Any) -> None:
         try:
-            async for response in inner(await requests_of(raw), context):
-                yield response
+            # Closed here, so that it ends with the call, not when it is collected.
+            async with contextlib.aclosing(inner(await requests_of(raw), context)) as responses:
+                async for response in responses:
+                    await in_time(context.write(response), IDLE_SECONDS, "the caller to take an answer")
         except grpc.aio.AbortError:
             raise
         except Exception as error:

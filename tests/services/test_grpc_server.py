@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,33 @@ def test_a_call_that_ends_without_its_message_is_answered(address: str) -> None:
         call: Any = channel.stream_stream("/squall.v1.Policy/Act")(iter([]), timeout=20)
         assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert call.details() == "the call ended without its ActRequest"
+
+
+class Flood(squall_pb2_grpc.ExperienceServicer, Service):
+    """Answers a session without end."""
+
+    name = "squall.v1.Experience"
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        squall_pb2_grpc.add_ExperienceServicer_to_server(self, server)
+
+    async def Play(self, requests: Any, context: Any) -> AsyncIterator[pb.PlayResponse]:
+        try:
+            while True:
+                yield pb.PlayResponse(opened=pb.Opened(session="x" * 2**16))
+        finally:
+            self.ended.set()
+
+
+def test_a_caller_that_takes_no_answers_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "IDLE_SECONDS", 0.2)
+    flood = Flood()
+    with serving(flood) as address, mute(address, "/squall.v1.Experience/Play", window=1) as call:
+        call.initial_metadata()
+        assert flood.ended.wait(20.0)
 
 
 def test_two_tokens_are_one_too_many(store: RunStore) -> None:
