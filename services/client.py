@@ -50,7 +50,23 @@ class Acted(NamedTuple):
     weights_version: int
 
 
-class SquallClient:
+class Closing:
+    """What a `with` block closes."""
+
+    def close(self) -> object:
+        """End it."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SquallClient(Closing):
     """Talks to a gateway, a run's endpoint or `squall serve`; use as a `with` block. Safe to use from several threads.
 
     Every method raises what the server raised, by type (`UnknownRun`, `CommandRefused`, ...), and besides:
@@ -96,14 +112,6 @@ class SquallClient:
     def close(self) -> None:
         """Close the connection."""
         self.channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def list_runs(self) -> list[pb.Run]:
         """Return all runs, newest first."""

@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import grpc
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -18,8 +17,8 @@ from gymnasium import spaces
 from replay.types import Array, ConfigurationError, DeadlineExceeded, SquallError
 from services import squall_pb2 as pb
 from services import squall_pb2_grpc
-from services.client import SquallClient
-from services.grpc_errors import NotReady, Overloaded, ServerUnavailable, from_status
+from services.client import Closing, SquallClient
+from services.grpc_errors import NotReady, Overloaded, ServerUnavailable
 from services.wire import DTYPES, decode_array, encode_array, encode_space
 
 ANSWER_SECONDS = 360.0
@@ -47,7 +46,7 @@ class Played:
     finished: bool
 
 
-class ExperienceSession:
+class ExperienceSession(Closing):
     """One session: `reset`, then `step` until it returns None, then `reset` again. Use as a `with` block.
 
     Errors are those that the server raised, by type; besides `ServerUnavailable` if the connection broke (open another
@@ -58,7 +57,7 @@ class ExperienceSession:
         """Open it; see `ExperienceClient.open`."""
         space = opening.observation_space
         self._dtype = DTYPES[space.box.dtype] if space.HasField("box") else np.dtype("int64")
-        self._address, self._seconds = client.address, seconds
+        self._client, self._seconds = client, seconds
         self._requests: queue.SimpleQueue[pb.PlayRequest | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[pb.PlayResponse | SquallError] = queue.SimpleQueue()
         self._closed: pb.Closed | None = None
@@ -82,12 +81,12 @@ class ExperienceSession:
 
     def _read(self) -> None:
         try:
-            for answer in self._call:
-                self._answers.put(answer)
-            self._answers.put(ServerUnavailable(f"{self._address} ended the session"))
-        except grpc.RpcError:
-            call = self._call
-            self._answers.put(from_status(call.code(), call.details(), call.trailing_metadata(), self._address))
+            with self._client.errors():
+                for answer in self._call:
+                    self._answers.put(answer)
+            self._answers.put(ServerUnavailable(f"{self._client.address} ended the session"))
+        except SquallError as error:
+            self._answers.put(error)
 
     def _ask(self, request: pb.PlayRequest) -> pb.PlayResponse:
         if self._over:
@@ -100,7 +99,7 @@ class ExperienceSession:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
             self._abandon()
-            raise DeadlineExceeded(f"{self._address} gave no answer for {seconds:g} s") from None
+            raise DeadlineExceeded(f"{self._client.address} gave no answer for {seconds:g} s") from None
         if isinstance(answer, SquallError):
             self._abandon()
             raise answer
@@ -175,9 +174,6 @@ class ExperienceSession:
             self._answer(self._seconds)
         return self.steps or 0
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -188,7 +184,7 @@ class ExperienceSession:
                 self._abandon()
 
 
-class ExperienceClient:
+class ExperienceClient(Closing):
     """Plays for a run; use as a `with` block. Several threads may each have sessions of their own."""
 
     def __init__(
@@ -214,14 +210,6 @@ class ExperienceClient:
         self._client = SquallClient(address, **connection)
         self._run, self._name = run, name
         self._answer_seconds, self._patience = answer_seconds, patience_seconds
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connection."""

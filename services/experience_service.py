@@ -28,12 +28,11 @@ from services import squall_pb2_grpc
 from services.experience_session import Content, Session
 from services.grpc_errors import NotReady, OutOfOrder, Overloaded, ServesNothing
 from services.grpc_policy import REFRESH_SECONDS, Batcher, ServedPolicy
-from services.grpc_server import Service
+from services.grpc_server import IDLE_SECONDS, Service
 from services.store import UnknownRun
 from services.wire import encode_array
 
 MOST_SESSIONS = 1_024
-IDLE_SECONDS = 300.0
 FIRST_WORKER = 1_000_000
 """Session i pushes as this worker + i; rollout workers have smaller numbers."""
 _SESSIONS_AN_INCARNATION = 10**12
@@ -268,7 +267,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
             return caller.last_answer
         if kind == "reset":
             session.reset(message.reset)
-            result = None
+            result = caller.last_answer = None
         elif kind == "step":
             result = session.step(message.step)
         elif kind == "open":
@@ -353,6 +352,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
     async def _drain(self, caller: _Caller) -> None:
         try:
             with contextlib.suppress(RuntimeError):  # the threads have ended
+                await self._ship(caller)  # apart: with the rest it may be more than a push holds
                 caller.session.flush()
                 await self._ship(caller, rest=True)
                 await self._sent(caller)

@@ -15,7 +15,7 @@ from actors.segments import SegmentBuilder
 from replay.types import Array, ConfigurationError, EpisodeResult, Moments, Segment
 from services import squall_pb2 as pb
 from services.grpc_errors import OutOfOrder
-from services.wire import decode_array, decode_space, spaces_of
+from services.wire import decode_array, decode_space, describe_space, spaces_of
 
 LARGEST_REWARD = 1e30
 """Rewards are kept as float32, and n of them are summed."""
@@ -163,38 +163,40 @@ class Session:
 
 
 def _check_spaces(environment: EnvironmentSpec, frame_shape: tuple[int, ...], opening: pb.Open) -> str:
-    """Return the dtype in which observations will come: the run's own, or float64 where that is float32."""
-    own_observations, own_actions = (
-        decode_space(space, f"the run's {kind} space")
-        for space, kind in zip(spaces_of(environment), ("observation", "action"), strict=True)
-    )
-    observations = decode_space(opening.observation_space, "observation_space")
-    actions = decode_space(opening.action_space, "action_space")
-    dtype, stacks = np.dtype(environment.observation_dtype), environment.frame_stack > 1
-    narrowed = dtype == np.float32 and observations.dtype == np.float64
-    alike = type(observations) is type(own_observations) and observations.shape == frame_shape
-    if isinstance(observations, spaces.Discrete):
-        alike = alike and observations == own_observations
-    if not alike or not (narrowed or observations.dtype == dtype):
-        hint = f"; the run stacks {environment.frame_stack} of them itself" if stacks else ""
+    """Return the dtype in which observations will come: the run's own, or float64 where that is float32.
+
+    Only spaces of the run's own size are decoded: a few bytes may stand for the bounds of millions of elements.
+    """
+    own_observations, own_actions = spaces_of(environment)
+    if own_observations.HasField("box"):
+        own_observations.box.shape[:] = frame_shape
+    observations, actions = opening.observation_space, opening.action_space
+    dtype, own_dtype = observations.box.dtype, own_observations.box.dtype
+    narrowed = (dtype, own_dtype) == (pb.DTYPE_FLOAT64, pb.DTYPE_FLOAT32)
+    if not _same_size(observations, own_observations) or not (narrowed or dtype == own_dtype):
+        stacks = environment.frame_stack
+        hint = f"; the run stacks {stacks} of them itself" if stacks > 1 else ""
         raise ConfigurationError(
-            f"observation_space must be {_shown(own_observations, frame_shape)}{hint}, "
-            f"got {_shown(observations, observations.shape)}"
+            f"observation_space must be {describe_space(own_observations)}{hint}, got {describe_space(observations)}"
         )
-    if not _same_actions(actions, own_actions):
-        raise ConfigurationError(f"action_space must be {own_actions}, got {actions}")
-    return str(observations.dtype)
+    if not _same_size(actions, own_actions):
+        raise ConfigurationError(f"action_space must be {describe_space(own_actions)}, got {describe_space(actions)}")
+    theirs, mine = decode_space(actions, "action_space"), decode_space(own_actions, "the run's action space")
+    if not _same_bounds(theirs, mine):
+        raise ConfigurationError(f"action_space must be {mine}, got {theirs}")
+    return str(decode_space(observations, "observation_space").dtype)
 
 
-def _same_actions(actions: spaces.Space[Any], own: spaces.Space[Any]) -> bool:
-    if not isinstance(actions, spaces.Box) or not isinstance(own, spaces.Box):
-        return bool(actions == own)
-    # Bounds may have come by way of another precision.
-    return actions.shape == own.shape and all(
+def _same_size(space: pb.Space, own: pb.Space) -> bool:
+    same_kind = space.WhichOneof("kind") == own.WhichOneof("kind")
+    return same_kind and space.discrete.n == own.discrete.n and space.box.shape == own.box.shape
+
+
+def _same_bounds(space: spaces.Space[Any], own: spaces.Space[Any]) -> bool:
+    if not isinstance(space, spaces.Box) or not isinstance(own, spaces.Box):
+        return bool(space == own)
+    # They may have come by way of another precision.
+    return all(
         np.allclose(theirs, mine, rtol=1e-6, atol=0.0)
-        for theirs, mine in ((actions.low, own.low), (actions.high, own.high))
+        for theirs, mine in ((space.low, own.low), (space.high, own.high))
     )
-
-
-def _shown(space: spaces.Space[Any], shape: tuple[int, ...] | None) -> str:
-    return str(space) if isinstance(space, spaces.Discrete) else f"a Box of {space.dtype} of shape {list(shape or ())}"

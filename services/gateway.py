@@ -20,7 +20,7 @@ from replay.types import ConfigurationError
 from services import squall_pb2 as pb
 from services import squall_pb2_grpc
 from services.grpc_control import RunControlService
-from services.grpc_errors import NotReady, ServesNothing, names_itself
+from services.grpc_errors import NotReady, OutOfOrder, ServesNothing, names_itself
 from services.grpc_server import (
     CHANNEL_OPTIONS,
     TOKEN,
@@ -208,7 +208,7 @@ class ExperienceProxy(squall_pb2_grpc.ExperienceServicer, _Proxy):
         """Pass a session on, message by message, until either side ends it."""
         first = await anext(requests, None)
         if first is None or first.WhichOneof("kind") != "open":
-            raise ConfigurationError("a session begins with Open, which names the run")
+            raise OutOfOrder("a session begins with Open, which names the run")
         async with self._endpoints.channel(first.open.run, self.name) as channel:
             call = squall_pb2_grpc.ExperienceStub(channel).Play(
                 _chain(first, requests), timeout=context.time_remaining(), metadata=self._endpoints.metadata

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -19,6 +19,7 @@ from services.store import RunRecord, RunStore
 MOST_EVENTS = 100
 _QUESTIONS_AT_ONCE = 8
 _COMMANDS_AT_ONCE = 32
+_WATCHES_AT_ONCE = 128
 _MOST_INT64 = 2**63 - 1
 
 _Answer = TypeVar("_Answer")
@@ -36,7 +37,8 @@ class RunControlService(squall_pb2_grpc.RunControlServicer, Service):
         self._asking = ThreadPoolExecutor(_QUESTIONS_AT_ONCE, "store")
         # Apart from the questions: a command waits for its run, and must not keep others from asking.
         self._commanding = ThreadPoolExecutor(_COMMANDS_AT_ONCE, "command")
-        self._commands = 0
+        self._watches = 0
+        self._commands: set[Future[dict[str, Any]]] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register this service's methods."""
@@ -59,7 +61,17 @@ class RunControlService(squall_pb2_grpc.RunControlServicer, Service):
 
     async def Watch(self, request: pb.WatchRequest, context: _Context) -> AsyncIterator[pb.RunStatus]:
         """Yield what is known of a run, once a second, until it has ended or is lost."""
-        follower = await self._ask(lambda: control.Follower(self._store, request.run))
+        if self._watches >= _WATCHES_AT_ONCE:
+            raise Overloaded(f"{self._watches} calls watch runs already, each a question a second; try again later")
+        self._watches += 1
+        try:
+            async for status in self._watch(request.run):
+                yield status
+        finally:
+            self._watches -= 1
+
+    async def _watch(self, run: str) -> AsyncIterator[pb.RunStatus]:
+        follower = await self._ask(lambda: control.Follower(self._store, run))
         clock = asyncio.get_running_loop().time
         while True:
             begun = clock()
@@ -89,17 +101,16 @@ class RunControlService(squall_pb2_grpc.RunControlServicer, Service):
         return await _in(self._asking, question)
 
     async def _command(self, run: str, kind: str, arguments: Mapping[str, Any], context: _Context) -> dict[str, Any]:
-        if self._commands >= _COMMANDS_AT_ONCE:
-            raise Overloaded(f"{self._commands} commands wait for their runs already; try again when they are answered")
+        waiting = len(self._commands)
+        if waiting >= _COMMANDS_AT_ONCE:
+            raise Overloaded(f"{waiting} commands wait for their runs already; try again when they are answered")
         left = context.time_remaining()
         seconds = control.COMMAND_SECONDS if left is None else min(control.COMMAND_SECONDS, left)
-        self._commands += 1
-        try:
-            return await _in(
-                self._commanding, lambda: control.command(self._store, run, kind, arguments, seconds=seconds)
-            )
-        finally:
-            self._commands -= 1
+        working = self._commanding.submit(control.command, self._store, run, kind, arguments, seconds=seconds)
+        self._commands.add(working)
+        # A caller may go before the thread is done, which only then is free for another.
+        working.add_done_callback(self._commands.discard)
+        return await asyncio.wrap_future(working)
 
 
 async def _in(executor: Executor, work: Callable[[], _Answer]) -> _Answer:

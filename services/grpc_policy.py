@@ -239,6 +239,8 @@ class PolicyService(squall_pb2_grpc.PolicyServicer, Service):
         observations = decode_array(message, "observations", dtype=environment.observation_dtype, shape=shape)
         if not 1 <= len(observations) <= MOST_ROWS:
             raise ConfigurationError(f"a request has 1 to {MOST_ROWS} observations, got {len(observations)}")
+        if observations.dtype.kind == "f" and not np.isfinite(observations).all():
+            raise ConfigurationError("observations must be finite, got NaN or infinity")
         count = environment.observation_count
         # One that is out of range would fail the pass for all who share it.
         if count is not None and not np.all((observations >= 0) & (observations < count)):

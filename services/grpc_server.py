@@ -6,6 +6,7 @@ What it offers is a list of `Service`s; a run's endpoint, `squall serve` and `sq
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import inspect
 import ipaddress
@@ -16,15 +17,15 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from replay.types import ConfigurationError
-from services.grpc_errors import TRAILER, Unauthenticated, to_status
+from replay.types import ConfigurationError, DeadlineExceeded
+from services.grpc_errors import TRAILER, Overloaded, Unauthenticated, to_status
 
 TOKEN = "SQUALL_GRPC_TOKEN"
 LOOPBACK = "127.0.0.1"
@@ -32,6 +33,12 @@ MOST_BYTES = 16 * 2**20
 """Bytes in one message, either way."""
 MOST_CALLS = 4_096
 """Calls under way at once; more are turned away."""
+MOST_PROBES = 64
+"""Of those, health checks without the token."""
+FIRST_MESSAGE_SECONDS = 60.0
+"""A call whose first message takes longer is ended: core alone would wait for it for ever."""
+IDLE_SECONDS = 300.0
+"""A call whose peer takes no answer for so long is ended, and a session whose client says nothing."""
 GRACE_SECONDS = 2.0
 _SHORTEST_TOKEN = 16
 _START_SECONDS = 30.0
@@ -186,7 +193,7 @@ class GrpcServer:
             ConfigurationError: nothing can listen there, or TLS has no such certificate.
         """
         token = self._listening.token
-        interceptors = [*([_Doorkeeper(token)] if token is not None else []), _Translator()]
+        interceptors = [*([_Doorkeeper(token, self._health)] if token is not None else []), _Translator()]
         server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [health.SERVICE_NAME, reflection.SERVICE_NAME, *(service.name for service in self._services)]
@@ -204,6 +211,7 @@ class GrpcServer:
         self._server = server
         for service in self._services:
             await service.start()
+            await self._health.set(service.name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         return f"{address.rpartition(':')[0]}:{port}"
 
@@ -268,6 +276,7 @@ class ServerThread:
         self._loop.close()
 
 
+_Result = TypeVar("_Result")
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
 
@@ -275,16 +284,20 @@ _Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handl
 class _Doorkeeper(grpc.aio.ServerInterceptor):
     """Turns away whoever does not know the token, whatever the method, before anything that was sent is looked at."""
 
-    def __init__(self, token: str) -> None:
-        self._token = token.encode()
-        # Of this kind because it reads no message; a caller of any other kind understands the answer.
+    def __init__(self, token: str, health: Any) -> None:
+        self._token, self._health = token.encode(), health
+        self._probes = 0
+        # Of these kinds because they read no message; a caller of any other kind understands the answer.
         self._denial: _Handler = grpc.stream_stream_rpc_method_handler(self._deny)
+        self._probe: _Handler = grpc.stream_unary_rpc_method_handler(
+            self._answer_probe, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
+        )
 
     async def intercept_service(self, continuation: _Continuation, details: grpc.HandlerCallDetails) -> _Handler | None:
-        # The probe of whoever runs the container has no token, and learns that the server is up.
-        if details.method == _HEALTH_CHECK or self._is_known(details):
+        if self._is_known(details):
             return await continuation(details)
-        return self._denial
+        # The probe of whoever runs the container has no token.
+        return self._probe if details.method == _HEALTH_CHECK else self._denial
 
     def _is_known(self, details: grpc.HandlerCallDetails) -> bool:
         shown = [value for key, value in details.invocation_metadata or () if key == "authorization"]
@@ -293,6 +306,17 @@ class _Doorkeeper(grpc.aio.ServerInterceptor):
         value = shown[0] if isinstance(shown[0], bytes) else shown[0].encode()
         scheme, _, token = value.partition(b" ")
         return hmac.compare_digest(token.strip(), self._token) and scheme.lower() == b"bearer"
+
+    async def _answer_probe(self, _: Any, context: Any) -> Any:
+        """Tell how the server as a whole is, whatever was asked: who never sends the question holds no call with it."""
+        if self._probes >= MOST_PROBES:
+            await _abort(context, Overloaded(f"{self._probes} health checks without a token are under way already"))
+        self._probes += 1
+        context.add_done_callback(self._probed)  # later than this answers, where the caller does not take the answer
+        return await self._health.Check(health_pb2.HealthCheckRequest(), context)
+
+    def _probed(self, _: Any) -> None:
+        self._probes -= 1
 
     @staticmethod
     async def _deny(_: Any, context: Any) -> None:
@@ -317,43 +341,49 @@ class _Translator(grpc.aio.ServerInterceptor):
 
 
 def _translating(handler: Any) -> _Handler:
-    """Return a handler like the given one that reads its requests itself, so that it can say what was wrong."""
-    kinds = (
-        "unary" if not streams else "stream" for streams in (handler.request_streaming, handler.response_streaming)
-    )
-    kind = "_".join(kinds)
-    inner, read = getattr(handler, kind), _reader(handler.request_deserializer)
+    """Return a handler like the given one that reads its requests itself, to say what was wrong and not to wait long.
 
-    def requests_of(raw: Any) -> Any:
-        return _read_each(raw, read) if handler.request_streaming else read(raw)
+    It takes a stream of them in any case, because before a handler of a single one is called core waits for that one.
+    """
+    asks, answers = (
+        "stream" if streams else "unary" for streams in (handler.request_streaming, handler.response_streaming)
+    )
+    inner, read = getattr(handler, f"{asks}_{answers}"), _reader(handler.request_deserializer)
+
+    async def requests_of(raw: Any) -> Any:
+        return _read_each(raw, read) if handler.request_streaming else read(await _first_of(raw))
 
     async def answer(raw: Any, context: Any) -> Any:
         try:
-            return await inner(requests_of(raw), context)
+            return await inner(await requests_of(raw), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
             await _abort(context, error)
 
-    async def answers(raw: Any, context: Any) -> AsyncIterator[Any]:
+    async def answer_each(raw: Any, context: Any) -> None:
         try:
-            async for response in inner(requests_of(raw), context):
-                yield response
+            # Closed here, so that it ends with the call, not when it is collected.
+            async with contextlib.aclosing(inner(await requests_of(raw), context)) as responses:
+                async for response in responses:
+                    await in_time(context.write(response), IDLE_SECONDS, "the caller to take an answer")
         except grpc.aio.AbortError:
             raise
         except Exception as error:
             await _abort(context, error)
 
-    make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
-    behaviour = answers if inspect.isasyncgenfunction(inner) else answer
+    make: Any = getattr(grpc, f"stream_{answers}_rpc_method_handler")
+    behaviour = answer_each if inspect.isasyncgenfunction(inner) else answer
     made: _Handler = make(behaviour, response_serializer=handler.response_serializer)
     return made
 
 
-def _reader(deserialize: Any) -> Callable[[bytes], Any]:
+def _reader(deserialize: Any) -> Callable[[bytes | None], Any]:
     name = getattr(getattr(deserialize, "__self__", None), "__name__", "message")
 
-    def read(raw: bytes) -> Any:
+    def read(raw: bytes | None) -> Any:
+        if raw is None:
+            raise ConfigurationError(f"the call ended without its {name}")
         try:
             return deserialize(raw)
         except DecodeError as error:
@@ -362,9 +392,32 @@ def _reader(deserialize: Any) -> Callable[[bytes], Any]:
     return read
 
 
-async def _read_each(raw: AsyncIterator[bytes], read: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-    async for each in raw:
-        yield read(each)
+async def _read_each(raw: AsyncIterator[bytes], read: Callable[[bytes | None], Any]) -> AsyncIterator[Any]:
+    message = await _first_of(raw)
+    while message is not None:
+        yield read(message)
+        message = await anext(raw, None)
+
+
+async def _first_of(raw: AsyncIterator[bytes]) -> bytes | None:
+    """Return the first message of a call, or None if it has none."""
+    return await in_time(anext(raw, None), FIRST_MESSAGE_SECONDS, "the call's first message")
+
+
+async def in_time(waited_for: Awaitable[_Result], seconds: float, what: str) -> _Result:
+    """Wait for something that a caller must do.
+
+    Raises:
+        DeadlineExceeded: it was not done within `seconds`.
+    """
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            return await waited_for
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(f"waited {seconds:g} s for {what}") from error
 
 
 async def _abort(context: Any, error: Exception) -> None:
@@ -372,5 +425,8 @@ async def _abort(context: Any, error: Exception) -> None:
         # A server behind this one said so.
         trailers = tuple((key, value) for key, value in error.trailing_metadata() or () if key == TRAILER)
         await context.abort(error.code(), error.details() or "", trailers)
+    if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
+        # So says gRPC's own base class of a service for a method that is not overridden.
+        await context.abort(context.code(), context.details())
     code, text, named = to_status(error)
     await context.abort(code, text, named)

@@ -61,6 +61,10 @@ _RECORD = (
 )
 
 
+class _NoSuchRun(Exception):
+    """Inside a transaction: the name that no run has, and those that there are."""
+
+
 class SQLiteRunStore(RunStore):
     """A `RunStore` in one SQLite file, for processes that share a disk.
 
@@ -267,7 +271,7 @@ class SQLiteRunStore(RunStore):
     def _written(connection: sqlite3.Connection, name: str) -> RunRecord:
         row = connection.execute(f"SELECT {_RECORD} FROM runs WHERE name = ?", (name,)).fetchone()
         if row is None:
-            raise unknown_run(name, [known for (known,) in connection.execute("SELECT name FROM runs")])
+            raise _NoSuchRun(name, [known for (known,) in connection.execute("SELECT name FROM runs")])
         return _record(row)
 
     def _update(self, connection: sqlite3.Connection, name: str, assignments: str, values: tuple[object, ...]) -> None:
@@ -302,6 +306,7 @@ class SQLiteRunStore(RunStore):
         """All or nothing, and alone if `write`. After an error of SQLite the next call connects anew."""
         if not self._lock.acquire(timeout=self._timeout):
             raise StoreUnavailable(f"run store {self.path}: another thread has used it for {self._timeout:g} s")
+        missing: tuple[Any, ...] | None = None
         try:
             connection = self._connect()
             # IMMEDIATE: a transaction that reads first and locks later would fail at once instead of waiting.
@@ -314,6 +319,8 @@ class SQLiteRunStore(RunStore):
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+        except _NoSuchRun as error:
+            missing = error.args
         except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
             raise
         except sqlite3.DatabaseError as error:
@@ -323,6 +330,8 @@ class SQLiteRunStore(RunStore):
             raise StoreUnavailable(f"run store {self.path}: {error.strerror or error}") from error
         finally:
             self._lock.release()
+        if missing is not None:
+            raise unknown_run(*missing) from None  # only now: to find the nearest names takes time
 
     def _translated(self, error: sqlite3.DatabaseError) -> SquallError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of an extended code is detail

@@ -174,11 +174,15 @@ class MetricsRow:
 
 def check_run_name(name: str) -> None:
     """Raise `ConfigurationError` unless `name` can be a run's name, which is a folder's name too."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not _can_be_named(name):
         raise ConfigurationError(
             "a run name has up to 100 letters, digits, dots, dashes and underscores"
             f" and starts with a letter or digit, got {name!r}"
         )
+
+
+def _can_be_named(name: str) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None
 
 
 def check_state(state: str) -> None:
@@ -269,10 +273,12 @@ def metrics_from_json(text: str) -> dict[str, float]:
 
 
 def unknown_run(name: str, known: list[str]) -> UnknownRun:
-    """Make the error for a name that no run has."""
+    """Make the error for a name that no run has; it may be anything that a caller sent."""
+    if not _can_be_named(name):
+        return UnknownRun(f"no run is named {str(name)[:100]!r}: a run's name cannot be that")
     if not known:
         return UnknownRun(f"no run is named {name!r}: there are no runs yet")
-    nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if nearest:
         return UnknownRun(f"no run is named {name!r}; the nearest: {', '.join(nearest)}")
     return UnknownRun(f"no run is named {name!r} among the {len(known)} that `squall runs` lists")

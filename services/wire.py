@@ -22,8 +22,8 @@ DTYPES: dict[pb.DType, np.dtype[Any]] = {
     pb.DTYPE_FLOAT64: np.dtype("<f8"),
 }
 MOST_AXES = 8
-MOST_ELEMENTS = 2**24
-"""Elements in one value of a Box space."""
+MOST_BOX_BYTES = 2**24
+"""In one value of a Box space; a larger one fits no message."""
 
 Shape = Sequence[int | None]
 
@@ -94,6 +94,16 @@ def encode_space(space: spaces.Space[Any]) -> pb.Space:
     raise ConfigurationError(f"spaces over gRPC are Box, and Discrete from 0, got {space}")
 
 
+def describe_space(message: pb.Space) -> str:
+    """Return what the space in a message is, but for its bounds, in words."""
+    kind = message.WhichOneof("kind")
+    if kind == "discrete":
+        return f"Discrete({message.discrete.n})"
+    if kind == "box":
+        return f"a Box of {_name(message.box.dtype)} of shape {_shown(message.box.shape)}"
+    return "neither a Discrete nor a Box space"
+
+
 def _bounds(values: Array) -> list[float]:
     flat = [float(value) for value in np.ravel(values)]
     return flat[:1] if len(set(flat)) == 1 else flat
@@ -117,8 +127,8 @@ def decode_space(message: pb.Space, what: str) -> spaces.Space[Any]:
         raise ConfigurationError(f"{what}: the dtype of a Box must be set, got {_name(box.dtype)}")
     shape = tuple(box.shape)
     elements = _count(shape, what)
-    if elements > MOST_ELEMENTS:
-        raise ConfigurationError(f"{what}: a Box has at most {MOST_ELEMENTS} elements, got shape {_shown(shape)}")
+    if elements * DTYPES[box.dtype].itemsize > MOST_BOX_BYTES:
+        raise ConfigurationError(f"{what}: a Box takes at most {MOST_BOX_BYTES:,} bytes, got {describe_space(message)}")
     low, high = (
         _decode_bounds(bounds, elements, shape, DTYPES[box.dtype], f"{what}: {name}")
         for name, bounds in (("low", box.low), ("high", box.high))

@@ -29,7 +29,7 @@ from replay.seeds import spawn_seed
 from replay.server import ReplayServer
 from replay.types import Array, ConfigurationError, DeadlineExceeded, InsertReply, Push
 from services import squall_pb2 as pb
-from services import squall_pb2_grpc
+from services import squall_pb2_grpc, wire
 from services.config import resolve
 from services.endpoint import EndpointReport
 from services.experience_client import ExperienceClient, ExperienceSession
@@ -54,7 +54,7 @@ from services.wire import encode_array, spaces_of
 from tests.actors.test_rollout import Direct, Given, make_server, make_spec, make_worker, weights_for
 from tests.actors.toys import TEST_POLICIES, RandomPolicy
 from tests.replay.naive import assert_same_bits, read_everything
-from tests.services.serving import register, serving
+from tests.services.serving import PENDULUM, register, serving
 
 ROOT = Path(__file__).parents[2]
 SHORT = specify("SquallShort-v0")
@@ -411,6 +411,27 @@ def test_a_call_that_breaks_off_counts_the_steps_that_arrived() -> None:
             session.step(1.0, False, False, np.zeros(4, np.float32))
 
 
+def test_a_call_that_breaks_off_while_it_waits_for_the_learner_loses_no_step() -> None:
+    spec = make_spec(CARTPOLE, "random", lanes=1, n_steps=3)
+    rate = {"samples_per_insert": 1.0, "minimum_size": 1}
+    with station(spec, rate=rate) as here, grpc.insecure_channel(here.address) as channel:
+        opening = pb.PlayRequest(open=here.opening())
+        messages = [opening, reset(ZEROS), *(step(number) for number in range(1, 100))]
+        call = squall_pb2_grpc.ExperienceStub(channel).Play(iter(messages), timeout=60.0)
+        next(call)
+        (caller,) = here.service._callers.values()
+        # One push waits, and one segment waits for that.
+        wait_for(lambda: "the learner" in str(here.service.waiting_for) and caller.session.is_ready())
+        arrived = caller.session.steps
+        call.cancel()
+        wait_for(lambda: caller.left)
+        while here.service._callers:
+            with here.replay._lock:
+                here.replay.server.sample(1, 1)
+            time.sleep(0.001)
+        assert here.env_steps == here.service.steps == arrived
+
+
 def test_random_and_truncated_bytes_are_an_error_and_change_nothing() -> None:
     rng = np.random.default_rng(0)
     with station() as here, grpc.insecure_channel(here.address) as channel:
@@ -451,6 +472,7 @@ def _bad_step(**fields: Any) -> pb.PlayRequest:
         ([step(1)], OutOfOrder, "step 1 came outside an episode; a Reset begins one"),
         ([reset(ZEROS), step(2)], OutOfOrder, "step 2 came where step 1 comes next"),
         ([reset(ZEROS), step(1, terminated=True), step(2)], OutOfOrder, "outside an episode"),
+        ([reset(ZEROS), step(1), reset(ZEROS), step(1)], OutOfOrder, "step 1 came where step 2 comes next"),
         ([pb.PlayRequest()], ConfigurationError, "none of them"),
         ([reset((0, 0, 0))], ConfigurationError, r"float32 of shape \[4\], got float32 of shape \[3\]"),
         ([reset((0, 0, 0, np.nan))], ConfigurationError, "finite"),
@@ -483,7 +505,7 @@ def test_what_cannot_be_is_refused(messages: Sequence[pb.PlayRequest], kind: typ
         (CARTPOLE, spaces.Box(-1, 1, (4,), np.int32), TWO, r"a Box of float32 .*, got a Box of int32"),
         (CARTPOLE, spaces.Discrete(4), TWO, r"a Box of float32 of shape \[4\], got Discrete\(4\)"),
         (CARTPOLE, VECTOR, spaces.Discrete(3), r"must be Discrete\(2\), got Discrete\(3\)"),
-        (CARTPOLE, VECTOR, spaces.Box(-1, 1, (1,), np.float32), r"must be Discrete\(2\), got Box"),
+        (CARTPOLE, VECTOR, spaces.Box(-1, 1, (1,), np.float32), r"must be Discrete\(2\), got a Box of float32"),
         (CORRIDOR, spaces.Discrete(6), spaces.Discrete(3), r"must be Discrete\(5\), got Discrete\(6\)"),
         (STACKS, spaces.Box(0, 255, (4, 2, 3), np.uint8), spaces.Box(-2, 2, (2,), np.float32), "stacks 4 of them"),
         (STACKS, spaces.Box(0, 255, (2, 3), np.uint8), spaces.Box(-1, 1, (2,), np.float32), "-2.0, 2.0.*got.*-1.0"),
@@ -498,6 +520,21 @@ def test_other_spaces_are_refused_with_both(
         pytest.raises(ConfigurationError, match=words),
     ):
         client.open(observations, actions)
+
+
+@pytest.mark.parametrize("which", ["observation_space", "action_space"])
+def test_spaces_of_another_size_are_refused_before_their_bounds_are_made(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: Any) -> None:
+        raise AssertionError("bounds were made")
+
+    with station(make_spec(PENDULUM, "random", lanes=1)) as here:
+        opening = here.opening()
+        getattr(opening, which).box.shape[:] = [2**22]
+        monkeypatch.setattr(wire, "_decode_bounds", made)
+        with pytest.raises(ConfigurationError, match=r"got a Box of float32 of shape \[4194304\]"):
+            exchange(here.address, pb.PlayRequest(open=opening))
 
 
 def test_float64_is_taken_for_float32_and_a_discrete_observation_must_be_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -12,13 +13,13 @@ import grpc
 import numpy as np
 import pytest
 
-from replay.types import ConfigurationError
+from replay.types import ConfigurationError, DeadlineExceeded
+from services import grpc_server, squall_pb2_grpc
 from services import squall_pb2 as pb
-from services import squall_pb2_grpc
 from services.client import SquallClient
 from services.endpoint import EndpointReport
 from services.gateway import gateway_services
-from services.grpc_errors import NotReady, ServesNothing
+from services.grpc_errors import NotReady, OutOfOrder, ServesNothing
 from services.grpc_server import Service
 from services.sqlite_store import SQLiteRunStore
 from services.store import RunIsNotLive, RunStore, UnknownRun, this_process
@@ -151,9 +152,9 @@ def test_a_session_is_passed_on_message_by_message(client: SquallClient, store: 
         assert [answer.action.number for answer in answers[1:]] == [2, 3]
         with pytest.raises(ConfigurationError, match="step 3 is one too many"), client.errors():
             list(stub.Play(iter([opening, step(3)]), timeout=30))
-        with pytest.raises(ConfigurationError, match="a session begins with Open"), client.errors():
+        with pytest.raises(OutOfOrder, match="a session begins with Open"), client.errors():
             list(stub.Play(iter([step(1)]), timeout=30))
-        with pytest.raises(ConfigurationError, match="a session begins with Open"), client.errors():
+        with pytest.raises(OutOfOrder, match="a session begins with Open"), client.errors():
             list(stub.Play(iter([]), timeout=30))
         with pytest.raises(UnknownRun), client.errors():
             list(stub.Play(iter([pb.PlayRequest(open=pb.Open(run="yours"))]), timeout=30))
@@ -166,6 +167,14 @@ def test_a_session_is_passed_on_message_by_message(client: SquallClient, store: 
         while echo.ended < 3:
             assert time.monotonic() < deadline, "the session goes on"
             time.sleep(0.01)
+
+
+def test_a_session_that_is_never_opened_is_ended(client: SquallClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "FIRST_MESSAGE_SECONDS", 0.2)
+    over = threading.Event()
+    with pytest.raises(DeadlineExceeded, match=r"waited 0\.2 s for the call's first message"), client.errors():
+        list(squall_pb2_grpc.ExperienceStub(client.channel).Play(iter(over.wait, True), timeout=30))
+    over.set()
 
 
 def _then_wait(first: pb.PlayRequest) -> Iterator[pb.PlayRequest]:

@@ -13,6 +13,7 @@ import pytest
 
 from replay.types import ConfigurationError
 from services import grpc_control
+from services import squall_pb2 as pb
 from services.client import SquallClient
 from services.control import CommandRefused
 from services.grpc_control import RunControlService
@@ -161,6 +162,45 @@ def test_commands_that_wait_keep_nobody_from_asking(
         with Coordinator(store, "mute", stop={"ok": True}):
             for each in waiting:
                 each.result()
+
+
+def test_a_command_whose_caller_has_gone_counts_until_its_thread_is_free(
+    client: SquallClient, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(store, "mute")
+    monkeypatch.setattr(grpc_control, "_COMMANDS_AT_ONCE", 1)
+    call = client._control.Stop.future(pb.StopRequest(run="mute"), timeout=30)
+    deadline = time.monotonic() + 20.0
+    while not store.pending_commands("mute"):
+        assert time.monotonic() < deadline, "the command did not come"
+        time.sleep(0.01)
+    call.cancel()
+    for _ in range(10):
+        with pytest.raises(Overloaded, match="1 commands wait"):
+            client.stop("mute")
+    with Coordinator(store, "mute", stop={"ok": True}):
+        while True:
+            try:
+                return client.stop("mute")
+            except Overloaded:
+                assert time.monotonic() < deadline, "the thread is not given back"
+
+
+def test_watches_are_limited(client: SquallClient, store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_control, "_WATCHES_AT_ONCE", 1)
+    register(store, "mine", snapshot=SNAPSHOT)
+    first = client.watch("mine")
+    assert next(first).run.name == "mine"
+    with pytest.raises(Overloaded, match="1 calls watch runs already"):
+        next(client.watch("mine"))
+    first.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 20.0
+    while True:
+        try:
+            next(client.watch("mine"))
+            return
+        except Overloaded:
+            assert time.monotonic() < deadline, "the place is not given back"
 
 
 def test_a_run_is_watched_to_its_end(client: SquallClient, store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:

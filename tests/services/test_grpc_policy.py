@@ -141,6 +141,8 @@ def test_a_policy_describes_itself(environment: EnvironmentSpec, observations: A
         (np.zeros(4, np.float32), "got float32 of shape [4]"),
         (np.zeros((0, 4), np.float32), "a request has 1 to 1024 observations, got 0"),
         (np.zeros((MOST_ROWS + 1, 4), np.float32), "a request has 1 to 1024 observations, got 1025"),
+        (np.full((1, 4), np.nan, np.float32), "observations must be finite"),
+        (np.full((1, 4), -np.inf, np.float32), "observations must be finite"),
     ],
 )
 def test_a_wrong_shape_or_dtype_is_refused_with_both(observations: Array, words: str) -> None:

@@ -7,8 +7,10 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import closing
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from replay.types import ConfigurationError, SquallError
+from services import grpc_server, squall_pb2_grpc
 from services import squall_pb2 as pb
-from services import squall_pb2_grpc
 from services.client import SquallClient
 from services.gateway import gateway_services
 from services.grpc_control import RunControlService
@@ -66,6 +68,20 @@ def outcome(address: str, method: str, payload: bytes, *, metadata: Any = (), st
             call: Any = error
             return call.code(), call.details()
         return grpc.StatusCode.OK, ""
+
+
+@contextmanager
+def mute(address: str, method: str, *, window: int | None = None) -> Iterator[Any]:
+    """Begin a call that sends no message; with a `window` answers that are larger wait until they are read."""
+    options = () if window is None else (("grpc.http2.lookahead_bytes", window), ("grpc.http2.bdp_probe", 0))
+    over = threading.Event()
+    with grpc.insecure_channel(address, options=options) as channel:
+        call: Any = channel.stream_stream(method)(iter(over.wait, True), timeout=60)
+        try:
+            yield call
+        finally:
+            over.set()
+            call.cancel()
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:50051", "10.1.2.3:50051", "example.org:50051", "node:0"])
@@ -129,6 +145,73 @@ def test_without_the_token_nothing_is_learnt(store: RunStore, shown: str | None)
         assert known[0] is grpc.StatusCode.UNIMPLEMENTED
 
 
+def test_a_probe_without_the_token_is_answered_before_its_message_comes(store: RunStore) -> None:
+    with serving(RunControlService(store), token=TOKEN_FOR_TESTS) as address, mute(address, HEALTH_CHECK) as call:
+        assert health_pb2.HealthCheckResponse.FromString(next(call)).status == health_pb2.HealthCheckResponse.SERVING
+        assert list(call) == []
+        assert call.code() is grpc.StatusCode.OK
+
+
+def test_probes_without_the_token_are_limited_and_shut_nobody_out(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_server, "MOST_PROBES", 1)
+    monkeypatch.setattr(grpc_server, "MOST_CALLS", 2)
+    known = (("authorization", f"Bearer {TOKEN_FOR_TESTS}"),)
+    with serving(RunControlService(store), token=TOKEN_FOR_TESTS) as address:
+        with mute(address, HEALTH_CHECK, window=1) as held, mute(address, HEALTH_CHECK, window=1) as more:
+            held.initial_metadata()
+            assert more.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert outcome(address, HEALTH_CHECK, b"", metadata=known) == (grpc.StatusCode.OK, "")
+        deadline = time.monotonic() + 30
+        while outcome(address, HEALTH_CHECK, b"")[0] is not grpc.StatusCode.OK:
+            assert time.monotonic() < deadline, "the place is not given back"
+
+
+@pytest.mark.parametrize("method", [METHODS[0], "/squall.v1.RunControl/Watch", HEALTH_CHECK, METHODS[-4]])
+def test_a_call_that_never_sends_its_message_is_ended(
+    address: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_server, "FIRST_MESSAGE_SECONDS", 0.2)
+    with mute(address, method) as call:
+        assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert call.details() == "waited 0.2 s for the call's first message"
+
+
+def test_a_call_that_ends_without_its_message_is_answered(address: str) -> None:
+    with grpc.insecure_channel(address) as channel:
+        call: Any = channel.stream_stream("/squall.v1.Policy/Act")(iter([]), timeout=20)
+        assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert call.details() == "the call ended without its ActRequest"
+
+
+class Flood(squall_pb2_grpc.ExperienceServicer, Service):
+    """Answers a session without end."""
+
+    name = "squall.v1.Experience"
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        squall_pb2_grpc.add_ExperienceServicer_to_server(self, server)
+
+    async def Play(self, requests: Any, context: Any) -> AsyncIterator[pb.PlayResponse]:
+        try:
+            while True:
+                yield pb.PlayResponse(opened=pb.Opened(session="x" * 2**16))
+        finally:
+            self.ended.set()
+
+
+def test_a_caller_that_takes_no_answers_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "IDLE_SECONDS", 0.2)
+    flood = Flood()
+    with serving(flood) as address, mute(address, "/squall.v1.Experience/Play", window=1) as call:
+        call.initial_metadata()
+        assert flood.ended.wait(20.0)
+
+
 def test_two_tokens_are_one_too_many(store: RunStore) -> None:
     right = ("authorization", f"Bearer {TOKEN_FOR_TESTS}")
     with serving(RunControlService(store), token=TOKEN_FOR_TESTS) as address:
@@ -141,6 +224,10 @@ def test_the_standard_probe_and_reflection_answer(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
         assert health.status == health_pb2.HealthCheckResponse.SERVING
+        for service, code in (("squall.v1.Policy", grpc.StatusCode.OK), ("no.such", grpc.StatusCode.NOT_FOUND)):
+            question = health_pb2.HealthCheckRequest(service=service).SerializeToString()
+            assert outcome(address, HEALTH_CHECK, question)[0] is code
+        assert outcome(address, "/grpc.health.v1.Health/List", b"")[0] is grpc.StatusCode.UNIMPLEMENTED
         reflected = ProtoReflectionDescriptorDatabase(channel)
         assert set(reflected.get_services()) == {
             "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection", "squall.v1.Policy",

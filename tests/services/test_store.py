@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -239,6 +240,27 @@ def test_an_unknown_run_is_an_error_that_lists_the_nearest(store: RunStore, meth
         ON_A_RUN[method](store, "pong-2")
     with pytest.raises(UnknownRun, match=r"'zzz' among the 3 that `squall runs` lists"):
         ON_A_RUN[method](store, "zzz")
+
+
+def test_a_name_that_no_run_can_have_costs_nothing(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.register(record("pong-1"))
+    monkeypatch.setattr(difflib, "get_close_matches", lambda *_, **__: pytest.fail("the nearest were looked for"))
+    for name in ("pong 1" * 1_000_000, "", "../pong-1"):
+        with pytest.raises(UnknownRun, match="a run's name cannot be that") as caught:
+            store.get(name)
+        assert len(str(caught.value)) < 200
+
+
+def test_the_nearest_are_looked_for_while_others_use_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SQLiteRunStore(tmp_path / "squall.db") as store, ThreadPoolExecutor(1) as pool:
+        store.register(record("pong-1"))
+
+        def look(*_: Any, **__: Any) -> list[str]:
+            return [run.name for run in pool.submit(store.list_runs).result(20.0)]
+
+        monkeypatch.setattr(difflib, "get_close_matches", look)
+        with pytest.raises(UnknownRun, match="the nearest: pong-1"):
+            store.get("pong-2")
 
 
 def test_a_reason_to_stop_stays_until_another_is_given(store: RunStore) -> None:

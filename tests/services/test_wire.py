@@ -91,6 +91,7 @@ def test_bounds_that_are_alike_are_written_once() -> None:
         (pb.Space(box=pb.Box(shape=[1], low=[0], high=[1])), "dtype number 0"),
         (pb.Space(box=pb.Box(dtype=pb.DTYPE_FLOAT32, shape=[3], low=[0, 1], high=[1])), "1 or 3 numbers, got 2"),
         (pb.Space(box=pb.Box(dtype=pb.DTYPE_FLOAT32, shape=[2**40], low=[0], high=[1])), "at most"),
+        (pb.Space(box=pb.Box(dtype=pb.DTYPE_FLOAT64, shape=[2**22], low=[0], high=[1])), "at most 16,777,216 bytes"),
         (pb.Space(box=pb.Box(dtype=pb.DTYPE_FLOAT32, shape=[-1], low=[0], high=[1])), "none negative"),
         (pb.Space(box=pb.Box(dtype=pb.DTYPE_FLOAT32, shape=[1], low=[float("nan")], high=[1])), "NaN"),
         (pb.Space(box=pb.Box(dtype=pb.DTYPE_FLOAT32, shape=[1], low=[2], high=[1])), "low must not be above high"),
