@@ -10,6 +10,8 @@ from typing import Any
 from services.processes import Process
 
 LEAVE_SECONDS = 10.0
+_SECONDS_TO_SEND = LEAVE_SECONDS - 2.0
+"""The rest is for giving back what was held, and for the way."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Crew:
     def scale(self, wanted: int) -> tuple[list[Process], list[Process]]:
         """Have `wanted` workers: return those who join, not started yet, and those who leave.
 
-        Who leaves sends what it has first; the newest leave.
+        Who leaves sends what it has first, as long as there is time; the newest leave.
         """
         self._wanted = wanted
         joining = [self._new(index) for index in self._free_indices(wanted - len(self.workers))]
@@ -51,7 +53,7 @@ class Crew:
         for process in dismissed:
             self._used[process.index] = process.incarnation
             if process.handle is not None:
-                process.handle.stop.remote()
+                process.handle.stop.remote(_SECONDS_TO_SEND)
             self._leaving.append(_Leaving(process, time.monotonic() + LEAVE_SECONDS))
         for process in self.workers:
             if process.handle is not None:
@@ -97,7 +99,7 @@ class Crew:
             death = process.poll()
             late = time.monotonic() > leaving.deadline
             if process.done:
-                word = f"left, with everything sent: {process.result.steps_sent:,} steps"
+                word = _farewell(process.result)
             elif death is not None:
                 word = f"died while it left: {death.line}"
             elif late or process.handle is None:
@@ -108,3 +110,9 @@ class Crew:
             self._leaving.remove(leaving)
             gone.append((process, word))
         return gone
+
+
+def _farewell(report: Any) -> str:
+    if not report.steps_unsent:
+        return f"left, with everything sent: {report.steps_sent:,} steps"
+    return f"left, with {report.steps_sent:,} steps sent; {report.steps_unsent:,} steps were not taken"

@@ -28,7 +28,7 @@ def test_ranks_have_no_gaps_and_an_index_comes_back_as_another_incarnation() -> 
     assert [entry for entry in told if entry[0] == "place"] == [("place", n, 7, n, 4) for n in range(4)]
     told.clear()
     assert [process.index for process in crew.scale(1)[1]] == [3, 2, 1]
-    assert told == [("stop", 3, 7), ("stop", 2, 7), ("stop", 1, 7), ("place", 0, 7, 0, 1)]
+    assert told == [("stop", 3, 7, 8.0), ("stop", 2, 7, 8.0), ("stop", 1, 7, 8.0), ("place", 0, 7, 0, 1)]
     told.clear()
     # Those three are still leaving, so that new ones have other indices; and rungs of their own on a ladder of three.
     joining, _ = crew.scale(3)
@@ -37,8 +37,11 @@ def test_ranks_have_no_gaps_and_an_index_comes_back_as_another_incarnation() -> 
     places = [entry for entry in told if entry[0] == "place"]
     assert places == [("place", 0, 7, 0, 3), ("place", 4, 7, 1, 3), ("place", 5, 7, 2, 3)]
     # An index whose holder has left comes back as an incarnation, and so with seeds, that there never was.
-    for process in crew.leaving:
-        process.done, process.handle, process.result = True, None, type("Report", (), {"steps_sent": 1234})
-    assert [word for _, word in crew.see_off()] == ["left, with everything sent: 1,234 steps"] * 3
+    for process, unsent in zip(crew.leaving, (0, 0, 56), strict=True):
+        sums = {"steps_sent": 1234, "steps_unsent": unsent}
+        process.done, process.handle, process.result = True, None, type("Report", (), sums)
+    assert [word for _, word in crew.see_off()] == [
+        *["left, with everything sent: 1,234 steps"] * 2, "left, with 1,234 steps sent; 56 steps were not taken",
+    ]  # fmt: skip
     again, _ = crew.scale(4)
     assert [(process.index, process.incarnation + 1) for process in again] == [(1, 8)]
