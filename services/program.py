@@ -1,15 +1,17 @@
 """The topology: what a run consists of, and how each process of it is started.
 
-The driver owns every actor and none is detached, so its end ends the run. Names carry the run's, because several
-runs may share a cluster.
+The driver owns every actor and none is detached, so its end ends the run. Names carry the run's, for people, and a
+nonce of this driver, because runs of one name may share a cluster: other stores know nothing of each other, and the
+actors of a driver that died live a while longer.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,7 @@ class Program:
         cpus_per_actor: CPUs that Ray keeps for each worker.
         placement: where processes go, once the cluster is known.
         listening: where the run serves its policy over gRPC; None for not at all.
+        nonce: in the names of this program's actors and of no other's.
     """
 
     run: str
@@ -77,6 +80,7 @@ class Program:
     cpus_per_actor: float = 0.0
     placement: Placement = NOWHERE_YET
     listening: Listening | None = None
+    nonce: str = field(default_factory=lambda: token_hex(4))
 
     def placed(self) -> Program:
         """Return this program with its places in the cluster that is joined.
@@ -190,7 +194,7 @@ class Program:
         ]
 
     def _actor(self, role: str) -> RemoteActor:
-        return RemoteActor(f"{self.run}/{role}")
+        return RemoteActor(f"{self.run}-{self.nonce}/{role}")
 
     def _central(self, role: str) -> dict[str, Any]:
         return {"name": self._actor(role).name, "namespace": NAMESPACE, **self.placement.beside_the_learner()}
