@@ -171,16 +171,19 @@ class Program:
         return EvaluatorActor.remote(self.policy, run_seed=self.seed, threads=1)
 
     def start_endpoint(self, incarnation: int, port_before: int | None = None) -> Any:
-        """Start the endpoint, on the driver's node, and return its handle; `port_before` see `Endpoint`."""
+        """Start the endpoint, on the driver's node, and return its handle; `port_before` see `Endpoint.listen`."""
         assert self.listening is not None
         host, port = split_address(self.listening.address)
         listening, own_host = self.listening, ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         if host == _THIS_NODE:
             listening = replace(listening, address=f"{own_host}:{port}")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        return EndpointActor.options(scheduling_strategy=here).remote(
-            self._offers(), listening, known_as=own_host, incarnation=incarnation, threads=1, port_before=port_before
+        handle = EndpointActor.options(scheduling_strategy=here).remote(
+            self._offers(), incarnation=incarnation, threads=1
         )
+        # Not an argument above: those Ray keeps in the state of the cluster, and so would the token.
+        handle.listen.remote(listening, known_as=own_host, port_before=port_before)
+        return handle
 
     def _offers(self) -> list[Offer]:
         """What the endpoint offers."""
