@@ -27,7 +27,7 @@ from services.figures import Figures
 from services.grpc_server import split_address
 from services.metrics import RunMetrics
 from services.placement import cluster_cpus, no_room
-from services.processes import CrashLoop, Death, Process, describe_death
+from services.processes import START_SECONDS, CrashLoop, Death, Process, describe_death
 from services.program import Program
 from services.progress import Progress, Watcher
 from services.replay_group import ReplayGroup
@@ -39,7 +39,6 @@ TICK_SECONDS = 0.1
 REPORT_SECONDS = 0.5
 SNAPSHOT_SECONDS = 1.0
 METRICS_SECONDS = 5.0
-START_SECONDS = 180.0
 STOP_SECONDS = 6.0
 SCORING_SECONDS = 3600.0
 MOST_ACTORS = 10_000
@@ -294,8 +293,10 @@ class Coordinator:
             self.scoring.give_up()
         if process in self.crew.workers:
             self.replay.take_back(process)
-        process.restart()
-        self.watcher.event("restart", f"{process.name} is recreated, incarnation {process.incarnation}")
+        # The run goes on without an endpoint; one that never was up was asked for something that cannot be.
+        pause = process.restart(dispensable=process in self.endpoints and self._state != "starting")
+        when = f" in {pause:.0f} s" if pause else ""
+        self.watcher.event("restart", f"{process.name} is recreated{when}, incarnation {process.incarnation}")
         if process in (self.weights, self.replay.front) and self.learner.handle is not None:
             self.learner.handle.publish_again.remote()
 
@@ -305,6 +306,7 @@ class Coordinator:
             process.ask_for_report()
         for process in self.crew.workers:
             process.seek_room(lambda: no_room(self.program.cpus_per_actor))
+        self.learner.seek_room(lambda: no_room(self.program.placement.learner_gpus, "GPU"))
         self.replay.ask_for_episodes()
         if self.learner.handle is not None and not self.learner.done:
             self.learner.handle.note_progress.remote(self.progress.counters.env_steps, self.progress.plain())
