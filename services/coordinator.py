@@ -18,21 +18,19 @@ from ray.exceptions import RayError
 
 from learner.training import LAST
 from replay.remote import is_ready
-from replay.trajectory_server import QueueSpec
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
-from services.crew import Crew
 from services.experience_service import FIRST_WORKER
 from services.figures import Figures
 from services.grpc_server import split_address
 from services.metrics import RunMetrics
-from services.placement import cluster_cpus, no_room
+from services.placement import no_room
 from services.processes import START_SECONDS, CrashLoop, Death, Process, describe_death
 from services.program import Program
 from services.progress import Progress, Watcher
 from services.replay_group import ReplayGroup
 from services.scoring import Scoring
-from services.sizing import AutoSize
+from services.staffing import Staffing
 from services.store import Command
 
 TICK_SECONDS = 0.1
@@ -41,7 +39,6 @@ SNAPSHOT_SECONDS = 1.0
 METRICS_SECONDS = 5.0
 STOP_SECONDS = 6.0
 SCORING_SECONDS = 3600.0
-MOST_ACTORS = 10_000
 INCARNATIONS_A_GENERATION = 1_000
 
 
@@ -78,7 +75,6 @@ class Coordinator:
         self._begun = time.monotonic()
         self._due: dict[str, float] = {}
         self._metrics_board = RunMetrics(program.run)
-        self._sizing = AutoSize(most_actors(program)) if program.auto else None
         self._state = "starting"
         first = self.progress.generation * INCARNATIONS_A_GENERATION
         self.weights = Process("weights", 0, lambda _: program.start_weight_store(), first_incarnation=first)
@@ -97,8 +93,8 @@ class Coordinator:
             [] if program.listening is None else [Process("endpoint", 0, self._start_endpoint, first_incarnation=first)]
         )
         self._endpoint_port: int | None = None
-        self.crew = Crew(program.start_worker, first_incarnation=first)
-        self.crew.scale(program.actors)
+        self.staffing = Staffing(program, watcher, first_incarnation=first)
+        self.crew = self.staffing.crew
         self._checkpointing: list[tuple[Command, Any]] = []
         self.scoring = Scoring(
             self.learner,
@@ -138,7 +134,8 @@ class Coordinator:
         self._begun = time.monotonic()
         try:
             for process in self.processes:
-                process.start()
+                if process not in self.crew.joining:
+                    process.start()
             self._watch_over()
             self._count_seconds()
             if self.stopped_because is not None:
@@ -169,6 +166,8 @@ class Coordinator:
         end = time.monotonic() + START_SECONDS
         while not self.learner.done and self.stopped_because is None and not self.scoring.reached_goal:
             self._tick()
+            if self.crew.joining:
+                end = time.monotonic() + START_SECONDS
             if self._state == "starting":
                 self._look_whether_all_are_up(end)
 
@@ -190,6 +189,7 @@ class Coordinator:
     def _tick(self) -> None:
         time.sleep(TICK_SECONDS)
         self._obey()
+        self.staffing.start_some()
         self._poll(self.processes)
         for process, word in self.crew.see_off():
             self.watcher.event("scale", f"{process.name} {word}")
@@ -198,7 +198,8 @@ class Coordinator:
         self._every("report", REPORT_SECONDS, self._ask_for_reports)
         self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
         self._every("metrics", METRICS_SECONDS, self._metrics)
-        self._size_the_crew()
+        if self._state == "running":
+            self.staffing.size(self.figures.learner)
         self.scoring.tick()
 
     # Commands.
@@ -213,7 +214,7 @@ class Coordinator:
             elif self._state not in ("starting", "running"):
                 self.watcher.answer(command, {"error": f"the run is {self._state}"})
             elif command.kind == "scale":
-                self.watcher.answer(command, self._scale_as_told(command.arguments.get("actors")))
+                self.watcher.answer(command, self.staffing.scale_as_told(command.arguments.get("actors")))
             elif command.kind == "checkpoint" and self.learner.handle is not None:
                 self._checkpointing.append((command, self.learner.handle.checkpoint.remote(LAST)))
             else:
@@ -221,40 +222,6 @@ class Coordinator:
         for command, reference in [pair for pair in self._checkpointing if is_ready(pair[1])]:
             self._checkpointing.remove((command, reference))
             self.watcher.answer(command, self._checkpointed(reference))
-
-    def _scale_as_told(self, wanted: Any) -> dict[str, Any]:
-        before = len(self.crew.workers)
-        if wanted == "auto":
-            self._sizing = AutoSize(most_actors(self.program))
-            self.watcher.event("scale", f"the number of workers follows from who waits, up to {self._sizing.most}")
-            return {"actors": before, "before": before, "auto": True}
-        # None at all only where experience may come from outside.
-        least = 0 if self.endpoints and not isinstance(self.program.replay, QueueSpec) else 1
-        if not isinstance(wanted, int) or isinstance(wanted, bool) or not least <= wanted <= MOST_ACTORS:
-            return {"error": f"actors must be auto or a whole number from {least} to {MOST_ACTORS}, got {wanted!r}"}
-        self._sizing = None
-        self._scale(wanted)
-        return {"actors": wanted, "before": before}
-
-    def _scale(self, wanted: int, why: str = "") -> None:
-        before = len(self.crew.workers)
-        joining, _ = self.crew.scale(wanted)
-        for process in joining:
-            process.start()
-        self.watcher.event("scale", f"scaled from {before} to {wanted} workers{why and ': '}{why}")
-
-    def _size_the_crew(self) -> None:
-        """With `--actors auto`, have as many workers as the learner needs."""
-        reports = [worker.report for worker in self.crew.workers]
-        learner = self.figures.learner
-        if self._sizing is None or self._state != "running" or None in reports or learner is None:
-            return
-        if not learner.updates or self.crew.leaving:
-            return  # the first experience is always waited for
-        waits = {(report.worker, report.incarnation): report.seconds_waited for report in reports}
-        better = self._sizing.look(learner.seconds_waited, waits)
-        if better is not None:
-            self._scale(*better)
 
     def _checkpointed(self, reference: Any) -> dict[str, Any]:
         try:
@@ -433,8 +400,3 @@ class Coordinator:
             **self.figures.summary(self.scoring.final),
             "stopped_because": self.stopped_because,
         }
-
-
-def most_actors(program: Program) -> int:
-    """Return how many workers `--actors auto` may have: one for each CPU, or as many as the cluster has room for."""
-    return max(1, int(cluster_cpus() / max(program.cpus_per_actor, 1.0)))

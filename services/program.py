@@ -34,7 +34,7 @@ from replay.types import ConfigurationError
 from services.config import RunConfig
 from services.endpoint import EndpointActor, ExperienceOffer, Offer, PolicyOffer
 from services.grpc_server import LOOPBACK, Listening, read_token, split_address
-from services.placement import NOWHERE_YET, Placement, place
+from services.placement import NOWHERE_YET, Placement, place, too_many
 from services.ray_session import LEAST_OBJECT_STORE
 
 _MOST_LEARNER_THREADS = 4
@@ -94,6 +94,9 @@ class Program:
             cpus_per_actor=self.cpus_per_actor,
             may_grow="RAY_ADDRESS" in os.environ,
         )
+        refused = too_many(self.actors, self.cpus_per_actor)
+        if refused is not None:
+            raise ConfigurationError(refused)
         learner = replace(self.learner, on_gpu=placement.learner_gpus > 0)
         return replace(self, placement=placement, learner=learner)
 
