@@ -21,7 +21,7 @@ from replay.server import ReplayClient
 from replay.types import ConfigurationError
 from services.experience_service import ExperienceService, NoExperience
 from services.grpc_policy import PolicyService, ServedPolicy
-from services.grpc_server import Listening, ServerThread, Service, split_address
+from services.grpc_server import GRACE_SECONDS, Listening, ServerThread, Service, split_address
 
 _EVERY_HOST = ("0.0.0.0", "::")
 
@@ -176,10 +176,16 @@ class Endpoint:
             finished=any(service.finished for service in self._services),
         )
 
+    def finish(self) -> None:
+        """Tell callers who bring something that the run takes no more."""
+        for service in self._services:
+            service.finish()
+
     def close(self) -> None:
-        """Listen no more."""
+        """Listen no more, once callers have had a moment to hear that it is over."""
+        self.finish()
         if self._server is not None:
-            self._server.close()
+            self._server.close(GRACE_SECONDS)
 
 
 def _listen(services: Sequence[Service], listening: Listening, port_before: int | None) -> ServerThread:
