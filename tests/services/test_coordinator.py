@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from services import coordinator, processes, reception
 from services.config import resolve
 from services.coordinator import Coordinator
 from services.endpoint import EndpointReport
-from services.placement import WORKER_BYTES
+from services.placement import WORKER_BYTES, Placement
 from services.processes import Death, Process
 from services.program import plan
 from services.progress import Watcher
@@ -121,3 +122,19 @@ def test_more_workers_than_memory_holds_are_refused_with_the_figures(
     assert watched.staffing.scale_as_told(20) == {"actors": 20, "before": 2}
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "memory": 10.0 * WORKER_BYTES})
     assert watched.staffing.scale_as_told(15) == {"actors": 15, "before": 20}, "fewer are never refused"
+
+
+def test_a_learner_that_waits_for_a_gpu_says_so(watched: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator, "no_room", lambda wanted, what="CPU": f"waits for room: {wanted:g} {what}")
+    watched.program = replace(watched.program, placement=Placement(learner_gpus=1))
+    watched._ask_for_reports()
+    assert watched.learner.describe()["last_word"] == "waits for room: 1 GPU"
+    assert watched.learner.state == "pending"
+
+
+def test_workers_start_a_few_a_tick(watched: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    watched.staffing.scale_as_told(20)
+    for left in (16, 12, 8, 4, 0, 0):
+        watched.staffing.start_some()
+        assert len(watched.crew.joining) == left
