@@ -61,9 +61,9 @@ class Crew:
             if process.handle is not None:
                 process.handle.stop.remote(_SECONDS_TO_SEND)
             self._leaving.append(_Leaving(process, time.monotonic() + LEAVE_SECONDS))
-        for process in self.workers:
+        for rank, process in enumerate(sorted(self.workers, key=lambda process: process.index)):
             if process.handle is not None:
-                process.handle.place.remote(self._rank(process.index), wanted)
+                process.handle.place.remote(rank, wanted)
 
     def start_some(self, most: int) -> None:
         """Start a few of those who are to join, so that at most `most` workers are busy with their start."""
