@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import socket
@@ -35,7 +36,7 @@ from replay.types import (
 
 _MOST_PUSHES_WAITING = 2
 _ROWS_BETWEEN_REFRESHES = 16
-_SECONDS_TO_SEND_THE_REST = 2.0
+_SECONDS_TO_SEND_THE_REST = 3.0
 _SECONDS_FOR_FIRST_WEIGHTS = 300.0
 _NONE = Moments()
 
@@ -255,6 +256,7 @@ class WorkerReport:
         episodes: episodes it finished.
         pushes: pushes of it that were accepted.
         steps_sent: steps in those.
+        steps_unsent: steps in pushes that were made and have not been accepted.
         weights_version: of the weights it acts with.
         failures: environment lanes it had to rebuild.
         seconds_waited: in which it took no steps, because what it had made was not yet taken.
@@ -270,6 +272,7 @@ class WorkerReport:
     episodes: int
     pushes: int
     steps_sent: int
+    steps_unsent: int
     weights_version: int
     failures: int
     seconds_waited: float
@@ -332,7 +335,7 @@ class RolloutWorker:
             self._last_word = "rolling out"
             self._roll_out()
         finally:
-            self._outbox.close(_SECONDS_TO_SEND_THE_REST)
+            self._outbox.close()
             self._leave()
             self._lanes.close()
         self._outbox.check()
@@ -376,7 +379,7 @@ class RolloutWorker:
         self._send(segments=builder.flush(), episodes=episodes)
 
     def _send(self, **content: Any) -> None:
-        self._outbox.put(self._stop, returns=self._lanes.returns, **content)
+        self._outbox.put(returns=self._lanes.returns, **content)
         self._lanes.returns = Moments()
 
     def _count(self, row: Row) -> None:
@@ -386,8 +389,9 @@ class RolloutWorker:
             self._failures += len(row.failures)
             self._last_word = f"rebuilt an environment after {row.failures[-1]}"
 
-    def stop(self) -> None:
-        """Ask `run` to send what it has and return."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Ask `run` to send what it has, within `seconds` or else a short time, and return."""
+        self._outbox.hurry(_SECONDS_TO_SEND_THE_REST if seconds is None else seconds)
         self._stop.set()
 
     def place(self, rank: int, workers: int) -> None:
@@ -405,6 +409,7 @@ class RolloutWorker:
             episodes=self._episodes,
             pushes=self._outbox.accepted,
             steps_sent=self._outbox.steps_sent,
+            steps_unsent=self._outbox.steps_taken - self._outbox.steps_sent,
             weights_version=self._weights.version,
             failures=self._failures,
             seconds_waited=self._seconds_waited + self._outbox.seconds_waited,
@@ -422,7 +427,8 @@ class _Outbox:
         self._sequence = 0
         self._abort = threading.Event()
         self._error: BaseException | None = None
-        self.env_steps = self.accepted = self.steps_sent = 0
+        self._end = math.inf
+        self.env_steps = self.accepted = self.steps_taken = self.steps_sent = 0
         self.seconds_waited = 0.0
         self.finished = False
         self._thread = threading.Thread(target=self._send_all, name="outbox", daemon=True)
@@ -434,14 +440,13 @@ class _Outbox:
 
     def put(
         self,
-        stop: threading.Event,
         *,
         segments: Sequence[Segment] = (),
         trajectories: Sequence[tuple[Permit, Trajectory]] = (),
         episodes: Sequence[EpisodeResult] = (),
         returns: Moments = _NONE,
     ) -> None:
-        """Hand over a push; wait while too many are waiting, once `stop` is set for a short time only.
+        """Hand over a push; wait while too many are waiting, or until the time that `hurry` gave is over.
 
         Raises:
             Exception: what an earlier push met.
@@ -451,7 +456,7 @@ class _Outbox:
         content = tuple(segments), tuple(episodes), tuple(trajectories), returns
         push = Push(self._worker, self._incarnation, self._sequence, *content)
         self._sequence += 1
-        end = time.monotonic() + _SECONDS_TO_SEND_THE_REST
+        self.steps_taken += push.steps
         while not self.finished:
             self.check()
             begun = time.monotonic()
@@ -459,9 +464,7 @@ class _Outbox:
                 self._queue.put(push, timeout=0.2)
                 return
             except queue.Full:
-                if not stop.is_set():
-                    end = time.monotonic() + _SECONDS_TO_SEND_THE_REST
-                elif time.monotonic() > end:
+                if time.monotonic() > self._end:
                     return
             finally:
                 self.seconds_waited += time.monotonic() - begun
@@ -484,9 +487,13 @@ class _Outbox:
         except BaseException as error:
             self._error = error
 
-    def close(self, seconds: float) -> None:
-        """Send what is waiting, for at most `seconds`; then give up."""
-        end = time.monotonic() + seconds
+    def hurry(self, seconds: float) -> None:
+        """Give up what is not sent in `seconds` from now."""
+        self._end = time.monotonic() + seconds
+
+    def close(self) -> None:
+        """Send what is waiting, for as long as `hurry` gave or else a short time; then give up."""
+        end = time.monotonic() + _SECONDS_TO_SEND_THE_REST if math.isinf(self._end) else self._end
         while self._thread.is_alive() and time.monotonic() < end:
             try:
                 self._queue.put(None, timeout=0.05)

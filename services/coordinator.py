@@ -18,31 +18,29 @@ from ray.exceptions import RayError
 
 from learner.training import LAST
 from replay.remote import is_ready
-from replay.trajectory_server import QueueSpec
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
-from services.crew import Crew
 from services.experience_service import FIRST_WORKER
 from services.figures import Figures
-from services.grpc_server import split_address
 from services.metrics import RunMetrics
-from services.placement import cluster_cpus, no_room
-from services.processes import CrashLoop, Death, Process, describe_death
+from services.placement import no_room
+from services.processes import START_SECONDS, CrashLoop, Death, Process, describe_death
 from services.program import Program
 from services.progress import Progress, Watcher
+from services.reception import Reception
 from services.replay_group import ReplayGroup
 from services.scoring import Scoring
-from services.sizing import AutoSize
+from services.staffing import Staffing
 from services.store import Command
 
 TICK_SECONDS = 0.1
 REPORT_SECONDS = 0.5
 SNAPSHOT_SECONDS = 1.0
 METRICS_SECONDS = 5.0
-START_SECONDS = 180.0
 STOP_SECONDS = 6.0
+SEND_SECONDS = 3.0
+CLOSE_SECONDS = 4.0
 SCORING_SECONDS = 3600.0
-MOST_ACTORS = 10_000
 INCARNATIONS_A_GENERATION = 1_000
 
 
@@ -79,7 +77,6 @@ class Coordinator:
         self._begun = time.monotonic()
         self._due: dict[str, float] = {}
         self._metrics_board = RunMetrics(program.run)
-        self._sizing = AutoSize(most_actors(program)) if program.auto else None
         self._state = "starting"
         first = self.progress.generation * INCARNATIONS_A_GENERATION
         self.weights = Process("weights", 0, lambda _: program.start_weight_store(), first_incarnation=first)
@@ -94,12 +91,11 @@ class Coordinator:
             is_at_work=lambda before, now: now.updates > before.updates,
         )  # fmt: skip
         self.evaluator = Process("evaluator", 0, lambda _: program.start_evaluator(), first_incarnation=first)
-        self.endpoints = (
-            [] if program.listening is None else [Process("endpoint", 0, self._start_endpoint, first_incarnation=first)]
+        self.reception = Reception(
+            program.start_endpoint, served=program.listening is not None, first_incarnation=first
         )
-        self._endpoint_port: int | None = None
-        self.crew = Crew(program.start_worker, first_incarnation=first)
-        self.crew.scale(program.actors)
+        self.staffing = Staffing(program, watcher, first_incarnation=first)
+        self.crew = self.staffing.crew
         self._checkpointing: list[tuple[Command, Any]] = []
         self.scoring = Scoring(
             self.learner,
@@ -113,9 +109,6 @@ class Coordinator:
             goal=config.stop_at_return,
         )
 
-    def _start_endpoint(self, incarnation: int) -> Any:
-        return self.program.start_endpoint(incarnation, self._endpoint_port)
-
     def _fit(self, handle: Any) -> Any:
         last = self.checkpoints / LAST
         again = self.resuming or self.learner.restarts > 0
@@ -128,7 +121,7 @@ class Coordinator:
     def processes(self) -> list[Process]:
         """All processes that shall be up, in the order they are started."""
         replay = self.replay.processes
-        return [self.weights, *replay, self.learner, *self.crew.workers, self.evaluator, *self.endpoints]
+        return [self.weights, *replay, self.learner, *self.crew.workers, self.evaluator, *self.reception.processes]
 
     def run(self) -> dict[str, Any]:
         """Run until the steps or the goal are reached, somebody stops it, or it cannot go on; return the summary.
@@ -139,7 +132,8 @@ class Coordinator:
         self._begun = time.monotonic()
         try:
             for process in self.processes:
-                process.start()
+                if process not in self.crew.joining:
+                    process.start()
             self._watch_over()
             self._count_seconds()
             if self.stopped_because is not None:
@@ -150,6 +144,7 @@ class Coordinator:
                 self._stop_in_order()
                 if self.stopped_because is None:
                     self._finish("return")
+            self._close_reception()
             self._metrics()
             self._state = "ended"
             self._snapshot()
@@ -170,6 +165,8 @@ class Coordinator:
         end = time.monotonic() + START_SECONDS
         while not self.learner.done and self.stopped_because is None and not self.scoring.reached_goal:
             self._tick()
+            if self.crew.joining:
+                end = time.monotonic() + START_SECONDS
             if self._state == "starting":
                 self._look_whether_all_are_up(end)
 
@@ -191,6 +188,7 @@ class Coordinator:
     def _tick(self) -> None:
         time.sleep(TICK_SECONDS)
         self._obey()
+        self.staffing.start_some()
         self._poll(self.processes)
         for process, word in self.crew.see_off():
             self.watcher.event("scale", f"{process.name} {word}")
@@ -199,7 +197,8 @@ class Coordinator:
         self._every("report", REPORT_SECONDS, self._ask_for_reports)
         self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
         self._every("metrics", METRICS_SECONDS, self._metrics)
-        self._size_the_crew()
+        if self._state == "running":
+            self.staffing.size(self.figures.learner)
         self.scoring.tick()
 
     # Commands.
@@ -214,7 +213,7 @@ class Coordinator:
             elif self._state not in ("starting", "running"):
                 self.watcher.answer(command, {"error": f"the run is {self._state}"})
             elif command.kind == "scale":
-                self.watcher.answer(command, self._scale_as_told(command.arguments.get("actors")))
+                self.watcher.answer(command, self.staffing.scale_as_told(command.arguments.get("actors")))
             elif command.kind == "checkpoint" and self.learner.handle is not None:
                 self._checkpointing.append((command, self.learner.handle.checkpoint.remote(LAST)))
             else:
@@ -222,40 +221,6 @@ class Coordinator:
         for command, reference in [pair for pair in self._checkpointing if is_ready(pair[1])]:
             self._checkpointing.remove((command, reference))
             self.watcher.answer(command, self._checkpointed(reference))
-
-    def _scale_as_told(self, wanted: Any) -> dict[str, Any]:
-        before = len(self.crew.workers)
-        if wanted == "auto":
-            self._sizing = AutoSize(most_actors(self.program))
-            self.watcher.event("scale", f"the number of workers follows from who waits, up to {self._sizing.most}")
-            return {"actors": before, "before": before, "auto": True}
-        # None at all only where experience may come from outside.
-        least = 0 if self.endpoints and not isinstance(self.program.replay, QueueSpec) else 1
-        if not isinstance(wanted, int) or isinstance(wanted, bool) or not least <= wanted <= MOST_ACTORS:
-            return {"error": f"actors must be auto or a whole number from {least} to {MOST_ACTORS}, got {wanted!r}"}
-        self._sizing = None
-        self._scale(wanted)
-        return {"actors": wanted, "before": before}
-
-    def _scale(self, wanted: int, why: str = "") -> None:
-        before = len(self.crew.workers)
-        joining, _ = self.crew.scale(wanted)
-        for process in joining:
-            process.start()
-        self.watcher.event("scale", f"scaled from {before} to {wanted} workers{why and ': '}{why}")
-
-    def _size_the_crew(self) -> None:
-        """With `--actors auto`, have as many workers as the learner needs."""
-        reports = [worker.report for worker in self.crew.workers]
-        learner = self.figures.learner
-        if self._sizing is None or self._state != "running" or None in reports or learner is None:
-            return
-        if not learner.updates or self.crew.leaving:
-            return  # the first experience is always waited for
-        waits = {(report.worker, report.incarnation): report.seconds_waited for report in reports}
-        better = self._sizing.look(learner.seconds_waited, waits)
-        if better is not None:
-            self._scale(*better)
 
     def _checkpointed(self, reference: Any) -> dict[str, Any]:
         try:
@@ -283,19 +248,19 @@ class Coordinator:
     def _recreate(self, process: Process, death: Death) -> None:
         self.watcher.event("death", f"{process.name} is gone: {death.line}\n{death.details}".strip())
         if process in self.replay.processes:
-            heard = [*(worker.done for worker in self.crew.workers)]
-            heard += [getattr(endpoint.report, "finished", False) for endpoint in self.endpoints]
-            self.replay.bury(process, all_steps=any(heard))
-        if process in self.endpoints:
-            if process.report is not None:  # whoever knows its address shall find the next one there
-                self._endpoint_port = split_address(process.report.address)[1]
+            heard = self.reception.heard_of_the_end or any(worker.done for worker in self.crew.workers)
+            self.replay.bury(process, all_steps=heard)
+        if process in self.reception.processes:
+            self.reception.bury(process)
             self.replay.take_back_from(FIRST_WORKER)
         if process in (self.learner, self.evaluator):
             self.scoring.give_up()
         if process in self.crew.workers:
             self.replay.take_back(process)
-        process.restart()
-        self.watcher.event("restart", f"{process.name} is recreated, incarnation {process.incarnation}")
+        # The run goes on without an endpoint; one that never was up was asked for something that cannot be.
+        pause = process.restart(dispensable=process in self.reception.processes and self._state != "starting")
+        when = f" in {pause:.0f} s" if pause else ""
+        self.watcher.event("restart", f"{process.name} is recreated{when}, incarnation {process.incarnation}")
         if process in (self.weights, self.replay.front) and self.learner.handle is not None:
             self.learner.handle.publish_again.remote()
 
@@ -305,12 +270,11 @@ class Coordinator:
             process.ask_for_report()
         for process in self.crew.workers:
             process.seek_room(lambda: no_room(self.program.cpus_per_actor))
+        self.learner.seek_room(lambda: no_room(self.program.placement.learner_gpus, "GPU"))
         self.replay.ask_for_episodes()
         if self.learner.handle is not None and not self.learner.done:
             self.learner.handle.note_progress.remote(self.progress.counters.env_steps, self.progress.plain())
-        for endpoint in self.endpoints:
-            if endpoint.handle is not None:
-                endpoint.handle.note_progress.remote(self.progress.counters.env_steps)
+        self.reception.note_progress(self.progress.counters.env_steps)
 
     def _count_seconds(self) -> None:
         self.progress.seconds = self._seconds_before + time.monotonic() - self._begun
@@ -333,6 +297,8 @@ class Coordinator:
         """Take in the final totals and score the run; an interruption leaves it unscored."""
         self.stopped_because = why
         self._state = "scoring"
+        self.replay.finish()
+        self.reception.finish()
         self.replay.last_words(self._read_replay)
         end = time.monotonic() + SCORING_SECONDS
         try:
@@ -342,7 +308,7 @@ class Coordinator:
 
     def _tick_while_scoring(self, end: float) -> None:
         time.sleep(TICK_SECONDS)
-        for process in (self.evaluator, *self.endpoints):
+        for process in (self.evaluator, *self.reception.processes):
             self._poll([process])
             process.ask_for_report()
         self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
@@ -355,7 +321,7 @@ class Coordinator:
             raise DeadlineExceeded(f"waited {SCORING_SECONDS:.0f} s for the final evaluation")
 
     def _stop_in_order(self) -> None:
-        """Let workers send what they have and the learner write its checkpoint, within a deadline."""
+        """Let workers and sessions send what they have and the learner write its checkpoint, within deadlines."""
         self._state = "stopping"
         self._snapshot()
         stopping = [
@@ -363,11 +329,13 @@ class Coordinator:
         ]
         for process in stopping:
             process.handle.stop.remote()
-        for endpoint in self.endpoints:
-            if endpoint.handle is not None:
-                endpoint.handle.close.remote()  # sessions send what they have, as workers do
-        end = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < end and any(not process.done and process.handle is not None for process in stopping):
+        if self.stopped_because is not None:  # else it serves on while the run is scored
+            self.reception.close()
+        begun = time.monotonic()
+        while (
+            any(not process.done and process.handle is not None for process in stopping)
+            and time.monotonic() < begun + STOP_SECONDS
+        ) or (self.reception.is_closing and time.monotonic() < begun + SEND_SECONDS):
             time.sleep(0.02)
             for process in stopping:
                 death = process.poll()
@@ -375,13 +343,24 @@ class Coordinator:
                     self.watcher.event("death", f"{process.name} is gone: {death.line}")
             self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
             self._obey()  # a second `squall stop` gets its answer too
+        if self.stopped_because is not None:
+            self._close_reception()
         self.replay.last_words(self._read_replay)
+
+    def _close_reception(self) -> None:
+        """Have the endpoint closed, within a deadline; no session waits for a learner that has left."""
+        self.replay.finish()
+        self.reception.close()
+        end = time.monotonic() + CLOSE_SECONDS
+        while self.reception.is_closing and time.monotonic() < end:
+            time.sleep(0.02)
+            self._every("snapshot", SNAPSHOT_SECONDS, self._snapshot)
 
     # What others see.
 
     def _waiting(self) -> dict[str, str]:
         waiting = {}
-        for process in [self.learner, *self.crew.workers, *self.endpoints]:
+        for process in [self.learner, *self.crew.workers, *self.reception.processes]:
             reason = getattr(process.report, "waiting_for", None)
             if reason and not process.done:
                 waiting[process.name] = reason
@@ -400,7 +379,7 @@ class Coordinator:
                 "waiting": self._waiting(),
                 "evaluations": self.scoring.history[-100:],
                 "actors": len(self.crew.workers),
-                "endpoints": self._endpoints_told(),
+                "endpoints": self.reception.told(),
                 "processes": [
                     own,
                     *(process.describe(ended=self._state == "ended") for process in self.processes),
@@ -408,12 +387,6 @@ class Coordinator:
                 ],
             }
         )
-
-    def _endpoints_told(self) -> list[dict[str, Any]] | None:
-        """Return what a gateway needs of the endpoints that are up; None if the run serves nothing."""
-        if not self.endpoints:
-            return None
-        return [endpoint.report.plain() for endpoint in self.endpoints if endpoint.report is not None]
 
     def _metrics(self) -> None:
         figures = self.figures.metrics()
@@ -431,8 +404,3 @@ class Coordinator:
             **self.figures.summary(self.scoring.final),
             "stopped_because": self.stopped_because,
         }
-
-
-def most_actors(program: Program) -> int:
-    """Return how many workers `--actors auto` may have: one for each CPU, or as many as the cluster has room for."""
-    return max(1, int(cluster_cpus() / max(program.cpus_per_actor, 1.0)))

@@ -10,6 +10,9 @@ from typing import Any
 from services.processes import Process
 
 LEAVE_SECONDS = 10.0
+STARTS_AT_ONCE = 4
+_SECONDS_TO_SEND = LEAVE_SECONDS - 2.0
+"""The rest is for giving back what was held, and for the way."""
 
 
 @dataclass
@@ -33,30 +36,42 @@ class Crew:
         self._used: dict[int, int] = {}
         self._leaving: list[_Leaving] = []
         self.workers: list[Process] = []
+        self.joining: list[Process] = []
+        """Those of the workers who are yet to be started."""
 
     @property
     def leaving(self) -> list[Process]:
         """Those who were told to leave and have not left yet."""
         return [leaving.process for leaving in self._leaving]
 
-    def scale(self, wanted: int) -> tuple[list[Process], list[Process]]:
-        """Have `wanted` workers: return those who join, not started yet, and those who leave.
+    def scale(self, wanted: int) -> None:
+        """Have `wanted` workers; `start_some` starts those who join.
 
-        Who leaves sends what it has first; the newest leave.
+        Who leaves sends what it has first, as long as there is time; the newest leave.
         """
         self._wanted = wanted
         joining = [self._new(index) for index in self._free_indices(wanted - len(self.workers))]
         self.workers += joining
-        dismissed = [self.workers.pop() for _ in range(len(self.workers) - wanted)]
-        for process in dismissed:
+        self.joining += joining
+        for process in [self.workers.pop() for _ in range(len(self.workers) - wanted)]:
+            if process in self.joining:
+                self.joining.remove(process)
+                continue
             self._used[process.index] = process.incarnation
             if process.handle is not None:
-                process.handle.stop.remote()
+                process.handle.stop.remote(_SECONDS_TO_SEND)
             self._leaving.append(_Leaving(process, time.monotonic() + LEAVE_SECONDS))
-        for process in self.workers:
+        for rank, process in enumerate(sorted(self.workers, key=lambda process: process.index)):
             if process.handle is not None:
-                process.handle.place.remote(self._rank(process.index), wanted)
-        return joining, dismissed
+                process.handle.place.remote(rank, wanted)
+
+    def start_some(self, most: int) -> None:
+        """Start a few of those who are to join, so that at most `most` workers are busy with their start."""
+        starting = sum(
+            worker.report is None and not worker.pending for worker in self.workers if worker.handle is not None
+        )
+        for _ in range(min(STARTS_AT_ONCE, most - starting, len(self.joining))):
+            self.joining.pop(0).start()
 
     def _rank(self, index: int) -> int:
         """Return an index's place among those there are: while others leave there are gaps."""
@@ -97,7 +112,7 @@ class Crew:
             death = process.poll()
             late = time.monotonic() > leaving.deadline
             if process.done:
-                word = f"left, with everything sent: {process.result.steps_sent:,} steps"
+                word = _farewell(process.result)
             elif death is not None:
                 word = f"died while it left: {death.line}"
             elif late or process.handle is None:
@@ -108,3 +123,9 @@ class Crew:
             self._leaving.remove(leaving)
             gone.append((process, word))
         return gone
+
+
+def _farewell(report: Any) -> str:
+    if not report.steps_unsent:
+        return f"left, with everything sent: {report.steps_sent:,} steps"
+    return f"left, with {report.steps_sent:,} steps sent; {report.steps_unsent:,} steps were not taken"

@@ -21,7 +21,7 @@ from replay.server import ReplayClient
 from replay.types import ConfigurationError
 from services.experience_service import ExperienceService, NoExperience
 from services.grpc_policy import PolicyService, ServedPolicy
-from services.grpc_server import Listening, ServerThread, Service, split_address
+from services.grpc_server import GRACE_SECONDS, Listening, ServerThread, Service, split_address
 
 _EVERY_HOST = ("0.0.0.0", "::")
 
@@ -121,33 +121,37 @@ class EndpointReport:
 class Endpoint:
     """Serves some services for as long as it lives."""
 
-    def __init__(
-        self,
-        offers: Sequence[Offer],
-        listening: Listening,
-        *,
-        known_as: str | None = None,
-        incarnation: int = 0,
-        threads: int | None = None,
-        port_before: int | None = None,
-    ) -> None:
-        """Make the services and listen.
+    def __init__(self, offers: Sequence[Offer], *, incarnation: int = 0, threads: int | None = None) -> None:
+        """Make the services; `listen` opens.
 
         Args:
             offers: what to serve.
-            listening: where, and for whom.
-            known_as: the host that others reach this one by, where it listens on every address it has.
             incarnation: how often this process was recreated.
             threads: PyTorch threads of this process; None leaves them.
-            port_before: where an earlier process listened that took any free port: this one does again, if it can.
-
-        Raises:
-            ConfigurationError: nothing can listen there.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         self._services = [offer.build(incarnation) for offer in offers]
-        self._server = _listen(self._services, listening, port_before)
+        self._server: ServerThread | None = None
+        self._refused: ConfigurationError | None = None
+        self._address = ""
+
+    def listen(self, listening: Listening, *, known_as: str | None = None, port_before: int | None = None) -> None:
+        """Take calls.
+
+        Args:
+            listening: where, and for whom.
+            known_as: the host that others reach this one by, where it listens on every address it has.
+            port_before: where an earlier process listened that took any free port: this one does again, if it can.
+
+        Raises:
+            ConfigurationError: nothing can listen there; `report` raises it too.
+        """
+        try:
+            self._server = _listen(self._services, listening, port_before)
+        except ConfigurationError as error:
+            self._refused = error
+            raise
         self._address = reachable(self._server.address, known_as)
 
     def note_progress(self, env_steps: int) -> None:
@@ -156,7 +160,9 @@ class Endpoint:
             service.note_progress(env_steps)
 
     def report(self) -> EndpointReport:
-        """Return where it listens, and what it offers."""
+        """Return where it listens, and what it offers; raises what `listen` met."""
+        if self._refused is not None:
+            raise self._refused
         names = tuple(service.name for service in self._services)
         what = ", ".join(name.rpartition(".")[2] for name in names)
         told = [service.last_word for service in self._services if service.last_word]
@@ -170,9 +176,16 @@ class Endpoint:
             finished=any(service.finished for service in self._services),
         )
 
+    def finish(self) -> None:
+        """Tell callers who bring something that the run takes no more."""
+        for service in self._services:
+            service.finish()
+
     def close(self) -> None:
-        """Listen no more."""
-        self._server.close()
+        """Listen no more, once callers have had a moment to hear that it is over."""
+        self.finish()
+        if self._server is not None:
+            self._server.close(GRACE_SECONDS)
 
 
 def _listen(services: Sequence[Service], listening: Listening, port_before: int | None) -> ServerThread:

@@ -36,7 +36,7 @@ class Played:
         taken: steps that the environment took.
         returns: of the episodes that ended.
         sessions: opened, so one less is how often the connection broke.
-        finished: the run has all its steps.
+        finished: the run takes no more: it has all its steps, or ends.
     """
 
     steps: int
@@ -116,7 +116,7 @@ class ExperienceSession(Closing):
 
     @property
     def finished(self) -> bool:
-        """Whether the server said that the run has all its steps."""
+        """Whether the server said that the run takes no more: it has all its steps, or ends."""
         return self._closed is not None and self._closed.finished
 
     @property
@@ -236,7 +236,7 @@ class ExperienceClient(Closing):
         return ExperienceSession(self._client, opening, seconds=self._answer_seconds)
 
     def play(self, env: gym.Env[Any, Any], *, steps: int | None = None, seed: int | None = None) -> Played:
-        """Play until the run has all its steps, or `steps` are taken; a broken connection begins a new episode.
+        """Play until the run takes no more, or `steps` are taken; a broken connection begins a new episode.
 
         Args:
             env: the environment; it is not closed.

@@ -138,6 +138,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
         self._weights_came: asyncio.Event | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._env_steps = 0
+        self._over = False
         self.steps = self.opened = 0
 
     # What the process calls.
@@ -167,6 +168,14 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
     def note_progress(self, env_steps: int) -> None:
         """Take note of how far the run is: exploration follows it."""
         self._env_steps = env_steps
+
+    def finish(self) -> None:
+        """End each session at its next message: the run takes no more, though it may not have all its steps."""
+        self._over = True
+
+    @property
+    def _takes_no_more(self) -> bool:
+        return self._over or self.couriers.finished
 
     @property
     def waiting_for(self) -> str | None:
@@ -213,12 +222,13 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
                 if message is None or message.WhichOneof("kind") == "close":
                     break
                 answer = await self._answer(caller, message)
-                if answer is not None:
-                    yield answer
+                if answer is None:
+                    break
+                yield answer
             caller.session.flush()
             await self._ship(caller, rest=True)
             await self._sent(caller)
-            yield pb.PlayResponse(closed=pb.Closed(steps=caller.accepted, finished=self.couriers.finished))
+            yield pb.PlayResponse(closed=pb.Closed(steps=caller.accepted, finished=self._takes_no_more))
         finally:
             self._leave(caller)
 
@@ -254,7 +264,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
         return caller
 
     async def _answer(self, caller: _Caller, message: pb.PlayRequest) -> pb.PlayResponse | None:
-        """Take in a Reset or a Step and return its answer; None if the run is finished.
+        """Take in a Reset or a Step and return its answer; None if the run takes no more.
 
         Raises:
             OutOfOrder: a message that may not come now.
@@ -275,7 +285,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
         else:
             raise ConfigurationError("a message holds an open, a reset, a step or a close, got none of them")
         await self._ship(caller)
-        if self.couriers.finished:
+        if self._takes_no_more:
             return None
         if result is not None:
             ended = pb.EpisodeEnded(episode_return=result.episode_return, length=result.length)

@@ -62,7 +62,7 @@ def find_endpoint(store: RunStore, run: str, service: str) -> str:
     if endpoints is None:
         raise ServesNothing(f"run {run!r} serves nothing: it was started without --serve")
     if not endpoints:
-        raise NotReady(f"run {run!r} is {record.state}, and its endpoint is not up yet")
+        raise NotReady(f"run {run!r} is {record.state}, and its endpoint is not up")
     offering = [endpoint for endpoint in endpoints if service in endpoint["services"]]
     if not offering:
         raise ServesNothing(f"run {run!r} does not serve {short}")

@@ -159,6 +159,9 @@ class Service:
     def note_progress(self, env_steps: int) -> None:
         """Take note of how far the run is; called from another thread."""
 
+    def finish(self) -> None:
+        """Take nothing more for the run, and tell callers so; called from another thread."""
+
     # What `squall status` shows; asked from another thread.
 
     @property
@@ -265,9 +268,9 @@ class ServerThread:
     def _do(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(_START_SECONDS)
 
-    def close(self) -> None:
-        """End the server and its thread."""
-        self._do(self._server.stop(0.0))
+    def close(self, grace: float = 0.0) -> None:
+        """End the server and its thread; calls under way have `grace` seconds to end by themselves."""
+        self._do(self._server.stop(grace))
         self._end()
 
     def _end(self) -> None:

@@ -6,6 +6,7 @@ Workers are spread over all nodes in proportion to their CPUs. On one machine th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from replay.types import ConfigurationError
 _HEAD = "node:__internal_head__"
 # CPUs that learner and replay are taken to keep busy.
 _BUSY_AT_HOME = 2.0
+WORKER_BYTES = 300 * 2**20
+"""Memory of a rollout worker, roughly: Python, PyTorch and a few small environments."""
 
 Node = Mapping[str, Any]
 
@@ -69,8 +72,14 @@ def spread(worker: int, nodes: Sequence[Node], home: str | None) -> str | None:
     if len(cpus) < 2:
         return next(iter(cpus), None) if len(_alive(nodes)) > 1 else None
     busy: dict[str, float] = {node: _BUSY_AT_HOME if node == home else 0.0 for node in cpus}
+    # At this level of load at most `worker` workers are placed, whoever comes first; the last few one by one.
+    level, left = worker / sum(cpus.values()), worker + 1
+    for node, count in cpus.items():
+        placed = max(0, math.floor(level * count - busy[node] - 1e-6))
+        busy[node] += placed
+        left -= placed
     chosen = None
-    for _ in range(worker + 1):
+    for _ in range(left):
         chosen = min(sorted(cpus), key=lambda node: (busy[node] + 1.0) / cpus[node])
         busy[chosen] += 1.0
     return chosen
@@ -114,14 +123,29 @@ def cluster_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
 
 
-def no_room(cpus_per_actor: float) -> str | None:
-    """Return why a worker that wants CPUs cannot start now, or None if the cluster has room for it."""
-    if not cpus_per_actor:
+def no_room(wanted: float, what: str = "CPU") -> str | None:
+    """Return why a process that wants CPUs or GPUs cannot start now, or None if the cluster has room for it."""
+    if not wanted:
         return None
-    free = ray.available_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
-    if free >= cpus_per_actor:
+    free = ray.available_resources().get(what, 0.0)  # type: ignore[no-untyped-call]
+    if free >= wanted:
         return None
-    return f"waits for room: it wants {cpus_per_actor:g} CPU, and {free:g} of the cluster's {cluster_cpus()} are free"
+    there = ray.cluster_resources().get(what, 0.0)  # type: ignore[no-untyped-call]
+    return f"waits for room: it wants {wanted:g} {what}, and {free:g} of the cluster's {there:g} are free"
+
+
+def too_many(actors: int, cpus_per_actor: float) -> str | None:
+    """Return why the cluster's memory cannot hold so many workers, or None if it can.
+
+    Workers that want CPUs need no such check: what has no room waits.
+    """
+    memory = ray.cluster_resources().get("memory", math.inf)  # type: ignore[no-untyped-call]
+    if cpus_per_actor or actors * WORKER_BYTES <= memory:
+        return None
+    return (
+        f"{actors:,} actors need about {actors * WORKER_BYTES / 2**30:,.1f} GiB of memory, {WORKER_BYTES / 2**20:.0f} "
+        f"MiB each, and the cluster has {memory / 2**30:,.1f} GiB: {memory // WORKER_BYTES:,.0f} actors"
+    )
 
 
 def _alive(nodes: Sequence[Node]) -> list[Node]:

@@ -16,8 +16,10 @@ from replay.types import SquallError
 
 MOST_FRUITLESS_DEATHS = 5
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+START_SECONDS = 180.0
 SILENCE_SECONDS = 60.0
 PENDING_SECONDS = 5.0
+LONGEST_PAUSE = 60.0
 
 
 class CrashLoop(SquallError):
@@ -97,6 +99,7 @@ class Process:
         self._running: Any = None
         self._first_report: Any = None
         self._asked_at = self._launched_at = 0.0
+        self._launch_at = self._answer_by = 0.0
         self._launching = False
         self._fruitless_deaths = 0
 
@@ -114,14 +117,21 @@ class Process:
 
     def seek_room(self, no_room: Callable[[], str | None]) -> None:
         """Take note of why this process cannot start, if it has not for a while; `no_room` says so."""
-        late = self.handle is not None and time.monotonic() - self._launched_at > PENDING_SECONDS
+        now = time.monotonic()
+        late = self.handle is not None and now - self._launched_at > PENDING_SECONDS
         self.pending = no_room() if late and self.report is None and not self.done else None
+        if self.pending is not None:
+            self._answer_by = now + START_SECONDS  # it begins to start when there is room
 
-    def start(self) -> None:
-        """Start the next incarnation, and its loop if it has one."""
+    def start(self, pause: float = 0.0) -> None:
+        """Start the next incarnation, after a pause if that is given, and its loop if it has one."""
         self.incarnation += 1
         self.report = self._first_report = self._reporting = self.pending = None
-        self._launch()
+        self._launch_at = time.monotonic() + pause
+        self._answer_by = self._launch_at + START_SECONDS
+        self._launching = True
+        if not pause:
+            self._launch()
 
     def _launch(self) -> None:
         try:
@@ -130,7 +140,6 @@ class Process:
             # Ray keeps the name of an actor that is being killed for a second or so; `poll` tries again.
             if "already" not in str(error):
                 raise
-            self._launching = True
             return
         self._launching = False
         self._launched_at = time.monotonic()
@@ -139,9 +148,10 @@ class Process:
 
     def poll(self) -> Death | None:
         """Take in a report or the loop's result; return why the process is gone, if it is."""
-        if self._launching:
+        now = time.monotonic()
+        if self._launching and now >= self._launch_at:
             self._launch()
-        if self.handle is None or self.done:
+        if self.done or not (self._launching or self.handle is not None):
             return None
         try:
             if self._running is not None and is_ready(self._running):
@@ -152,8 +162,10 @@ class Process:
                 self._take(ray.get(self._reporting))
         except (RayError, GetTimeoutError) as error:
             return self._bury(describe_death(error))
-        silent = self._reporting is not None and time.monotonic() - self._asked_at > SILENCE_SECONDS
-        if silent and self.report is not None:
+        if self.report is None:
+            if self.pending is None and now > self._answer_by:
+                return self._bury(Death(f"gave no first answer within {START_SECONDS:.0f} s"))
+        elif self._reporting is not None and now - self._asked_at > SILENCE_SECONDS:
             return self._bury(Death(f"gave no answer for {SILENCE_SECONDS:.0f} s"))
         return None
 
@@ -176,20 +188,26 @@ class Process:
         self._fruitless_deaths += 1
         return death
 
-    def restart(self) -> None:
-        """Start again after a death.
+    def restart(self, *, dispensable: bool = False) -> float:
+        """Start again after a death; return the seconds until then.
+
+        Args:
+            dispensable: whether others can do without it: it is tried for ever, after longer and longer pauses.
 
         Raises:
             CrashLoop: it died too often in a row before it got to work.
         """
-        if self._fruitless_deaths >= MOST_FRUITLESS_DEATHS:
+        if self._fruitless_deaths >= MOST_FRUITLESS_DEATHS and not dispensable:
             assert self.last_death is not None
             raise CrashLoop(
                 f"{self.name} died {self._fruitless_deaths} times in a row before it got to work, "
                 f"last: {self.last_death.line}"
             )
         self.restarts += 1
-        self.start()
+        again = self._fruitless_deaths - 1
+        pause = min(2.0**again, LONGEST_PAUSE) if dispensable and again > 0 else 0.0
+        self.start(pause)
+        return pause
 
     def kill(self) -> None:
         """End the process at once, if it is there."""

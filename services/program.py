@@ -1,15 +1,17 @@
 """The topology: what a run consists of, and how each process of it is started.
 
-The driver owns every actor and none is detached, so its end ends the run. Names carry the run's, because several
-runs may share a cluster.
+The driver owns every actor and none is detached, so its end ends the run. Names carry the run's, for people, and a
+nonce of this driver, because runs of one name may share a cluster: other stores know nothing of each other, and the
+actors of a driver that died live a while longer.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ from replay.types import ConfigurationError
 from services.config import RunConfig
 from services.endpoint import EndpointActor, ExperienceOffer, Offer, PolicyOffer
 from services.grpc_server import LOOPBACK, Listening, read_token, split_address
-from services.placement import NOWHERE_YET, Placement, place
+from services.placement import NOWHERE_YET, Placement, place, too_many
 from services.ray_session import LEAST_OBJECT_STORE
 
 _MOST_LEARNER_THREADS = 4
@@ -61,6 +63,7 @@ class Program:
         learner_threads: CPU threads of the learner; None takes those that the workers leave.
         placement: where processes go, once the cluster is known.
         listening: where the run serves its policy over gRPC; None for not at all.
+        nonce: in the names of this program's actors and of no other's.
     """
 
     run: str
@@ -79,6 +82,7 @@ class Program:
     learner_threads: int | None = None
     placement: Placement = NOWHERE_YET
     listening: Listening | None = None
+    nonce: str = field(default_factory=lambda: token_hex(4))
 
     def placed(self) -> Program:
         """Return this program with its places in the cluster that is joined.
@@ -92,6 +96,9 @@ class Program:
             cpus_per_actor=self.cpus_per_actor,
             may_grow="RAY_ADDRESS" in os.environ,
         )
+        refused = too_many(self.actors, self.cpus_per_actor)
+        if refused is not None:
+            raise ConfigurationError(refused)
         learner = replace(self.learner, on_gpu=placement.learner_gpus > 0)
         return replace(self, placement=placement, learner=learner)
 
@@ -172,16 +179,19 @@ class Program:
         return EvaluatorActor.remote(self.policy, run_seed=self.seed, threads=1)
 
     def start_endpoint(self, incarnation: int, port_before: int | None = None) -> Any:
-        """Start the endpoint, on the driver's node, and return its handle; `port_before` see `Endpoint`."""
+        """Start the endpoint, on the driver's node, and return its handle; `port_before` see `Endpoint.listen`."""
         assert self.listening is not None
         host, port = split_address(self.listening.address)
         listening, own_host = self.listening, ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         if host == _THIS_NODE:
             listening = replace(listening, address=f"{own_host}:{port}")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        return EndpointActor.options(scheduling_strategy=here).remote(
-            self._offers(), listening, known_as=own_host, incarnation=incarnation, threads=1, port_before=port_before
+        handle = EndpointActor.options(scheduling_strategy=here).remote(
+            self._offers(), incarnation=incarnation, threads=1
         )
+        # Not an argument above: those Ray keeps in the state of the cluster, and so would the token.
+        handle.listen.remote(listening, known_as=own_host, port_before=port_before)
+        return handle
 
     def _offers(self) -> list[Offer]:
         """What the endpoint offers."""
@@ -195,7 +205,7 @@ class Program:
         ]
 
     def _actor(self, role: str) -> RemoteActor:
-        return RemoteActor(f"{self.run}/{role}")
+        return RemoteActor(f"{self.run}-{self.nonce}/{role}")
 
     def _central(self, role: str) -> dict[str, Any]:
         return {"name": self._actor(role).name, "namespace": NAMESPACE, **self.placement.beside_the_learner()}

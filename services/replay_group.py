@@ -43,6 +43,7 @@ class ReplayGroup:
         self._highest_priority = 1.0
         self._read: Any = None
         self._draining: Any = None
+        self._finished = False
         common: dict[str, Any] = {"first_incarnation": first_incarnation, "report_method": "stats"}
         sharded = program.replay_shards > 1
         self.front = Process("desk" if sharded else "replay", 0, self._start_front, **common)
@@ -92,6 +93,12 @@ class ReplayGroup:
         """Do so for all senders numbered `first` and up, whose one process is gone."""
         if self.shards and self.front.handle is not None:
             self.front.handle.revoke_from.remote(first)
+
+    def finish(self) -> None:
+        """Accept no more experience, once: whoever waits to send some is told that the run is finished."""
+        if not self._finished and self.front.handle is not None:
+            self._finished = True
+            self.front.handle.finish.remote()
 
     def ask_for_episodes(self) -> None:
         """Ask for the episodes that ended, unless they are on their way."""

@@ -460,6 +460,29 @@ def test_a_server_that_says_wait_stops_the_loop(monkeypatch: pytest.MonkeyPatch)
         assert time.monotonic() - begun < 3.0
 
 
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_worker_that_leaves_sends_what_it_has_as_long_as_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, opens: bool
+) -> None:
+    monkeypatch.setattr(rollout, "_SECONDS_TO_SEND_THE_REST", 0.0)
+    spec = make_spec(lanes=2, length=4)
+    server = make_server(spec, samples_per_insert=1.0, minimum_size=8)
+    with theatre(default=LONG):
+        worker = make_worker(spec, Direct(server))
+    with running(worker) as end:
+        wait_until(lambda: "samples due" in str(worker.report().waiting_for))
+        wait_until(lambda: worker.report().env_steps == worker.report().steps_sent + 4 * 2 * 4)
+        worker.stop(20.0 if opens else 0.3)
+        time.sleep(0.4)
+        while opens and worker.report().last_word != "done":
+            server.sample(1, 1)
+            time.sleep(0.001)
+        report = end()
+    assert report.steps_sent == server.stats().counters.env_steps
+    assert report.steps_unsent == report.env_steps - report.steps_sent
+    assert (report.steps_unsent == 0) is opens
+
+
 def test_a_limiter_that_says_wait_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout, "_SECONDS_TO_SEND_THE_REST", 0.2)
     spec = make_spec(lanes=2, length=4)

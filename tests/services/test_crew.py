@@ -23,22 +23,48 @@ class Handle:
 def test_ranks_have_no_gaps_and_an_index_comes_back_as_another_incarnation() -> None:
     told: list[tuple[Any, ...]] = []
     crew = Crew(lambda index, incarnation, _: Handle(told, (index, incarnation)), first_incarnation=7)
-    for process in crew.scale(4)[0]:
-        process.start()
+    crew.scale(4)
+    crew.start_some(100)
     assert [entry for entry in told if entry[0] == "place"] == [("place", n, 7, n, 4) for n in range(4)]
     told.clear()
-    assert [process.index for process in crew.scale(1)[1]] == [3, 2, 1]
-    assert told == [("stop", 3, 7), ("stop", 2, 7), ("stop", 1, 7), ("place", 0, 7, 0, 1)]
+    crew.scale(1)
+    assert [process.index for process in crew.leaving] == [3, 2, 1]
+    assert told == [("stop", 3, 7, 8.0), ("stop", 2, 7, 8.0), ("stop", 1, 7, 8.0), ("place", 0, 7, 0, 1)]
     told.clear()
     # Those three are still leaving, so that new ones have other indices; and rungs of their own on a ladder of three.
-    joining, _ = crew.scale(3)
-    for process in joining:
-        process.start()
+    crew.scale(3)
+    crew.start_some(100)
     places = [entry for entry in told if entry[0] == "place"]
     assert places == [("place", 0, 7, 0, 3), ("place", 4, 7, 1, 3), ("place", 5, 7, 2, 3)]
     # An index whose holder has left comes back as an incarnation, and so with seeds, that there never was.
-    for process in crew.leaving:
-        process.done, process.handle, process.result = True, None, type("Report", (), {"steps_sent": 1234})
-    assert [word for _, word in crew.see_off()] == ["left, with everything sent: 1,234 steps"] * 3
-    again, _ = crew.scale(4)
-    assert [(process.index, process.incarnation + 1) for process in again] == [(1, 8)]
+    for process, unsent in zip(crew.leaving, (0, 0, 56), strict=True):
+        sums = {"steps_sent": 1234, "steps_unsent": unsent}
+        process.done, process.handle, process.result = True, None, type("Report", (), sums)
+    assert [word for _, word in crew.see_off()] == [
+        *["left, with everything sent: 1,234 steps"] * 2, "left, with 1,234 steps sent; 56 steps were not taken",
+    ]  # fmt: skip
+    crew.scale(4)
+    assert [(process.index, process.incarnation + 1) for process in crew.joining] == [(1, 8)]
+
+
+def test_many_are_started_a_few_at_a_time() -> None:
+    told: list[tuple[Any, ...]] = []
+    crew = Crew(lambda index, incarnation, _: Handle(told, (index, incarnation)), first_incarnation=0)
+    crew.scale(100)
+
+    def started() -> list[int]:
+        return [process.index for process in crew.workers if process.handle is not None]
+
+    assert started() == []
+    crew.start_some(6)
+    assert started() == [0, 1, 2, 3], "no more in one tick"
+    crew.start_some(6)
+    crew.start_some(6)
+    assert started() == [0, 1, 2, 3, 4, 5], "six are busy with their start"
+    crew.workers[0].report = crew.workers[4].report = object()
+    crew.workers[1].pending = "waits for room"
+    crew.start_some(6)
+    assert started() == list(range(9))
+    crew.scale(7)
+    assert [process.index for process in crew.leaving] == [8, 7], "who was not started does not have to leave"
+    assert not crew.joining

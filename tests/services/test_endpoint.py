@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
+from replay.types import ConfigurationError
+from services import program
 from services.client import SquallClient
+from services.config import resolve
 from services.endpoint import Endpoint, reachable
 from services.grpc_policy import PolicyService
-from services.grpc_server import Listening, split_address
+from services.grpc_server import TOKEN, Listening, split_address
 from tests.services.serving import policy_service
 
 
@@ -28,7 +36,8 @@ class Ready:
 
 def test_an_endpoint_serves_and_says_where() -> None:
     offer = Ready([])
-    with closing(Endpoint([offer], Listening(), incarnation=3)) as endpoint:
+    with closing(Endpoint([offer], incarnation=3)) as endpoint:
+        endpoint.listen(Listening())
         report = endpoint.report()
         assert report.services == ("squall.v1.Policy",)
         assert report.last_word == f"serves Policy on {report.address}"
@@ -39,13 +48,48 @@ def test_an_endpoint_serves_and_says_where() -> None:
         assert offer.made[0].served.step == 1234
 
 
+def listening(**options: Any) -> closing[Endpoint]:
+    endpoint = Endpoint([Ready([])])
+    endpoint.listen(Listening(), **options)
+    return closing(endpoint)
+
+
 def test_a_recreated_endpoint_listens_where_it_did_if_it_can() -> None:
-    with closing(Endpoint([Ready([])], Listening())) as endpoint:
+    with listening() as endpoint:
         before = endpoint.report().address
-        with closing(Endpoint([Ready([])], Listening(), port_before=split_address(before)[1])) as other:
+        port = split_address(before)[1]
+        with listening(port_before=port) as other:
             assert other.report().address != before, "its port is taken"
-    with closing(Endpoint([Ready([])], Listening(), port_before=split_address(before)[1])) as again:
+    with listening(port_before=port) as again:
         assert again.report().address == before
+
+
+def test_an_endpoint_that_cannot_listen_says_so_when_it_is_asked_how_it_goes() -> None:
+    with listening() as endpoint, closing(Endpoint([Ready([])])) as other:
+        for ask in (lambda: other.listen(Listening(endpoint.report().address)), other.report):
+            with pytest.raises(ConfigurationError, match="cannot listen on"):
+                ask()
+
+
+def test_a_token_is_not_among_what_the_cluster_keeps_of_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "0123456789abcdef-never-to-be-kept"
+    monkeypatch.setenv(TOKEN, token)
+    kept: list[Any] = []
+    told: list[Any] = []
+    actor = SimpleNamespace(listen=SimpleNamespace(remote=lambda *words, **options: told.extend(words)))
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        kept.append((arguments, options))
+        return actor
+
+    monkeypatch.setattr(program, "EndpointActor", SimpleNamespace(options=lambda **_: SimpleNamespace(remote=make)))
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.2.3")
+    context = SimpleNamespace(get_node_id=lambda: "ab" * 28)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    config, _ = resolve("dqn", "CartPole-v1", overrides={"serve": "auto"})
+    program.plan(config, "mine", Path("checkpoints")).start_endpoint(0)
+    assert token.encode() not in pickle.dumps(kept)
+    assert [listening.token for listening in told] == [token]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])

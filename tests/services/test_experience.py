@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import grpc
@@ -31,7 +32,7 @@ from replay.types import Array, ConfigurationError, DeadlineExceeded, InsertRepl
 from services import squall_pb2 as pb
 from services import squall_pb2_grpc, wire
 from services.config import resolve
-from services.endpoint import EndpointReport
+from services.endpoint import Endpoint, EndpointReport
 from services.experience_client import ExperienceClient, ExperienceSession
 from services.experience_service import FIRST_WORKER, ExperienceService, NoExperience
 from services.gateway import gateway_services
@@ -677,6 +678,36 @@ def test_a_finished_run_closes_sessions_and_takes_no_more() -> None:
         assert played.steps == here.env_steps >= 100
         again = client.play(gym.make("CartPole-v1"))
         assert (again.finished, again.steps) == (True, 0)
+
+
+def test_a_run_that_takes_no_more_ends_sessions_with_the_word_and_their_steps() -> None:
+    with station() as here, here.client() as client:
+        with client.open(VECTOR, TWO) as session:
+            session.reset(np.zeros(4, np.float32))
+            session.step(1.0, False, False, np.zeros(4, np.float32))
+            here.service.finish()
+            assert session.step(1.0, False, False, np.zeros(4, np.float32)) is None
+            assert session.finished
+        assert session.steps == here.env_steps == 2
+        late = client.play(gym.make("CartPole-v1"))
+        assert (late.finished, late.steps) == (True, 0)
+
+
+def test_an_endpoint_closes_once_sessions_have_sent_what_they_have() -> None:
+    spec = make_spec(CARTPOLE, "random", lanes=1, n_steps=2)
+    replay = Shared(make_server(spec))
+    service = make_service(spec, replay)
+    endpoint = Endpoint([SimpleNamespace(build=lambda incarnation: service)])
+    endpoint.listen(Listening())
+    outcome: list[Any] = []
+    with ExperienceClient(endpoint.report().address, answer_seconds=30.0) as client:
+        thread = threading.Thread(target=lambda: outcome.append(client.play(gym.make("CartPole-v1"))))
+        thread.start()
+        wait_for(lambda: service.steps > 50)
+        endpoint.close()
+        thread.join(30.0)
+    assert outcome[0].finished, "it is no error that the run ends"
+    assert outcome[0].steps == outcome[0].taken == replay.server.stats().counters.env_steps
 
 
 def test_exploration_follows_the_run_and_weights_are_the_newest() -> None:

@@ -12,7 +12,7 @@ import ray
 
 from replay.types import ConfigurationError
 from services.config import resolve
-from services.placement import NOWHERE_YET, Placement, cluster_cpus, no_room, place, spread
+from services.placement import NOWHERE_YET, Placement, cluster_cpus, no_room, place, spread, too_many
 from services.program import plan
 
 
@@ -62,6 +62,22 @@ def test_workers_are_spread_in_proportion_to_cpus() -> None:
     assert options == {"num_cpus": 1.0, "scheduling_strategy": "SPREAD"}
 
 
+def test_a_worker_is_placed_where_one_after_the_other_would_put_it() -> None:
+    cluster = [node("a", 8.0, head=True), node("b", 3.0), node("c", 64.0), node("d", 3.0), node("e", 1.0)]
+    cpus = {told["NodeID"]: told["Resources"]["CPU"] for told in cluster}
+    for home in ("a", "e", None):
+        busy = {name: 2.0 if name == home else 0.0 for name in cpus}
+        for worker in range(500):
+            chosen = min(sorted(cpus), key=lambda name: (busy[name] + 1.0) / cpus[name])
+            busy[chosen] += 1.0
+            assert spread(worker, cluster, home) == chosen, worker
+
+
+def test_a_far_worker_is_placed_as_fast_as_a_near_one() -> None:
+    # One step for each worker before it would take hours.
+    assert spread(10**9, [HEAD, ONE, TWO], "a") in ("a", "b", "c")
+
+
 def test_what_the_cluster_lacks_is_refused() -> None:
     gpu = (
         "learner_gpus is 1, and none of the cluster's 2 nodes has a GPU; add a node with one, or take --learner-gpus 0"
@@ -73,6 +89,24 @@ def test_what_the_cluster_lacks_is_refused() -> None:
     # Where nodes may join, it waits for them.
     empty = [node("a", 0.0, head=True)]
     assert place(empty, learner_gpus=None, cpus_per_actor=1.0, may_grow=True) == Placement(None, 0, 1.0)
+
+
+def test_memory_bounds_workers_that_take_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = {"CPU": 8.0, "memory": 4.0 * 2**30}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    assert too_many(13, 0.0) is None
+    words = "14 actors need about 4.1 GiB of memory, 300 MiB each, and the cluster has 4.0 GiB: 13 actors"
+    assert too_many(14, 0.0) == words
+    assert too_many(10_000, 1.0) is None, "they wait for CPUs"
+    del resources["memory"]
+    assert too_many(10_000, 0.0) is None, "nobody knows"
+
+
+def test_who_waits_for_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"GPU": 0.5})
+    assert no_room(1, "GPU") == "waits for room: it wants 1 GPU, and 0.5 of the cluster's 2 are free"
+    assert no_room(0, "GPU") is None
 
 
 @pytest.mark.ray

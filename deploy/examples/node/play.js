@@ -1,4 +1,4 @@
-// Plays CartPole in several environments at once for a Squall run, until the run has all its steps.
+// Plays CartPole in several environments at once for a Squall run, until the run takes no more.
 //
 //   node play.js --address 127.0.0.1:50051 --run dqn-CartPole-v1-1 --environments 8
 //

@@ -1,0 +1,140 @@
+"""The order of a run's end, and what a command to scale is answered; with stand-ins for all actors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from services import coordinator, processes, reception
+from services.config import resolve
+from services.coordinator import Coordinator
+from services.endpoint import EndpointReport
+from services.placement import WORKER_BYTES, Placement
+from services.processes import Death, Process
+from services.program import plan
+from services.progress import Watcher
+
+TOLD = EndpointReport(1, "here", "127.0.0.1:5", ("squall.v1.Experience",), "serves")
+
+
+class Actor:
+    """Remembers what it was told, as `handle.method.remote(...)`."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self._log, self._name = log, name
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *_: self._log.append(f"{self._name}.{method}"))
+
+
+class Notes(Watcher):
+    def __init__(self, log: list[str]) -> None:
+        self.log, self.events, self.last = log, [""], {"endpoints": None}
+
+    def snapshot(self, snapshot: dict[str, Any]) -> None:
+        self.last = snapshot
+
+    def event(self, kind: str, text: str) -> None:
+        self.events.append(text)
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Coordinator:
+    """A run that serves, of which only some actors are up."""
+    monkeypatch.setattr(coordinator, "RunMetrics", lambda run: SimpleNamespace(record=lambda *_: None))
+    monkeypatch.setattr(reception, "is_ready", lambda reference: True)
+    monkeypatch.setattr(processes.ray, "kill", lambda handle: None)
+    monkeypatch.setattr(Process, "start", lambda self, pause=0.0: None)
+    config, _ = resolve("dqn", "CartPole-v1", overrides={"serve": "auto"})
+    log: list[str] = []
+    made = Coordinator(plan(config, "mine", tmp_path), config, tmp_path, Notes(log))
+    for process in (made.learner, made.replay.front, *made.reception.processes):
+        process.handle = Actor(log, process.name)
+        monkeypatch.setattr(process, "poll", lambda process=process: setattr(process, "done", True))
+    made.reception.processes[0].report = TOLD
+    monkeypatch.setattr(made.replay, "last_words", lambda take_in: log.append("last words"))
+    monkeypatch.setattr(made.figures, "summary", lambda final: {})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("why", "order"),
+    [
+        ("steps", ["replay.finish", "endpoint.finish", "last words", "scored", "endpoint.close"]),
+        (
+            "return",
+            [
+                "learner.stop",
+                "last words",
+                "replay.finish",
+                "endpoint.finish",
+                "last words",
+                "scored",
+                "endpoint.close",
+            ],
+        ),
+        ("stopped", ["learner.stop", "endpoint.close", "replay.finish", "last words"]),
+    ],
+)
+def test_sessions_hear_of_the_end_and_the_endpoint_closes_in_order(
+    watched: Coordinator, monkeypatch: pytest.MonkeyPatch, why: str, order: list[str]
+) -> None:
+    watcher: Any = watched.watcher
+
+    def watch_over() -> None:
+        watched.learner.done = why == "steps"
+        watched.stopped_because = "stopped" if why == "stopped" else None
+
+    def score(tick: Any) -> None:
+        watcher.log.append("scored")
+        watched._snapshot()
+        assert [told["address"] for told in watcher.last["endpoints"]] == ["127.0.0.1:5"], "it serves on meanwhile"
+
+    monkeypatch.setattr(watched, "_watch_over", watch_over)
+    monkeypatch.setattr(watched.scoring, "finish", score)
+    assert watched.run()["stopped_because"] == why
+    assert watcher.log == order
+    assert watcher.last["endpoints"] == [], "nobody is sent to what is closed"
+
+
+def test_a_run_outlives_its_endpoint(watched: Coordinator) -> None:
+    watcher: Any = watched.watcher
+    endpoint = watched.reception.processes[0]
+    watched._state = "running"
+    for _ in range(8):
+        endpoint._bury(Death("failed to start: no such device"))
+        watched._recreate(endpoint, Death("failed to start: no such device"))
+    assert watcher.events[-1].startswith("endpoint is recreated in 60 s")
+
+
+def test_more_workers_than_memory_holds_are_refused_with_the_figures(
+    watched: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "memory": 20.0 * WORKER_BYTES})
+    answer = watched.staffing.scale_as_told(10_000)
+    assert answer["error"].startswith("10,000 actors need about 2,929.7 GiB of memory, 300 MiB each")
+    assert len(watched.crew.workers) == 2
+    assert watched.staffing.scale_as_told(20) == {"actors": 20, "before": 2}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "memory": 10.0 * WORKER_BYTES})
+    assert watched.staffing.scale_as_told(15) == {"actors": 15, "before": 20}, "fewer are never refused"
+
+
+def test_a_learner_that_waits_for_a_gpu_says_so(watched: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator, "no_room", lambda wanted, what="CPU": f"waits for room: {wanted:g} {what}")
+    watched.program = replace(watched.program, placement=Placement(learner_gpus=1))
+    watched._ask_for_reports()
+    assert watched.learner.describe()["last_word"] == "waits for room: 1 GPU"
+    assert watched.learner.state == "pending"
+
+
+def test_workers_start_a_few_a_tick(watched: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    watched.staffing.scale_as_told(20)
+    for left in (16, 12, 8, 4, 0, 0):
+        watched.staffing.start_some()
+        assert len(watched.crew.joining) == left
