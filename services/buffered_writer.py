@@ -13,6 +13,8 @@ from typing import Any
 from replay.types import SquallError
 from services.store import (
     Command,
+    ProcessIdentity,
+    RunAdopted,
     RunStore,
     StoreUnavailable,
     check_state,
@@ -33,7 +35,9 @@ class BufferedWriter:
     wait; beyond that the oldest metrics are dropped first, then the oldest events, and counted.
 
     Bad values raise at once, as in `RunStore`. What the store refuses for another reason (the run was
-    deleted) is dropped and counted, and the reason kept: training goes on.
+    deleted) is dropped and counted, and the reason kept: training goes on. Only when the run was adopted by
+    another coordinator it must not: all that waits is dropped, nothing more is written, and `check_owner` and
+    `pending_commands` raise.
 
     Attributes:
         name: the run.
@@ -46,12 +50,25 @@ class BufferedWriter:
         store: RunStore,
         name: str,
         *,
+        owner: ProcessIdentity | None = None,
         capacity: int = 10_000,
         patience_seconds: float = 0.25,
         retry_seconds: float = 1.0,
     ) -> None:
+        """Write for the run `name`; as its coordinator `owner`, or, if that is None, whoever has it.
+
+        Args:
+            store: opened once more, for this writer alone.
+            name: the run.
+            owner: what the run was registered or adopted with.
+            capacity: how many writes may wait.
+            patience_seconds: how long to wait for an answer.
+            retry_seconds: how long to leave a store alone that gave none.
+        """
         check_whole("a writer's capacity", capacity, least=1)
         self.name = name
+        self._owner = owner
+        self._adopted: RunAdopted | None = None
         self.problem: str | None = None
         self.dropped: Counter[str] = Counter()
         self._store = store.with_timeout(patience_seconds)
@@ -79,12 +96,14 @@ class BufferedWriter:
         """As `RunStore.write_snapshot`."""
         check_time("heartbeat", heartbeat)
         payload = plain_payload("snapshot", snapshot)
-        self._write("snapshot", partial(self._store.write_snapshot, self.name, payload, heartbeat))
+        call = partial(self._store.write_snapshot, self.name, payload, heartbeat, owner=self._owner)
+        self._write("snapshot", call)
 
     def update_state(self, state: str, stopped_because: str | None = None) -> None:
         """As `RunStore.update_state`."""
         check_state(state)
-        self._write("state", partial(self._store.update_state, self.name, state, stopped_because))
+        call = partial(self._store.update_state, self.name, state, stopped_because, owner=self._owner)
+        self._write("state", call)
 
     def add_event(self, kind: str, text: str, time: float) -> None:
         """As `RunStore.add_event`."""
@@ -102,12 +121,14 @@ class BufferedWriter:
         """As `RunStore.acknowledge`; from now on `pending_commands` leaves this command out."""
         payload = plain_payload("result", result)
         self._answered.add(id)
-        self._write("acknowledgement", partial(self._store.acknowledge, self.name, id, payload))
+        call = partial(self._store.acknowledge, self.name, id, payload, owner=self._owner)
+        self._write("acknowledgement", call)
 
     def pending_commands(self) -> list[Command]:
-        """Commands not acknowledged through this writer yet; none while the store is away."""
+        """Commands not acknowledged through this writer yet; none while the store is away. Raises `RunAdopted`."""
         with self._lock:
             self._deliver()
+            self.check_owner()
             if time.monotonic() < self._retry_at:
                 return []
             try:
@@ -116,6 +137,11 @@ class BufferedWriter:
                 self._failed(error)
                 return []
         return [command for command in commands if command.id not in self._answered]
+
+    def check_owner(self) -> None:
+        """Raise `RunAdopted` if a write has shown that another coordinator has the run."""
+        if self._adopted is not None:
+            raise self._adopted
 
     def flush(self, deadline_seconds: float) -> bool:
         """Try to deliver everything for up to `deadline_seconds`; return whether nothing waits any more."""
@@ -141,6 +167,8 @@ class BufferedWriter:
     def _write(self, kind: str, call: Callable[[], object]) -> None:
         with self._lock:
             self._queues[kind].append(call)
+            if self._adopted is not None:
+                self._drop_all()
             while self.waiting - len(self._queues["snapshot"]) > self._capacity:
                 oldest = next(kind for kind in ("metrics", "event", "state", "acknowledgement") if self._queues[kind])
                 self._queues[oldest].popleft()
@@ -161,10 +189,19 @@ class BufferedWriter:
                 except StoreUnavailable as error:
                     self._failed(error)
                     return
+                except RunAdopted as error:
+                    self._adopted, self.problem = error, str(error)
+                    self._drop_all()
+                    return
                 except SquallError as error:
                     self.dropped[kind] += 1
                     self.problem = str(error)
                 queue.popleft()
+
+    def _drop_all(self) -> None:
+        for kind in [kind for kind, queue in self._queues.items() if queue]:
+            self.dropped[kind] += len(self._queues[kind])
+            self._queues[kind].clear()
 
     def _failed(self, error: SquallError) -> None:
         self.problem = str(error)

@@ -33,6 +33,7 @@ from services.store import (
     HISTORY,
     LOST_AFTER,
     NotStorable,
+    RunAdopted,
     RunIsLive,
     RunIsNotLive,
     RunNameInUse,
@@ -323,6 +324,31 @@ def test_a_lost_run_is_adopted_and_a_live_one_is_not(store: RunStore) -> None:
     store.adopt("pong-1", *this_process())
     with pytest.raises(RunIsLive, match="is starting"):
         store.adopt("pong-1", *this_process())
+
+
+def test_a_coordinator_that_was_thought_lost_cannot_write_into_an_adopted_run(store: RunStore) -> None:
+    before = elsewhere()
+    store.register(before)
+    sent = store.send_command("pong-1", "stop", {})
+    writes: list[Callable[..., None]] = [
+        lambda owner: store.write_snapshot("pong-1", {"by": owner.host}, time.time(), owner=owner),
+        lambda owner: store.update_state("pong-1", "running", "it goes on", owner=owner),
+        lambda owner: store.acknowledge("pong-1", sent, {"by": owner.host}, owner=owner),
+    ]
+    writes[0](before.owner)
+    store.write_snapshot("pong-1", {"n": 1}, ago(LOST_AFTER + 5), owner=before.owner)
+    adopted = store.adopt("pong-1", *this_process())
+    assert adopted.owner == this_process()
+    others = [before.owner, adopted.owner._replace(pid=1), adopted.owner._replace(pid_started=1.5)]
+    for write in writes:
+        for other in others:
+            with pytest.raises(RunAdopted, match=rf"'pong-1' was resumed by process {os.getpid()} on {adopted.host}"):
+                write(other)
+    assert (store.get("pong-1"), store.read_snapshot("pong-1")) == (adopted, {"n": 1})
+    assert "resumed" in (store.command_result("pong-1", sent) or {})["error"]
+    for write in writes:
+        write(adopted.owner)
+    assert (store.get("pong-1").state, store.read_snapshot("pong-1")) == ("running", {"by": adopted.host})
 
 
 def test_a_stuck_process_keeps_its_run(store: RunStore) -> None:
@@ -916,11 +942,34 @@ def test_what_the_store_refuses_is_counted_and_stops_nothing(store: RunStore) ->
     assert writer.close()
 
 
+def test_a_writer_whose_run_was_adopted_meanwhile_drops_what_it_has_and_says_so(
+    backend: Backend, store: RunStore
+) -> None:
+    before = elsewhere(heartbeat=ago(60))
+    store.register(before)
+    writer = BufferedWriter(store, "pong-1", owner=before.owner, retry_seconds=0)
+    with backend.outage():
+        write_everything(writer, 1)
+        writer.update_state("stopping")
+        assert writer.pending_commands() == []
+        writer.check_owner()
+    adopted = store.adopt("pong-1", *this_process())
+    store.send_command("pong-1", "stop", {})
+    for call in (writer.pending_commands, writer.check_owner):
+        with pytest.raises(RunAdopted, match="goes on there"):
+            call()
+    write_everything(writer, 2)
+    assert (writer.waiting, writer.dropped) == (0, {"snapshot": 2, "event": 2, "metrics": 2, "state": 1})
+    assert writer.close()
+    assert (store.get("pong-1"), store.read_snapshot("pong-1")) == (adopted, None)
+    assert (store.events("pong-1"), store.metrics("pong-1")) == ([], [])
+
+
 # SQLite
 
 
 def test_every_error_is_a_squall_error(store: RunStore) -> None:
-    for kind in (RunNameInUse, UnknownRun, UnknownCommand, RunIsLive, RunIsNotLive, NotStorable):
+    for kind in (RunNameInUse, UnknownRun, UnknownCommand, RunIsLive, RunIsNotLive, RunAdopted, NotStorable):
         assert issubclass(kind, SquallError)
     for kind in (StoreUnavailable, StoreIncompatible, StoreTimeout):
         assert issubclass(kind, SquallError)
