@@ -25,6 +25,10 @@ from services.store import (
     plain_payload,
 )
 
+AWAY_SECONDS = 60.0
+"""How long a run that has ended waits for a store that is away."""
+_SECONDS_UNTIL_TOLD = 2.0
+
 
 class BufferedWriter:
     """Writes one run's word to a store; while the store is away, keeps it and catches up later.
@@ -143,8 +147,13 @@ class BufferedWriter:
         if self._adopted is not None:
             raise self._adopted
 
-    def flush(self, deadline_seconds: float) -> bool:
-        """Try to deliver everything for up to `deadline_seconds`; return whether nothing waits any more."""
+    @property
+    def undelivered(self) -> Counter[str]:
+        """What has not reached the store, by kind: what waits and what was dropped."""
+        return self.dropped + Counter({kind: len(queue) for kind, queue in self._queues.items()})
+
+    def flush(self, deadline_seconds: float, given_up: Callable[[], bool] = lambda: False) -> bool:
+        """Try to deliver everything for up to `deadline_seconds`, or until `given_up`; return whether nothing waits."""
         deadline = time.monotonic() + deadline_seconds
         while True:
             with self._lock:
@@ -153,13 +162,28 @@ class BufferedWriter:
                 if not self.waiting:
                     return True
             remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            if remaining <= 0 or given_up():
                 return False
             if self.problem is not None:
                 time.sleep(min(0.05, remaining))
 
+    def hand_in(self, given_up: Callable[[], bool], tell: Callable[[str], object]) -> None:
+        """Deliver the run's last word and let go of the store; one that is away is waited for, until `given_up`.
+
+        `tell` is called with what is waited for, and at the end with what the store never got.
+        """
+        if not self.flush(_SECONDS_UNTIL_TOLD, given_up):
+            tell(f"waiting up to {AWAY_SECONDS:.0f} s for the run store, Ctrl-C ends it: {self.problem}")
+            self.flush(AWAY_SECONDS, given_up)
+        self.close(0.0)
+        if self.undelivered and self._adopted is None:
+            lost = ", ".join(f"{count:,} x {kind}" for kind, count in self.undelivered.items())
+            reads = f"; run {self.name} will read lost there" if self.undelivered["state"] else ""
+            why = f": {self.problem}" if self.problem else ""
+            tell(f"not delivered to the run store: {lost}{reads}{why}")
+
     def close(self, deadline_seconds: float = 2.0) -> bool:
-        """`flush`, then let go of the store; what still waits is lost, and the answer False."""
+        """`flush`, then let go of the store; what still waits is lost (see `undelivered`), and the answer False."""
         delivered = self.flush(deadline_seconds)
         self._store.close()
         return delivered

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,9 @@ def _supervise(
             raise
         finally:
             watcher.close()
-            writer.close()
+            signals.forget()
+            writer.hand_in(lambda: signals.wanted is not None, partial(display.event, "store"))
+        writer.check_owner()
     return summary
 
 

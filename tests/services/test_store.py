@@ -28,6 +28,7 @@ from replay.types import ConfigurationError, SquallError
 from services.buffered_writer import BufferedWriter
 from services.home import open_store
 from services.redis_store import RedisRunStore
+from services.signals import StopSignals
 from services.sqlite_store import SQLiteRunStore
 from services.store import (
     HISTORY,
@@ -963,6 +964,40 @@ def test_a_writer_whose_run_was_adopted_meanwhile_drops_what_it_has_and_says_so(
     assert writer.close()
     assert (store.get("pong-1"), store.read_snapshot("pong-1")) == (adopted, None)
     assert (store.events("pong-1"), store.metrics("pong-1")) == ([], [])
+
+
+def test_at_the_end_a_store_that_is_away_is_waited_for(backend: Backend, store: RunStore) -> None:
+    store.register(record())
+    writer = BufferedWriter(store, "pong-1", retry_seconds=0)
+    told: list[str] = []
+    with ThreadPoolExecutor(1) as thread:
+        with backend.outage():
+            writer.update_state("finished", "steps")
+            handing_in = thread.submit(writer.hand_in, lambda: False, told.append)
+            end = time.monotonic() + 30
+            while not told and not handing_in.done():
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        handing_in.result(timeout=30)
+    assert [text.partition(",")[0] for text in told] == ["waiting up to 60 s for the run store"]
+    assert (store.get("pong-1").state, store.get("pong-1").stopped_because) == ("finished", "steps")
+
+
+def test_a_signal_ends_the_wait_for_the_store_and_what_it_never_got_is_told(backend: Backend, store: RunStore) -> None:
+    store.register(record())
+    writer = BufferedWriter(store, "pong-1", retry_seconds=0)
+    told: list[str] = []
+    with backend.outage(), StopSignals(lambda: pytest.fail("it was a first wish")) as signals:
+        signal.raise_signal(signal.SIGINT)  # which ended the run
+        writer.update_state("finished", signals.wanted)
+        writer.add_event("end", "", 1.0)
+        signals.forget()
+        threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,)).start()
+        started = time.monotonic()
+        writer.hand_in(lambda: signals.wanted is not None, told.append)
+        assert time.monotonic() - started < 30
+    assert re.match("not delivered .*: 1 x event, 1 x state; run pong-1 will read lost there: run store", told[-1])
+    assert store.get("pong-1").state == "running"
 
 
 # SQLite
