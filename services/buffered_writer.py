@@ -28,15 +28,17 @@ from services.store import (
 AWAY_SECONDS = 60.0
 """How long a run that has ended waits for a store that is away."""
 _SECONDS_UNTIL_TOLD = 2.0
+_SECONDS_TO_CATCH_UP = 0.25
 
 
 class BufferedWriter:
     """Writes one run's word to a store; while the store is away, keeps it and catches up later.
 
     No call raises `StoreUnavailable`, and none but `flush` and `close` takes much longer than twice
-    `patience_seconds`. There is no thread: each call also delivers what had to wait, `retry_seconds` after
-    the last failure at the earliest. Of snapshots only the newest waits. Of the rest at most `capacity`
-    wait; beyond that the oldest metrics are dropped first, then the oldest events, and counted.
+    `patience_seconds`, which a far store with TLS needs. There is no thread: each call also delivers, for a
+    quarter of a second, what had to wait, `retry_seconds` after the last failure at the earliest. Of snapshots
+    only the newest waits. Of the rest at most `capacity` wait; beyond that the oldest metrics are dropped first,
+    then the oldest events, and counted.
 
     Bad values raise at once, as in `RunStore`. What the store refuses for another reason (the run was
     deleted) is dropped and counted, and the reason kept: training goes on. Only when the run was adopted by
@@ -56,8 +58,8 @@ class BufferedWriter:
         *,
         owner: ProcessIdentity | None = None,
         capacity: int = 10_000,
-        patience_seconds: float = 0.25,
-        retry_seconds: float = 1.0,
+        patience_seconds: float = 1.0,
+        retry_seconds: float = 2.0,
     ) -> None:
         """Write for the run `name`; as its coordinator `owner`, or, if that is None, whoever has it.
 
@@ -66,7 +68,7 @@ class BufferedWriter:
             name: the run.
             owner: what the run was registered or adopted with.
             capacity: how many writes may wait.
-            patience_seconds: how long to wait for an answer.
+            patience_seconds: how long to wait for a connection, and for an answer.
             retry_seconds: how long to leave a store alone that gave none.
         """
         check_whole("a writer's capacity", capacity, least=1)
@@ -77,7 +79,6 @@ class BufferedWriter:
         self.dropped: Counter[str] = Counter()
         self._store = store.with_timeout(patience_seconds)
         self._capacity = capacity
-        self._patience = patience_seconds
         self._retry = retry_seconds
         self._retry_at = -math.inf
         self._lock = threading.Lock()
@@ -205,7 +206,7 @@ class BufferedWriter:
             return
         for kind, queue in self._queues.items():
             while queue:
-                if time.monotonic() - now > self._patience:
+                if time.monotonic() - now > _SECONDS_TO_CATCH_UP:
                     return
                 try:
                     queue[0]()

@@ -42,6 +42,7 @@ HISTORY = 10_000
 """Rows of metrics, of events and of commands that are kept for one run; the oldest go first."""
 
 _LONGEST_TEXT = 20_000
+_LOOK_SECONDS = 2.0
 # psutil reckons a process's start from the boot time, which is in whole seconds and may wander by one.
 _START_TOLERANCE = 2.0
 
@@ -462,12 +463,13 @@ class RunStore(ABC):
         """Wait for a command's answer and return it; a store that is away meanwhile is waited for too.
 
         Raises:
-            StoreTimeout: no answer within `deadline_seconds`; the text says what was waited for.
+            StoreTimeout: no answer within `deadline_seconds`, or seconds more where the store is silent; the text
+                says what was waited for.
             UnknownCommand: there is no such command.
         """
         deadline = time.monotonic() + deadline_seconds
         waited_for = f"command {id}"
-        with self.with_timeout(0.25) as store:
+        with self.with_timeout(_LOOK_SECONDS) as store:
             while True:
                 try:
                     result = store.command_result(name, id)

@@ -805,7 +805,7 @@ def test_options_that_cannot_work_are_refused(backend: Backend, options: dict[st
 @pytest.fixture
 def writer(store: RunStore) -> Iterator[BufferedWriter]:
     store.register(record())
-    made = BufferedWriter(store, "pong-1", retry_seconds=0.1)
+    made = BufferedWriter(store, "pong-1", patience_seconds=0.25, retry_seconds=0.1)
     yield made
     made.close(deadline_seconds=0)
 
