@@ -52,18 +52,21 @@ class ShardedReplayClient(ReplayClient):
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
         """See `ReplayClient.insert`."""
-        who = push.worker, push.incarnation
-        admitted: AdmitReply | None = self._until_served("admit", *who, push.sequence, push.steps, stop=stop)
+        which, reply = (push.worker, push.incarnation, push.sequence), None
+        try:
+            reply = self._insert(push, self._until_served("admit", *which, push.steps, stop=stop), stop)
+            return reply
+        finally:
+            if reply is None:  # it may be admitted, and will not come
+                with contextlib.suppress(DeadlineExceeded):
+                    self._actor.call("revoke", *which, seconds=_SECONDS_TO_TAKE_BACK)
+
+    def _insert(self, push: Push, admitted: AdmitReply | None, stop: threading.Event | None) -> InsertReply | None:
         if admitted is None:
             return None
         if admitted.finished or admitted.repeated:
             return InsertReply(admitted.env_steps, finished=admitted.finished, repeated=admitted.repeated)
-        try:
-            accepted = self._send(push, admitted, stop)
-        except Exception:
-            with contextlib.suppress(DeadlineExceeded):
-                self._actor.call("revoke", *who, seconds=_SECONDS_TO_TAKE_BACK)
-            raise
+        accepted = self._send(push, admitted, stop)
         return None if accepted is None else InsertReply(admitted.env_steps, accepted=accepted, repeated=not accepted)
 
     def _send(self, push: Push, admitted: AdmitReply, stop: threading.Event | None) -> bool | None:

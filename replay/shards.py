@@ -69,6 +69,8 @@ class ReplayDesk:
         self._held: dict[int, Holding] = {}
         self._lost: dict[int, int] = {}
         self._admitted: dict[int, tuple[int, int, int]] = {}
+        self._gone: dict[int, int] = {}
+        self._gone_from = (0, -1)
         self._heard_all = False
 
     @property
@@ -102,7 +104,7 @@ class ReplayDesk:
         caller, push = f"worker-{worker}", (incarnation, sequence, steps)
         if self._has_enough():
             return self._reply(caller, finished=True)
-        if self._desk.has_seen(Push(worker, incarnation, sequence)):
+        if self._is_gone(worker, incarnation) or self._desk.has_seen(Push(worker, incarnation, sequence)):
             return self._reply(caller, repeated=True)
         if steps > self.spec.largest_push:
             raise ValueError(f"a push holds at most {self.spec.largest_push} transitions, got {steps}")
@@ -127,14 +129,23 @@ class ReplayDesk:
         self._desk.note(caller, answer.get("wait"))
         return AdmitReply(env_steps=self._counters.env_steps, **answer)
 
-    def revoke(self, worker: int, incarnation: int) -> None:
-        """Set nothing aside any more for a worker that is gone, or whose push was refused."""
-        if worker in self._admitted and self._admitted[worker][0] <= incarnation:
+    def revoke(self, worker: int, incarnation: int, sequence: int | None = None) -> None:
+        """Set nothing aside any more for a push that will not come, or, without `sequence`, a worker that is gone."""
+        if sequence is None:
+            self._gone[worker] = max(incarnation, self._gone.get(worker, -1))
+        admitted = self._admitted.get(worker)
+        if admitted is not None and admitted[:2] <= (incarnation, np.inf if sequence is None else sequence):
             del self._admitted[worker]
 
-    def revoke_from(self, first: int) -> None:
-        """Set nothing aside any more for workers numbered `first` and up: the process that sent for them is gone."""
-        self._admitted = {worker: push for worker, push in self._admitted.items() if worker < first}
+    def revoke_from(self, first: int, incarnation: int) -> None:
+        """Do so for workers numbered `first` and up: the process that sent for them is gone."""
+        self._gone_from = first, max(incarnation, self._gone_from[1])
+        self._admitted = {worker: push for worker, push in self._admitted.items() if not self._is_gone(worker, push[0])}
+
+    def _is_gone(self, worker: int, incarnation: int) -> bool:
+        """Return whether a worker's call was under way when it died; what it asks for will not come."""
+        first, last = self._gone_from
+        return incarnation <= self._gone.get(worker, -1) or (worker >= first and incarnation <= last)
 
     # Shards.
 

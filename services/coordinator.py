@@ -22,7 +22,7 @@ from replay.trajectory_server import QueueSpec
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
 from services.crew import Crew
-from services.experience_service import FIRST_WORKER
+from services.experience_service import FIRST_WORKER, last_session
 from services.figures import Figures
 from services.grpc_server import split_address
 from services.metrics import RunMetrics
@@ -289,7 +289,7 @@ class Coordinator:
         if process in self.endpoints:
             if process.report is not None:  # whoever knows its address shall find the next one there
                 self._endpoint_port = split_address(process.report.address)[1]
-            self.replay.take_back_from(FIRST_WORKER)
+            self.replay.take_back_from(FIRST_WORKER, last_session(process.incarnation))
         if process in (self.learner, self.evaluator):
             self.scoring.give_up()
         if process in self.crew.workers:

@@ -88,10 +88,10 @@ class ReplayGroup:
         if (self.shards or isinstance(self._program.replay, QueueSpec)) and self.front.handle is not None:
             self.front.handle.revoke.remote(worker.index, worker.incarnation)
 
-    def take_back_from(self, first: int) -> None:
-        """Do so for all senders numbered `first` and up, whose one process is gone."""
+    def take_back_from(self, first: int, incarnation: int) -> None:
+        """Do so for all senders numbered `first` and up, to this incarnation of theirs; their one process is gone."""
         if self.shards and self.front.handle is not None:
-            self.front.handle.revoke_from.remote(first)
+            self.front.handle.revoke_from.remote(first, incarnation)
 
     def ask_for_episodes(self) -> None:
         """Ask for the episodes that ended, unless they are on their way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replay.server import Counters, ReplaySpec
-from replay.sharded_client import assemble
+from replay.sharded_client import ShardedReplayClient, assemble
 from replay.shards import ReplayDesk, ReplayShard, add_up
 from replay.table import TableSpec, shards_of
 from replay.types import (
@@ -235,8 +236,23 @@ def test_what_a_dead_worker_was_admitted_with_is_given_back() -> None:
     assert whole.desk.admit(1, 0, 0, 8).shards
     assert "of 8 would leave 32 samples due" in (whole.insert(whole.push()) or "")
     whole.desk.revoke(1, 0)
+    # A call of the dead one that is served only now sets nothing aside.
+    assert whole.desk.admit(1, 0, 1, 8).repeated
     assert whole.insert(Push(0, 0, 2, (make_segment(LAYOUT, 8),))) is None
     assert whole.desk.stats().waiting == {}
+    whole.sample(4, 4)
+    assert whole.desk.admit(1, 1, 0, 8).shards
+
+
+def test_a_push_that_will_not_come_is_given_back_and_the_next_is_admitted() -> None:
+    whole = Whole(SPEC)
+    for _ in range(2):
+        assert whole.insert(whole.push()) is None
+    assert whole.desk.admit(1, 0, 5, 8).shards
+    whole.desk.revoke(1, 0, 4)
+    assert "of 8 would leave 32 samples due" in (whole.insert(whole.push()) or "")
+    whole.desk.revoke(1, 0, 5)
+    assert whole.desk.admit(1, 0, 6, 8).shards
 
 
 def test_what_was_admitted_for_a_process_of_many_senders_is_given_back_together() -> None:
@@ -244,10 +260,42 @@ def test_what_was_admitted_for_a_process_of_many_senders_is_given_back_together(
     for _ in range(2):
         assert whole.insert(whole.push()) is None
     assert whole.desk.admit(1_000_007, 0, 0, 8).shards
-    whole.desk.revoke_from(1_000_008)
+    whole.desk.revoke_from(1_000_008, 4)
     assert "of 8 would leave 32 samples due" in (whole.insert(whole.push()) or "")
-    whole.desk.revoke_from(1_000_000)
+    whole.desk.revoke_from(1_000_000, 4)
+    # Calls of that process that are served only now set nothing aside.
+    assert whole.desk.admit(1_000_001, 4, 0, 8).repeated
     assert whole.insert(Push(0, 0, 2, (make_segment(LAYOUT, 8),))) is None
+    whole.sample(4, 4)
+    assert whole.desk.admit(1_000_001, 5, 0, 8).shards
+
+
+class Here:
+    """Stands in for a `RemoteActor`: an object of this process, or if it is None nobody."""
+
+    def __init__(self, actor: object | None) -> None:
+        self.actor = actor
+
+    def call(self, method: str, *arguments: object, **_: object) -> object:
+        return getattr(self.actor, method)(*arguments)
+
+    def later(self, method: str, *arguments: object) -> object:
+        if self.actor is None:
+            raise ValueError("no such actor")
+        return self.call(method, *arguments)
+
+    def forget(self) -> None:
+        pass
+
+
+def test_what_a_stopped_worker_was_admitted_with_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replay.sharded_client.ray.put", lambda push: push)
+    whole = Whole(SPEC, 2, max_env_steps=8)
+    client = ShardedReplayClient(Here(whole.desk), [Here(None), Here(None)])  # type: ignore[arg-type, list-item]
+    stop = threading.Event()
+    stop.set()
+    assert client.insert(whole.push(), stop=stop) is None
+    assert whole.desk.admit(1, 0, 0, 8).wait is None
 
 
 def test_a_push_that_does_not_fit_is_refused_whole() -> None:
