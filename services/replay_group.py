@@ -40,6 +40,7 @@ class ReplayGroup:
         """
         self._program, self._counters, self._version = program, counters, version
         self._carried = counters()
+        self._counted: tuple[tuple[int, int, int], ...] = ()
         self._highest_priority = 1.0
         self._read: Any = None
         self._draining: Any = None
@@ -49,8 +50,9 @@ class ReplayGroup:
         self.shards = [self._shard(shard, common) for shard in range(program.replay_shards if sharded else 0)]
 
     def _start_front(self, incarnation: int) -> Any:
-        start = self._program.start_desk if self.shards else self._program.start_replay
-        return start(incarnation, self._carried, self._highest_priority, self._version())
+        if self.shards:
+            return self._program.start_desk(incarnation, self._carried, self._highest_priority, self._counted)
+        return self._program.start_replay(incarnation, self._carried, self._highest_priority, self._version())
 
     def _shard(self, shard: int, common: dict[str, Any]) -> Process:
         def start(incarnation: int) -> Any:
@@ -107,6 +109,7 @@ class ReplayGroup:
         if self.shards:
             stats = add_up(stats, [shard.report for shard in self.shards if shard.report is not None])
         if isinstance(stats, ReplayStats):
+            self._counted = stats.counted
             self._highest_priority = max(self._highest_priority, stats.highest_priority)
         told: ReplayStats | QueueStats = stats
         return told
