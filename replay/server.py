@@ -127,6 +127,7 @@ class ReplayStats:
         pid: of the server's process.
         node: host it runs on.
         resident_bytes: resident memory of the server's process.
+        counted: of a replay in shards the `Holding.inserted` that are in the counters, as (shard, incarnation, steps).
     """
 
     counters: Counters
@@ -143,6 +144,7 @@ class ReplayStats:
     pid: int
     node: str
     resident_bytes: int
+    counted: tuple[tuple[int, int, int], ...] = ()
 
 
 class ReplayServer:

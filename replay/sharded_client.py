@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,18 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError
 from replay.remote import GONE, RemoteActor, fetch, is_ready
 from replay.server import ReplayClient
 from replay.table import shards_of
-from replay.types import AdmitReply, Array, Batch, DeadlineExceeded, InsertReply, Places, PlacesReply, Push, SampleReply
+from replay.types import (
+    AdmitReply,
+    Array,
+    Batch,
+    DeadlineExceeded,
+    Holding,
+    InsertReply,
+    Places,
+    PlacesReply,
+    Push,
+    SampleReply,
+)
 
 _PAUSE = 0.05
 _SECONDS_FOR_A_DRAW = 1.0
@@ -23,23 +35,33 @@ _SECONDS_TO_TAKE_BACK = 5.0
 
 
 class Teller:
-    """Calls a desk in another process without waiting; a desk that is gone is told again once it is back."""
+    """Calls a desk in another process without waiting; what a desk did not answer is told again, to the next."""
 
     def __init__(self, actor: RemoteActor) -> None:
         """Hold the desk's name."""
         self._actor = actor
-        self._told: Any = None
+        self._told: deque[tuple[tuple[Any, ...], Any]] = deque()
+        self._untold: deque[tuple[Any, ...]] = deque()
 
-    def settle(self, *word: Any) -> None:
+    def settle(self, shard: int, holding: Holding, *push: Push) -> None:
         """See `ReplayDesk.settle`."""
-        try:
-            # A dead actor's handle takes calls without a word; only their answers tell.
-            if self._told is not None and is_ready(self._told):
-                fetch(self._told, 1.0)
-            self._told = self._actor.later("settle", *word)
-        except (*GONE, ValueError):
-            self._actor.forget()
-            self._told = None
+        # What a shard holds is in its next word too; pushes are not.
+        self._untold = deque(word for word in self._untold if word[2:])
+        self._untold.append((shard, holding, *push))
+        for _ in range(2):
+            try:
+                # A dead actor's handle takes calls without a word; only their answers tell.
+                while self._told and is_ready(self._told[0][1]):
+                    fetch(self._told[0][1], 1.0)
+                    self._told.popleft()
+                while self._untold:
+                    self._told.append((self._untold[0], self._actor.later("settle", *self._untold[0])))
+                    self._untold.popleft()
+                return
+            except (*GONE, ValueError):
+                self._actor.forget()
+                self._untold.extendleft(word for word, _ in reversed(self._told))
+                self._told.clear()
 
 
 class ShardedReplayClient(ReplayClient):
@@ -52,18 +74,21 @@ class ShardedReplayClient(ReplayClient):
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
         """See `ReplayClient.insert`."""
-        who = push.worker, push.incarnation
-        admitted: AdmitReply | None = self._until_served("admit", *who, push.sequence, push.steps, stop=stop)
+        which, reply = (push.worker, push.incarnation, push.sequence), None
+        try:
+            reply = self._insert(push, self._until_served("admit", *which, push.steps, stop=stop), stop)
+            return reply
+        finally:
+            if reply is None:  # it may be admitted, and will not come
+                with contextlib.suppress(DeadlineExceeded):
+                    self._actor.call("revoke", *which, seconds=_SECONDS_TO_TAKE_BACK)
+
+    def _insert(self, push: Push, admitted: AdmitReply | None, stop: threading.Event | None) -> InsertReply | None:
         if admitted is None:
             return None
         if admitted.finished or admitted.repeated:
             return InsertReply(admitted.env_steps, finished=admitted.finished, repeated=admitted.repeated)
-        try:
-            accepted = self._send(push, admitted, stop)
-        except Exception:
-            with contextlib.suppress(DeadlineExceeded):
-                self._actor.call("revoke", *who, seconds=_SECONDS_TO_TAKE_BACK)
-            raise
+        accepted = self._send(push, admitted, stop)
         return None if accepted is None else InsertReply(admitted.env_steps, accepted=accepted, repeated=not accepted)
 
     def _send(self, push: Push, admitted: AdmitReply, stop: threading.Event | None) -> bool | None:

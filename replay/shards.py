@@ -46,6 +46,7 @@ class ReplayDesk:
         carried: Counters | None = None,
         highest_priority: float = 1.0,
         max_env_steps: int | None = None,
+        counted: Sequence[tuple[int, int, int]] = (),
     ) -> None:
         """Wait for word from the shards.
 
@@ -57,6 +58,7 @@ class ReplayDesk:
             carried: see `ReplayServer`.
             highest_priority: see `ReplayServer`.
             max_env_steps: see `ReplayServer`.
+            counted: what of the shards' steps is in `carried`, see `ReplayStats`; the rest is added when they speak.
         """
         self.spec, self._shards = spec, shards
         self._rng = np.random.default_rng(spawn_seed(run_seed, "replay-desk", 0, incarnation))
@@ -66,9 +68,12 @@ class ReplayDesk:
         self._highest_priority = highest_priority
         self._max_env_steps = max_env_steps
         self._desk = Desk()
+        self._counted = {(shard, of): steps for shard, of, steps in counted}
         self._held: dict[int, Holding] = {}
         self._lost: dict[int, int] = {}
         self._admitted: dict[int, tuple[int, int, int]] = {}
+        self._gone: dict[int, int] = {}
+        self._gone_from = (0, -1)
         self._heard_all = False
 
     @property
@@ -102,7 +107,7 @@ class ReplayDesk:
         caller, push = f"worker-{worker}", (incarnation, sequence, steps)
         if self._has_enough():
             return self._reply(caller, finished=True)
-        if self._desk.has_seen(Push(worker, incarnation, sequence)):
+        if self._is_gone(worker, incarnation) or self._desk.has_seen(Push(worker, incarnation, sequence)):
             return self._reply(caller, repeated=True)
         if steps > self.spec.largest_push:
             raise ValueError(f"a push holds at most {self.spec.largest_push} transitions, got {steps}")
@@ -127,28 +132,49 @@ class ReplayDesk:
         self._desk.note(caller, answer.get("wait"))
         return AdmitReply(env_steps=self._counters.env_steps, **answer)
 
-    def revoke(self, worker: int, incarnation: int) -> None:
-        """Set nothing aside any more for a worker that is gone, or whose push was refused."""
-        if worker in self._admitted and self._admitted[worker][0] <= incarnation:
+    def revoke(self, worker: int, incarnation: int, sequence: int | None = None) -> None:
+        """Set nothing aside any more for a push that will not come, or, without `sequence`, a worker that is gone."""
+        if sequence is None:
+            self._gone[worker] = max(incarnation, self._gone.get(worker, -1))
+        admitted = self._admitted.get(worker)
+        if admitted is not None and admitted[:2] <= (incarnation, np.inf if sequence is None else sequence):
             del self._admitted[worker]
 
-    def revoke_from(self, first: int) -> None:
-        """Set nothing aside any more for workers numbered `first` and up: the process that sent for them is gone."""
-        self._admitted = {worker: push for worker, push in self._admitted.items() if worker < first}
+    def revoke_from(self, first: int, incarnation: int) -> None:
+        """Do so for workers numbered `first` and up: the process that sent for them is gone."""
+        self._gone_from = first, max(incarnation, self._gone_from[1])
+        self._admitted = {worker: push for worker, push in self._admitted.items() if not self._is_gone(worker, push[0])}
+
+    def _is_gone(self, worker: int, incarnation: int) -> bool:
+        """Return whether a worker's call was under way when it died; what it asks for will not come."""
+        first, last = self._gone_from
+        return incarnation <= self._gone.get(worker, -1) or (worker >= first and incarnation <= last)
 
     # Shards.
 
-    def settle(self, shard: int, holding: Holding, push: Push | None = None, steps: int = 0) -> None:
+    def settle(self, shard: int, holding: Holding, push: Push | None = None) -> None:
         """Take a shard's word of what it holds now, and of a push that it took, which counts once."""
+        steps = self._steps_since_its_last_word(shard, holding)
+        if push is not None:
+            admitted = self._admitted.get(push.worker)
+            if admitted is not None and admitted[:2] <= (push.incarnation, push.sequence):
+                del self._admitted[push.worker]
+            if self._desk.has_seen(push):
+                steps = 0  # another shard has it too
+            else:
+                self._desk.accept(push)
+        from_before = not self._heard_all
         self._hold(shard, holding)
-        if push is None:
-            return
-        admitted = self._admitted.get(push.worker)
-        if admitted is not None and admitted[:2] <= (push.incarnation, push.sequence):
-            del self._admitted[push.worker]
-        if not self._desk.has_seen(push):
-            self._desk.accept(push)
+        if from_before:  # an earlier desk let them in, and its limiter is gone
+            self._carried = replace(self._carried, env_steps=self._carried.env_steps + steps)
+        else:
             self._limiter.record_insert(steps)
+
+    def _steps_since_its_last_word(self, shard: int, holding: Holding) -> int:
+        which = shard, holding.incarnation
+        before = self._counted.get(which, 0)
+        self._counted[which] = max(before, holding.inserted)
+        return self._counted[which] - before
 
     def _hold(self, shard: int, holding: Holding) -> None:
         self._highest_priority = max(self._highest_priority, holding.highest_priority)
@@ -251,13 +277,14 @@ class ReplayDesk:
             repeated_pushes=self._desk.repeated_pushes,
             waiting=self._desk.waiting(),
             highest_priority=self._highest_priority,
+            counted=tuple((*which, steps) for which, steps in self._counted.items()),
         )
 
 
 class Settles(Protocol):
     """Whom a shard tells: the desk, or what calls it across processes without waiting."""
 
-    def settle(self, shard: int, holding: Holding, push: Push | None = None, steps: int = 0) -> None:
+    def settle(self, shard: int, holding: Holding, push: Push | None = None) -> None:
         """See `ReplayDesk.settle`."""
         ...
 
@@ -300,11 +327,13 @@ class ReplayShard:
             incarnation=incarnation,
         )
         self._seen = Desk()
+        self._inserted = 0
         self._tell()
 
-    def _tell(self, *push: Any) -> None:
+    def _tell(self, *push: Push) -> None:
         table = self._table
-        self._to.settle(self._shard, Holding(self._incarnation, table.size, table.mass, table.highest_priority), *push)
+        held = Holding(self._incarnation, table.size, table.mass, table.highest_priority, self._inserted)
+        self._to.settle(self._shard, held, *push)
 
     def insert(self, push: Push, highest_priority: float = 1.0) -> bool:
         """Add a push's segments, once, with the highest priority of all shards; return False for a repeat.
@@ -317,7 +346,8 @@ class ReplayShard:
         self._table.highest_priority = max(self._table.highest_priority, highest_priority)
         self._table.insert(*push.segments)
         self._seen.accept(Push(push.worker, push.incarnation, push.sequence))
-        self._tell(replace(push, segments=()), push.steps)
+        self._inserted += push.steps
+        self._tell(replace(push, segments=()))
         return True
 
     def draw(self, places: Array) -> Batch | None:

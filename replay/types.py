@@ -370,12 +370,14 @@ class Holding:
         size: transitions.
         mass: what draws are in proportion to, the number of transitions, or the sum of their weights.
         highest_priority: highest priority it has seen.
+        inserted: environment steps that this incarnation took, in all.
     """
 
     incarnation: int
     size: int
     mass: float
     highest_priority: float
+    inserted: int
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from learner.training import LAST
 from replay.remote import is_ready
 from replay.types import DeadlineExceeded, SquallError
 from services.config import RunConfig
-from services.experience_service import FIRST_WORKER
+from services.experience_service import FIRST_WORKER, last_session
 from services.figures import Figures
 from services.metrics import RunMetrics
 from services.placement import no_room
@@ -252,7 +252,7 @@ class Coordinator:
             self.replay.bury(process, all_steps=heard)
         if process in self.reception.processes:
             self.reception.bury(process)
-            self.replay.take_back_from(FIRST_WORKER)
+            self.replay.take_back_from(FIRST_WORKER, last_session(process.incarnation))
         if process in (self.learner, self.evaluator):
             self.scoring.give_up()
         if process in self.crew.workers:

@@ -43,6 +43,11 @@ _NAME = "squall.v1.Experience"
 _log = logging.getLogger("squall.experience")
 
 
+def last_session(incarnation: int) -> int:
+    """Return the highest incarnation that a session of this incarnation of the process can have."""
+    return (incarnation + 1) * _SESSIONS_AN_INCARNATION - 1
+
+
 class Couriers:
     """Send pushes from a few threads. They wait as the limiter says, which counts for all sessions alike."""
 

@@ -124,8 +124,10 @@ class Program:
             self.replay, run_seed=self.seed, incarnation=incarnation, highest_priority=highest_priority, **common
         )
 
-    def start_desk(self, incarnation: int, carried: Counters, highest_priority: float, _: int) -> Any:
-        """Start the desk of a replay in shards and return its handle; see `start_replay`."""
+    def start_desk(
+        self, incarnation: int, carried: Counters, highest_priority: float, counted: tuple[tuple[int, int, int], ...]
+    ) -> Any:
+        """Start the desk of a replay in shards and return its handle; see `start_replay` and `ReplayDesk`."""
         return ReplayDeskActor.options(**self._central("replay")).remote(
             self.replay,
             shards=self.replay_shards,
@@ -134,6 +136,7 @@ class Program:
             carried=carried,
             highest_priority=highest_priority,
             max_env_steps=self.steps,
+            counted=counted,
         )
 
     def start_shard(self, shard: int, incarnation: int, *, with_others: bool) -> Any:

@@ -71,7 +71,11 @@ class Watcher:
         return None
 
     def commands(self) -> list[Command]:
-        """Return the commands that came since the last call."""
+        """Return the commands that came since the last call.
+
+        Raises:
+            RunAdopted: another coordinator has the run; this one must end at once, without a checkpoint.
+        """
         return []
 
     def answer(self, command: Command, result: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ from services.store import (
     Command,
     Event,
     MetricsRow,
+    ProcessIdentity,
     RunIsNotLive,
     RunNameInUse,
     RunRecord,
@@ -55,6 +56,7 @@ from services.store import (
     UnknownCommand,
     as_read,
     check_adoptable,
+    check_owner,
     check_record,
     check_state,
     check_time,
@@ -97,9 +99,14 @@ redis.call('SADD', KEYS[2], ARGV[1])
 redis.call('SETNX', KEYS[3], ARGV[2])
 return 1
 """
-_UPDATE = """
+# The owner comes first in ARGV, empty for anybody; whoever is refused reads the run to learn why.
+_IS_OWNER = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], unpack(ARGV))
+local owner = table.concat(redis.call('HMGET', KEYS[1], 'host', 'pid', 'pid_started'), ' ')
+if ARGV[1] ~= '' and ARGV[1] ~= owner then return 0 end
+"""
+_UPDATE = f"""{_IS_OWNER}
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
 return 1
 """
 _APPEND = """
@@ -114,10 +121,10 @@ local id = redis.call('HINCRBY', KEYS[1], counter, 1)
 redis.call('XADD', KEYS[2], 'MAXLEN', '=', history, id .. '-0', 'token', token, unpack(ARGV, 5))
 return 1
 """
-_ACKNOWLEDGE = """
-if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 1 end
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+_ACKNOWLEDGE = f"""{_IS_OWNER}
+if redis.call('HEXISTS', KEYS[3], ARGV[2]) == 1 then return 1 end
+if redis.call('HDEL', KEYS[2], ARGV[2]) == 0 then return 0 end
+redis.call('HSET', KEYS[3], ARGV[2], ARGV[3])
 return 1
 """
 _SEND = """
@@ -249,11 +256,13 @@ class RedisRunStore(RunStore):
             records = [_record(row) for row in pipeline.execute() if row[0] is not None]
         return [as_read(record) for record in sorted(records, key=lambda record: (-record.created, record.name))]
 
-    def update_state(self, name: str, state: str, stopped_because: str | None = None) -> None:
+    def update_state(
+        self, name: str, state: str, stopped_because: str | None = None, *, owner: ProcessIdentity | None = None
+    ) -> None:
         """See `RunStore.update_state`."""
         check_state(state)
         reason = {} if stopped_because is None else {"stopped_because": clean_text(stopped_because)}
-        self._update(name, {"state": state, **reason})
+        self._update(name, owner, {"state": state, **reason})
 
     def adopt(self, name: str, host: str, pid: int, pid_started: float) -> RunRecord:
         """See `RunStore.adopt`."""
@@ -272,15 +281,17 @@ class RedisRunStore(RunStore):
                     "state": "starting",
                     "heartbeat": repr(time.time()),
                 }
-                expected = f"{_owner(record)} {record.heartbeat!r}"
+                expected = f"{_as_written(record)} {record.heartbeat!r}"
                 if _run(client, _ADOPT, keys, expected, unread, *_flat(fields)):
                     return self._written(client, name)
 
-    def write_snapshot(self, name: str, snapshot: Mapping[str, Any], heartbeat: float) -> None:
+    def write_snapshot(
+        self, name: str, snapshot: Mapping[str, Any], heartbeat: float, *, owner: ProcessIdentity | None = None
+    ) -> None:
         """See `RunStore.write_snapshot`."""
         check_time("heartbeat", heartbeat)
         text = json.dumps(plain_payload("snapshot", snapshot))
-        self._update(name, {"snapshot": text, "heartbeat": repr(float(heartbeat))})
+        self._update(name, owner, {"snapshot": text, "heartbeat": repr(float(heartbeat))})
 
     def read_snapshot(self, name: str) -> dict[str, Any] | None:
         """See `RunStore.read_snapshot`."""
@@ -302,7 +313,7 @@ class RedisRunStore(RunStore):
                     reason = f" ({record.stopped_because})" if record.stopped_because else ""
                     raise RunIsNotLive(f"run {name!r} is {record.state}{reason}: nobody would read {kind!r}")
                 text = json.dumps({"time": time.time(), "kind": clean_text(kind), "arguments": payload})
-                id = _run(client, _SEND, keys, _owner(written), self._history, text)
+                id = _run(client, _SEND, keys, _as_written(written), self._history, text)
                 if id:
                     return int(id)
 
@@ -313,12 +324,15 @@ class RedisRunStore(RunStore):
             Command(id, **json.loads(text)) for id, text in sorted((int(id), text) for id, text in commands.items())
         ]
 
-    def acknowledge(self, name: str, id: int, result: Mapping[str, Any]) -> None:
+    def acknowledge(
+        self, name: str, id: int, result: Mapping[str, Any], *, owner: ProcessIdentity | None = None
+    ) -> None:
         """See `RunStore.acknowledge`."""
         text = json.dumps(plain_payload("result", result))
+        keys = (_key("run", name), _key("commands", name), _key("answers", name))
         with self._asking() as client:
-            if not _run(client, _ACKNOWLEDGE, (_key("commands", name), _key("answers", name)), id, text):
-                self._written(client, name)
+            if not _run(client, _ACKNOWLEDGE, keys, _identity(owner), id, text):
+                check_owner(self._written(client, name), owner)
                 raise UnknownCommand(f"run {name!r} has no command {id}")
 
     def command_result(self, name: str, id: int) -> dict[str, Any] | None:
@@ -372,10 +386,10 @@ class RedisRunStore(RunStore):
             raise _unknown(client, name)
         return _record(row)
 
-    def _update(self, name: str, fields: Mapping[str, str]) -> None:
+    def _update(self, name: str, owner: ProcessIdentity | None, fields: Mapping[str, str]) -> None:
         with self._asking() as client:
-            if not _run(client, _UPDATE, (_key("run", name),), *_flat(fields)):
-                raise _unknown(client, name)
+            while not _run(client, _UPDATE, (_key("run", name),), _identity(owner), *_flat(fields)):
+                check_owner(self._written(client, name), owner)
 
     def _read(self, name: str, ask: Callable[[Any], object]) -> list[Any]:
         """Return the answers to what `ask` asks of a pipeline, all of one moment. Raises `UnknownRun`."""
@@ -482,8 +496,12 @@ def _flat(fields: Mapping[str, str]) -> list[str]:
     return [text for pair in fields.items() for text in pair]
 
 
-def _owner(record: RunRecord) -> str:
-    return f"{record.state} {record.host} {record.pid} {record.pid_started!r}"
+def _identity(owner: ProcessIdentity | None) -> str:
+    return "" if owner is None else f"{owner.host} {owner.pid} {owner.pid_started!r}"
+
+
+def _as_written(record: RunRecord) -> str:
+    return f"{record.state} {_identity(record.owner)}"
 
 
 def _id(entry: str) -> int:

@@ -40,6 +40,7 @@ class ReplayGroup:
         """
         self._program, self._counters, self._version = program, counters, version
         self._carried = counters()
+        self._counted: tuple[tuple[int, int, int], ...] = ()
         self._highest_priority = 1.0
         self._read: Any = None
         self._draining: Any = None
@@ -50,8 +51,9 @@ class ReplayGroup:
         self.shards = [self._shard(shard, common) for shard in range(program.replay_shards if sharded else 0)]
 
     def _start_front(self, incarnation: int) -> Any:
-        start = self._program.start_desk if self.shards else self._program.start_replay
-        return start(incarnation, self._carried, self._highest_priority, self._version())
+        if self.shards:
+            return self._program.start_desk(incarnation, self._carried, self._highest_priority, self._counted)
+        return self._program.start_replay(incarnation, self._carried, self._highest_priority, self._version())
 
     def _shard(self, shard: int, common: dict[str, Any]) -> Process:
         def start(incarnation: int) -> Any:
@@ -89,10 +91,10 @@ class ReplayGroup:
         if (self.shards or isinstance(self._program.replay, QueueSpec)) and self.front.handle is not None:
             self.front.handle.revoke.remote(worker.index, worker.incarnation)
 
-    def take_back_from(self, first: int) -> None:
-        """Do so for all senders numbered `first` and up, whose one process is gone."""
+    def take_back_from(self, first: int, incarnation: int) -> None:
+        """Do so for all senders numbered `first` and up, to this incarnation of theirs; their one process is gone."""
         if self.shards and self.front.handle is not None:
-            self.front.handle.revoke_from.remote(first)
+            self.front.handle.revoke_from.remote(first, incarnation)
 
     def finish(self) -> None:
         """Accept no more experience, once: whoever waits to send some is told that the run is finished."""
@@ -114,6 +116,7 @@ class ReplayGroup:
         if self.shards:
             stats = add_up(stats, [shard.report for shard in self.shards if shard.report is not None])
         if isinstance(stats, ReplayStats):
+            self._counted = stats.counted
             self._highest_priority = max(self._highest_priority, stats.highest_priority)
         told: ReplayStats | QueueStats = stats
         return told

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ from services.program import Program, plan
 from services.progress import Progress, Watcher
 from services.ray_session import RaySession
 from services.signals import StopSignals, end_at_once
-from services.store import Command, RunNameInUse, RunRecord, RunStore, check_run_name, plain_payload, this_process
+from services.store import (
+    Command,
+    ProcessIdentity,
+    RunNameInUse,
+    RunRecord,
+    RunStore,
+    check_run_name,
+    plain_payload,
+    this_process,
+)
 
 
 def choose_name(config: RunConfig, store: RunStore) -> str:
@@ -123,19 +133,21 @@ def train(
         ConfigurationError: something in the configuration cannot work; nothing was started.
         RunNameInUse: `name` is taken.
         RunFailed: the run could not go on.
+        RunAdopted: it was not heard of, so another process resumed it.
     """
     if name is not None:
         check_run_name(name)
     check(config)
     with open_home_store(store_url, create=True) as store:
-        run = _register(config, name, store)
+        me = this_process()
+        run = _register(config, name, store, me)
         folder = home() / run
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder / CONFIG)
-        return _supervise(config, plan(config, run, folder / "checkpoints"), folder, store, None, notes)
+        return _supervise(config, plan(config, run, folder / "checkpoints"), folder, store, me, None, notes)
 
 
-def _register(config: RunConfig, name: str | None, store: RunStore) -> str:
+def _register(config: RunConfig, name: str | None, store: RunStore, me: ProcessIdentity) -> str:
     """Take a name for a run, the given one or the first free one, and return it."""
     while True:
         run = name or choose_name(config, store)
@@ -149,7 +161,7 @@ def _register(config: RunConfig, name: str | None, store: RunStore) -> str:
             config.algorithm,
             config.environment,
             config.seed,
-            *this_process(),
+            *me,
             state="starting",
             heartbeat=now,
             stopped_because=None,
@@ -169,6 +181,7 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = (), store_url: st
     Raises:
         UnknownRun: there is no such run.
         RunIsLive: its coordinator is at work.
+        RunAdopted: this one was not heard of, so another process resumed it.
         ConfigurationError: it has all its steps or its return already, or its hyper-parameters are to change.
     """
     with open_home_store(store_url) as store:
@@ -192,9 +205,10 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = (), store_url: st
                 f"run {run!r} has reached a mean return of {goal:g} already, its best is {best:g}; give it a higher "
                 f"--stop-at-return, or none with --set stop_at_return=null"
             )
-        store.adopt(run, *this_process())
+        me = this_process()
+        store.adopt(run, *me)
         config.save(folder / CONFIG)
-        return _supervise(config, program, folder, store, progress, notes)
+        return _supervise(config, program, folder, store, me, progress, notes)
 
 
 def _is_scored(folder: Path) -> bool:
@@ -203,10 +217,16 @@ def _is_scored(folder: Path) -> bool:
 
 
 def _supervise(
-    config: RunConfig, program: Program, folder: Path, store: RunStore, progress: Progress | None, notes: Sequence[str]
+    config: RunConfig,
+    program: Program,
+    folder: Path,
+    store: RunStore,
+    me: ProcessIdentity,
+    progress: Progress | None,
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     run = program.run
-    writer = BufferedWriter(store, run)
+    writer = BufferedWriter(store, run, owner=me)
     with StopSignals(end_at_once) as signals, Display(run) as display:
         watcher = _RunWatcher(run, folder, writer, display, signals)
         try:
@@ -219,6 +239,7 @@ def _supervise(
                     signals.take_over()
                 coordinator = Coordinator(program.placed(), config, folder, watcher, progress)
                 summary = {"run": run, **coordinator.run()}
+            writer.check_owner()
             summary = plain_payload("summary", summary)
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
             watcher.event("end", _last_line(run, summary["stopped_because"]))
@@ -229,7 +250,9 @@ def _supervise(
             raise
         finally:
             watcher.close()
-            writer.close()
+            signals.forget()
+            writer.hand_in(lambda: signals.wanted is not None, partial(display.event, "store"))
+        writer.check_owner()
     return summary
 
 

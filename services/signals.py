@@ -38,6 +38,10 @@ class StopSignals:
         for number in self._before:
             signal.signal(number, self._received)
 
+    def forget(self) -> None:
+        """Forget what came: the next signal is a first one again."""
+        self.wanted = None
+
     def __exit__(self, *_: object) -> None:
         """Give the signals back."""
         for number, handler in self._before.items():

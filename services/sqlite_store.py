@@ -17,6 +17,7 @@ from services.store import (
     Command,
     Event,
     MetricsRow,
+    ProcessIdentity,
     RunIsNotLive,
     RunNameInUse,
     RunRecord,
@@ -27,6 +28,7 @@ from services.store import (
     UnknownCommand,
     as_read,
     check_adoptable,
+    check_owner,
     check_record,
     check_state,
     check_time,
@@ -154,11 +156,14 @@ class SQLiteRunStore(RunStore):
             rows = connection.execute(f"SELECT {_RECORD} FROM runs ORDER BY created DESC, name").fetchall()
         return [as_read(_record(row)) for row in rows]
 
-    def update_state(self, name: str, state: str, stopped_because: str | None = None) -> None:
+    def update_state(
+        self, name: str, state: str, stopped_because: str | None = None, *, owner: ProcessIdentity | None = None
+    ) -> None:
         """See `RunStore.update_state`."""
         check_state(state)
         reason = None if stopped_because is None else clean_text(stopped_because)
         with self._transaction(write=True) as connection:
+            check_owner(self._written(connection, name), owner)
             self._update(connection, name, "state = ?, stopped_because = COALESCE(?, stopped_because)", (state, reason))
 
     def adopt(self, name: str, host: str, pid: int, pid_started: float) -> RunRecord:
@@ -177,11 +182,14 @@ class SQLiteRunStore(RunStore):
             connection.execute("UPDATE commands SET result = ? WHERE run = ? AND result IS NULL", (unread, name))
             return self._written(connection, name)
 
-    def write_snapshot(self, name: str, snapshot: Mapping[str, Any], heartbeat: float) -> None:
+    def write_snapshot(
+        self, name: str, snapshot: Mapping[str, Any], heartbeat: float, *, owner: ProcessIdentity | None = None
+    ) -> None:
         """See `RunStore.write_snapshot`."""
         check_time("heartbeat", heartbeat)
         text = json.dumps(plain_payload("snapshot", snapshot))
         with self._transaction(write=True) as connection:
+            check_owner(self._written(connection, name), owner)
             self._update(connection, name, "snapshot = ?, heartbeat = ?", (text, float(heartbeat)))
 
     def read_snapshot(self, name: str) -> dict[str, Any] | None:
@@ -213,10 +221,13 @@ class SQLiteRunStore(RunStore):
             ).fetchall()
         return [Command(id, sent, kind, json.loads(arguments)) for id, sent, kind, arguments in rows]
 
-    def acknowledge(self, name: str, id: int, result: Mapping[str, Any]) -> None:
+    def acknowledge(
+        self, name: str, id: int, result: Mapping[str, Any], *, owner: ProcessIdentity | None = None
+    ) -> None:
         """See `RunStore.acknowledge`."""
         text = json.dumps(plain_payload("result", result))
         with self._transaction(write=True) as connection:
+            check_owner(self._written(connection, name), owner)
             if self._result(connection, name, id) is None:
                 connection.execute("UPDATE commands SET result = ? WHERE run = ? AND id = ?", (text, name, id))
 
@@ -274,9 +285,9 @@ class SQLiteRunStore(RunStore):
             raise _NoSuchRun(name, [known for (known,) in connection.execute("SELECT name FROM runs")])
         return _record(row)
 
-    def _update(self, connection: sqlite3.Connection, name: str, assignments: str, values: tuple[object, ...]) -> None:
-        if connection.execute(f"UPDATE runs SET {assignments} WHERE name = ?", (*values, name)).rowcount == 0:
-            self._written(connection, name)
+    @staticmethod
+    def _update(connection: sqlite3.Connection, name: str, assignments: str, values: tuple[object, ...]) -> None:
+        connection.execute(f"UPDATE runs SET {assignments} WHERE name = ?", (*values, name))
 
     @staticmethod
     def _result(connection: sqlite3.Connection, name: str, id: int) -> dict[str, Any] | None:

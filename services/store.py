@@ -42,6 +42,7 @@ HISTORY = 10_000
 """Rows of metrics, of events and of commands that are kept for one run; the oldest go first."""
 
 _LONGEST_TEXT = 20_000
+_LOOK_SECONDS = 2.0
 # psutil reckons a process's start from the boot time, which is in whole seconds and may wander by one.
 _START_TOLERANCE = 2.0
 
@@ -60,6 +61,10 @@ class UnknownCommand(SquallError, LookupError):
 
 class RunIsLive(SquallError):
     """The run has a coordinator already: stop that one first."""
+
+
+class RunAdopted(SquallError):
+    """Another coordinator has resumed the run: this one must end, and write nothing into it."""
 
 
 class RunIsNotLive(SquallError):
@@ -131,6 +136,11 @@ class RunRecord:
     def live(self) -> bool:
         """Whether a coordinator is at work on it."""
         return self.state in LIVE_STATES
+
+    @property
+    def owner(self) -> ProcessIdentity:
+        """Its coordinator's process."""
+        return ProcessIdentity(self.host, self.pid, self.pid_started)
 
 
 @dataclass(frozen=True)
@@ -311,6 +321,15 @@ def check_adoptable(record: RunRecord) -> None:
         )
 
 
+def check_owner(record: RunRecord, owner: ProcessIdentity | None) -> None:
+    """Raise `RunAdopted` if `record`, as written, is another coordinator's than `owner`; None stands for any."""
+    if owner is not None and record.owner != owner:
+        raise RunAdopted(
+            f"run {record.name!r} was resumed by process {record.pid} on {record.host}, because this one was not heard "
+            f"of for {LOST_AFTER:.0f} s: it ends here and goes on there"
+        )
+
+
 def _is_there(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
@@ -341,6 +360,9 @@ class RunStore(ABC):
 
     Every method may raise `StoreUnavailable`, within the store's timeout, and `StoreIncompatible`. Every
     method that takes a run's name raises `UnknownRun` where there is none. Every change is all or nothing.
+
+    A run that reads lost may have a coordinator that only cannot be heard. What it writes as `owner` changes
+    nothing once another has adopted the run, and raises `RunAdopted`; without `owner` anybody may write.
     """
 
     @abstractmethod
@@ -382,10 +404,13 @@ class RunStore(ABC):
         """Read all runs, newest first."""
 
     @abstractmethod
-    def update_state(self, name: str, state: str, stopped_because: str | None = None) -> None:
+    def update_state(
+        self, name: str, state: str, stopped_because: str | None = None, *, owner: ProcessIdentity | None = None
+    ) -> None:
         """Write a run's state; a reason of None leaves the reason that is there.
 
         Raises:
+            RunAdopted: the run is not `owner`'s any more.
             ConfigurationError: there is no such state, or (`lost`) it is none to write.
         """
 
@@ -402,10 +427,13 @@ class RunStore(ABC):
         """
 
     @abstractmethod
-    def write_snapshot(self, name: str, snapshot: Mapping[str, Any], heartbeat: float) -> None:
+    def write_snapshot(
+        self, name: str, snapshot: Mapping[str, Any], heartbeat: float, *, owner: ProcessIdentity | None = None
+    ) -> None:
         """Replace the run's snapshot and heartbeat.
 
         Raises:
+            RunAdopted: the run is not `owner`'s any more.
             NotStorable: a snapshot that is not plain.
             ConfigurationError: a heartbeat that is no moment.
         """
@@ -428,8 +456,10 @@ class RunStore(ABC):
         """Read the commands not acknowledged yet, oldest first."""
 
     @abstractmethod
-    def acknowledge(self, name: str, id: int, result: Mapping[str, Any]) -> None:
-        """Answer a command. The first answer stands. Raises `UnknownCommand`, or `NotStorable`."""
+    def acknowledge(
+        self, name: str, id: int, result: Mapping[str, Any], *, owner: ProcessIdentity | None = None
+    ) -> None:
+        """Answer a command. The first answer stands. Raises `UnknownCommand`, `RunAdopted`, or `NotStorable`."""
 
     @abstractmethod
     def command_result(self, name: str, id: int) -> dict[str, Any] | None:
@@ -439,12 +469,13 @@ class RunStore(ABC):
         """Wait for a command's answer and return it; a store that is away meanwhile is waited for too.
 
         Raises:
-            StoreTimeout: no answer within `deadline_seconds`; the text says what was waited for.
+            StoreTimeout: no answer within `deadline_seconds`, or seconds more where the store is silent; the text
+                says what was waited for.
             UnknownCommand: there is no such command.
         """
         deadline = time.monotonic() + deadline_seconds
         waited_for = f"command {id}"
-        with self.with_timeout(0.25) as store:
+        with self.with_timeout(_LOOK_SECONDS) as store:
             while True:
                 try:
                     result = store.command_result(name, id)

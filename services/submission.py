@@ -34,6 +34,12 @@ AWAY_SECONDS = 120.0
 DRAIN_SECONDS = 5.0
 LOOK_SECONDS = 2.0
 
+# As docker compose reads: a quoted value ends at its quote, another before a blank and a #.
+_ASSIGNMENT = re.compile(
+    r"""\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*
+    (?: '([^']*)'\s*(?:\#.*)? | "([^"]*)"\s*(?:\#.*)? | (.*?)\s*(?:(?<=\s)\#.*)? )$""",
+    re.VERBOSE,
+)
 _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 _TERMINATED = 143
 _Answer = TypeVar("_Answer")
@@ -80,8 +86,8 @@ def read_env_file(path: Path) -> dict[str, str]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
-    found = (re.match(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*?)\s*$", line) for line in lines)
-    return {m[1]: m[2][1:-1] if re.fullmatch(r"(['\"]).*\1", m[2]) else m[2] for m in found if m is not None}
+    found = (_ASSIGNMENT.match(line) for line in lines)
+    return {m[1]: next((text for text in m.groups()[1:] if text is not None), "") for m in found if m is not None}
 
 
 class JobServer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 import subprocess
@@ -21,8 +22,10 @@ SECRETS = {"REDIS_PASSWORD", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "SQUALL_GRPC_TOK
 MANIFESTS = ("raycluster.yaml", "rayjob.yaml")
 
 
-def _make_env(file: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([DEPLOY / "make-env", file], capture_output=True, text=True, check=False, timeout=20)
+def _make_env(file: Path, path: str = os.defpath) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [DEPLOY / "make-env", file], capture_output=True, text=True, check=False, timeout=60, env={"PATH": path}
+    )
 
 
 def test_make_env_makes_fresh_secrets_for_their_owner_alone_and_never_overwrites(tmp_path: Path) -> None:
@@ -39,6 +42,25 @@ def test_make_env_makes_fresh_secrets_for_their_owner_alone_and_never_overwrites
     assert again.returncode == 1
     assert str(first) in again.stderr
     assert first.read_text() == before
+
+
+@pytest.mark.parametrize("od", ["exit 1", "echo 00ff"])
+def test_make_env_writes_nothing_without_random_bytes(tmp_path: Path, od: str) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "od").write_text(f"#!/bin/sh\n{od}\n")
+    (programs / "od").chmod(0o755)
+    done = _make_env(tmp_path / "env", f"{programs}:{os.defpath}")
+    assert done.returncode == 1
+    assert "wrote nothing" in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "env").exists()
+
+
+def test_make_env_does_not_write_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "env").symlink_to(tmp_path / "elsewhere")
+    assert _make_env(tmp_path / "env").returncode == 1
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +82,13 @@ def test_compose_publishes_on_loopback_only_and_restarts_everything(compose: dic
         options = dict(part.split("=") for part in compose["services"][service]["command"] if "=" in part)
         assert int(options["--object-store-memory"]) < 2 * 2**30
         assert compose["services"][service]["shm_size"] == "2gb"
+
+
+def test_compose_builds_its_image_once_and_pulls_it_from_nowhere(compose: dict[str, Any]) -> None:
+    ours = {name: service for name, service in compose["services"].items() if service["image"] == "squall"}
+    assert ours.keys() == {"ray-head", "ray-worker", "gateway", "tensorboard"}
+    assert {service["pull_policy"] for service in ours.values()} == {"never"}
+    assert [name for name, service in compose["services"].items() if "build" in service] == ["ray-head"]
 
 
 def test_compose_takes_every_secret_from_the_environment_and_fails_without(compose: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from replay.server import ReplayStats
 from replay.sharded_client import ShardedReplayClient, Teller
 from replay.shards import ReplayDeskActor, ReplayShardActor, add_up
 from replay.table import shards_of
-from replay.types import LayoutMismatch, Push
+from replay.types import EpisodeResult, LayoutMismatch, Push
 from tests.replay.naive import make_segment
 from tests.replay.test_shards import LAYOUT, PRIORITIZED
 
@@ -125,6 +125,8 @@ def test_a_recreated_desk_hears_from_the_shards_and_a_push_that_does_not_fit_com
     with pytest.raises(LayoutMismatch, match=r"frames must have shape \(9, 1\)"):
         group.client.insert(wrong)
     ray.kill(group.handles["desk"])
+    late = Push(0, 0, 4, (make_segment(LAYOUT, 8, value=4),), (EpisodeResult(3.0, 8),))
+    assert ray.get(group.handles["0"].insert.remote(late))  # which tells nobody of it
     group.start_desk(incarnation=1)
     end = time.monotonic() + 30.0
     while ray.get(group.handles["desk"].sample.remote(1, 1)).places is None:
@@ -133,6 +135,7 @@ def test_a_recreated_desk_hears_from_the_shards_and_a_push_that_does_not_fit_com
     reply = group.client.sample(1, 4)
     assert reply is not None
     assert reply.batch is not None
-    assert reply.batch.size == 32
-    assert group.push(4)
-    group.until(lambda s: s.counters.env_steps == 8)  # the coordinator hands totals on; here nobody did
+    assert reply.batch.size == 40
+    assert group.push(5)
+    group.until(lambda s: s.counters.env_steps == 48)
+    assert ray.get(group.handles["desk"].drain_episodes.remote()) == (EpisodeResult(3.0, 8),)

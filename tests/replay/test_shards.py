@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError
 
 from replay.server import Counters, ReplaySpec
-from replay.sharded_client import assemble
+from replay.sharded_client import ShardedReplayClient, Teller, assemble
 from replay.shards import ReplayDesk, ReplayShard, add_up
 from replay.table import TableSpec, shards_of
 from replay.types import (
@@ -235,8 +237,23 @@ def test_what_a_dead_worker_was_admitted_with_is_given_back() -> None:
     assert whole.desk.admit(1, 0, 0, 8).shards
     assert "of 8 would leave 32 samples due" in (whole.insert(whole.push()) or "")
     whole.desk.revoke(1, 0)
+    # A call of the dead one that is served only now sets nothing aside.
+    assert whole.desk.admit(1, 0, 1, 8).repeated
     assert whole.insert(Push(0, 0, 2, (make_segment(LAYOUT, 8),))) is None
     assert whole.desk.stats().waiting == {}
+    whole.sample(4, 4)
+    assert whole.desk.admit(1, 1, 0, 8).shards
+
+
+def test_a_push_that_will_not_come_is_given_back_and_the_next_is_admitted() -> None:
+    whole = Whole(SPEC)
+    for _ in range(2):
+        assert whole.insert(whole.push()) is None
+    assert whole.desk.admit(1, 0, 5, 8).shards
+    whole.desk.revoke(1, 0, 4)
+    assert "of 8 would leave 32 samples due" in (whole.insert(whole.push()) or "")
+    whole.desk.revoke(1, 0, 5)
+    assert whole.desk.admit(1, 0, 6, 8).shards
 
 
 def test_what_was_admitted_for_a_process_of_many_senders_is_given_back_together() -> None:
@@ -244,10 +261,49 @@ def test_what_was_admitted_for_a_process_of_many_senders_is_given_back_together(
     for _ in range(2):
         assert whole.insert(whole.push()) is None
     assert whole.desk.admit(1_000_007, 0, 0, 8).shards
-    whole.desk.revoke_from(1_000_008)
+    whole.desk.revoke_from(1_000_008, 4)
     assert "of 8 would leave 32 samples due" in (whole.insert(whole.push()) or "")
-    whole.desk.revoke_from(1_000_000)
+    whole.desk.revoke_from(1_000_000, 4)
+    # Calls of that process that are served only now set nothing aside.
+    assert whole.desk.admit(1_000_001, 4, 0, 8).repeated
     assert whole.insert(Push(0, 0, 2, (make_segment(LAYOUT, 8),))) is None
+    whole.sample(4, 4)
+    assert whole.desk.admit(1_000_001, 5, 0, 8).shards
+
+
+class Here:
+    """Stands in for a `RemoteActor`: an object of this process, or if it is None nobody."""
+
+    def __init__(self, actor: object | None) -> None:
+        self.actor = actor
+
+    def call(self, method: str, *arguments: object, **_: object) -> object:
+        return getattr(self.actor, method)(*arguments)
+
+    def later(self, method: str, *arguments: object) -> object:
+        if self.actor is None:
+            raise ValueError("no such actor")
+        return self.call(method, *arguments)
+
+    def forget(self) -> None:
+        pass
+
+
+class Dead:
+    """Answers every call with its own death, as Ray does."""
+
+    def settle(self, *_: object) -> Exception:
+        return ActorDiedError()
+
+
+def test_what_a_stopped_worker_was_admitted_with_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("replay.sharded_client.ray.put", lambda push: push)
+    whole = Whole(SPEC, 2, max_env_steps=8)
+    client = ShardedReplayClient(Here(whole.desk), [Here(None), Here(None)])  # type: ignore[arg-type, list-item]
+    stop = threading.Event()
+    stop.set()
+    assert client.insert(whole.push(), stop=stop) is None
+    assert whole.desk.admit(1, 0, 0, 8).wait is None
 
 
 def test_a_push_that_does_not_fit_is_refused_whole() -> None:
@@ -322,17 +378,52 @@ def test_a_recreated_desk_goes_on_with_what_the_shards_hold() -> None:
         assert whole.insert(whole.push()) is None
     ids = whole.sample(1, 4).ids
     whole.tables[shards_of(ids)[0, 0]].update_priorities(ids[:, 0], np.array([7.0]))
-    carried = whole.desk.stats().counters
-    whole.desk = ReplayDesk(PRIORITIZED, shards=3, run_seed=0, incarnation=1, carried=carried)
+    told = whole.desk.stats()
+    # One more, of which no report tells.
+    assert whole.insert(whole.push(2)) is None
+    carried = replace(told.counters, env_steps=24 + 2)
+    whole.desk = ReplayDesk(
+        PRIORITIZED, shards=3, run_seed=0, incarnation=1, carried=told.counters, counted=told.counted
+    )
     assert whole.desk.sample(1, 4).wait == "word from every shard of the replay"
-    assert whole.desk.admit(0, 0, 3, 8).wait == "word from every shard of the replay"
-    stats = add_up(whole.desk.stats(), [table.stats() for table in whole.tables])
-    assert (stats.size, stats.counters) == (24, carried)
+    assert whole.desk.admit(0, 0, 4, 8).wait == "word from every shard of the replay"
+    for _ in range(2):
+        parts = [table.stats() for table in whole.tables]
+    stats = add_up(whole.desk.stats(), parts)
+    assert (stats.size, stats.counters) == (26, carried)
     assert whole.desk.stats().due == 0.0
     assert whole.desk.stats().highest_priority == 7.0
-    assert whole.sample(1, 4).size == 24
+    assert whole.sample(1, 4).size == 26
     assert whole.insert(whole.push()) is None
     assert whole.desk.stats().counters == Counters(carried.env_steps + 8, carried.samples + 4, 8 + 8)
+
+
+def test_a_push_is_told_again_until_a_desk_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(answer: object, _: float) -> object:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("replay.sharded_client.is_ready", lambda answer: True)
+    monkeypatch.setattr("replay.sharded_client.fetch", fetch)
+    whole = Whole(SPEC, 1)
+    desk = Here(whole)
+    [shard] = whole.tables = [
+        ReplayShard(SPEC, shard=0, shards=1, desk=Teller(desk), run_seed=0)  # type: ignore[arg-type]
+    ]
+    pushes = [whole.push(4, episodes=(EpisodeResult(float(n), 4),)) for n in range(4)]
+    shard.insert(pushes[0])
+    told = whole.desk.stats()
+    desk.actor = Dead()  # which takes calls, and does not say so
+    shard.insert(pushes[1])
+    desk.actor = None
+    shard.insert(pushes[2])
+    whole.desk = ReplayDesk(SPEC, shards=1, run_seed=0, carried=told.counters, counted=told.counted)
+    desk.actor = whole
+    shard.insert(pushes[3])
+    assert whole.desk.stats().counters.env_steps == 16
+    assert [episode.episode_return for episode in whole.desk.drain_episodes()] == [1.0, 2.0, 3.0]
+    assert whole.desk.admit(0, 0, 2, 4).repeated
 
 
 def test_the_run_ends_when_its_steps_are_accepted() -> None:

@@ -344,6 +344,27 @@ def test_an_answer_that_is_lost_does_not_double_an_event(server: RedisServer, st
     assert [event.text for event in store.events("pong-1")] == ["0", "1", "2", "3"]
 
 
+def test_a_server_that_is_far_away_is_written_to_and_asked(server: RedisServer, store: RedisRunStore) -> None:
+    store.register(record())
+    sent = store.send_command("pong-1", "stop", {})
+
+    def forward(client: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", server.port)) as other:
+            while asked := client.recv(65536):
+                other.sendall(asked)
+                answer = other.recv(65536)
+                time.sleep(0.35)
+                client.sendall(answer)
+
+    with answering(forward) as port, RedisRunStore(f"redis://127.0.0.1:{port}") as far:
+        writer = BufferedWriter(far, "pong-1")
+        assert [command.id for command in writer.pending_commands()] == [sent]
+        writer.acknowledge(sent, {"ok": True})
+        assert (writer.waiting, writer.problem) == (0, None)
+        assert far.wait_for_acknowledgement("pong-1", sent, deadline_seconds=0.5) == {"ok": True}
+        writer.close()
+
+
 def outlive(server: RedisServer, store: RedisRunStore, seconds: float, outage: Any) -> None:
     """Write all through an outage, and find everything there once and in order."""
     store.register(record())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +82,22 @@ def test_a_run_ends_by_itself_and_says_how_it_went(start: Start, tmp_path: Path)
     figures = json.loads(squall(tmp_path / "runs", "evaluate", "small", "--episodes", "3", "--json").stdout)
     assert figures["episodes"] == 3
     assert figures["return_min"] <= figures["return_mean"] <= figures["return_max"]
+
+
+def test_a_run_that_another_process_resumed_ends_and_touches_nothing_more(start: Start, tmp_path: Path) -> None:
+    run = start("adopted", *LONG, "--actors", "1")
+    run.wait_for(lambda s: s["state"] == "running", 240)
+    store = sqlite3.connect(tmp_path / "runs" / "squall.db", timeout=30, isolation_level=None)
+    # As `adopt` does on a machine from which this run reads lost.
+    store.execute("UPDATE runs SET host = 'elsewhere', state = 'starting', heartbeat = ?", (time.time(),))
+    assert run.process.wait(60) == 1
+    assert "was resumed by process" in run.err.read_text()
+    assert run.leftovers() == []
+    assert store.execute("SELECT host, state, stopped_because FROM runs").fetchall() == [
+        ("elsewhere", "starting", None)
+    ]
+    store.close()
+    assert not (tmp_path / "runs" / "adopted" / "summary.json").exists()
 
 
 @pytest.mark.slow

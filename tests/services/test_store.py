@@ -29,11 +29,13 @@ from replay.types import ConfigurationError, SquallError
 from services.buffered_writer import BufferedWriter
 from services.home import open_store
 from services.redis_store import RedisRunStore
+from services.signals import StopSignals
 from services.sqlite_store import SQLiteRunStore
 from services.store import (
     HISTORY,
     LOST_AFTER,
     NotStorable,
+    RunAdopted,
     RunIsLive,
     RunIsNotLive,
     RunNameInUse,
@@ -345,6 +347,31 @@ def test_a_lost_run_is_adopted_and_a_live_one_is_not(store: RunStore) -> None:
     store.adopt("pong-1", *this_process())
     with pytest.raises(RunIsLive, match="is starting"):
         store.adopt("pong-1", *this_process())
+
+
+def test_a_coordinator_that_was_thought_lost_cannot_write_into_an_adopted_run(store: RunStore) -> None:
+    before = elsewhere()
+    store.register(before)
+    sent = store.send_command("pong-1", "stop", {})
+    writes: list[Callable[..., None]] = [
+        lambda owner: store.write_snapshot("pong-1", {"by": owner.host}, time.time(), owner=owner),
+        lambda owner: store.update_state("pong-1", "running", "it goes on", owner=owner),
+        lambda owner: store.acknowledge("pong-1", sent, {"by": owner.host}, owner=owner),
+    ]
+    writes[0](before.owner)
+    store.write_snapshot("pong-1", {"n": 1}, ago(LOST_AFTER + 5), owner=before.owner)
+    adopted = store.adopt("pong-1", *this_process())
+    assert adopted.owner == this_process()
+    others = [before.owner, adopted.owner._replace(pid=1), adopted.owner._replace(pid_started=1.5)]
+    for write in writes:
+        for other in others:
+            with pytest.raises(RunAdopted, match=rf"'pong-1' was resumed by process {os.getpid()} on {adopted.host}"):
+                write(other)
+    assert (store.get("pong-1"), store.read_snapshot("pong-1")) == (adopted, {"n": 1})
+    assert "resumed" in (store.command_result("pong-1", sent) or {})["error"]
+    for write in writes:
+        write(adopted.owner)
+    assert (store.get("pong-1").state, store.read_snapshot("pong-1")) == ("running", {"by": adopted.host})
 
 
 def test_a_stuck_process_keeps_its_run(store: RunStore) -> None:
@@ -800,7 +827,7 @@ def test_options_that_cannot_work_are_refused(backend: Backend, options: dict[st
 @pytest.fixture
 def writer(store: RunStore) -> Iterator[BufferedWriter]:
     store.register(record())
-    made = BufferedWriter(store, "pong-1", retry_seconds=0.1)
+    made = BufferedWriter(store, "pong-1", patience_seconds=0.25, retry_seconds=0.1)
     yield made
     made.close(deadline_seconds=0)
 
@@ -938,11 +965,68 @@ def test_what_the_store_refuses_is_counted_and_stops_nothing(store: RunStore) ->
     assert writer.close()
 
 
+def test_a_writer_whose_run_was_adopted_meanwhile_drops_what_it_has_and_says_so(
+    backend: Backend, store: RunStore
+) -> None:
+    before = elsewhere(heartbeat=ago(60))
+    store.register(before)
+    writer = BufferedWriter(store, "pong-1", owner=before.owner, retry_seconds=0)
+    with backend.outage():
+        write_everything(writer, 1)
+        writer.update_state("stopping")
+        assert writer.pending_commands() == []
+        writer.check_owner()
+    adopted = store.adopt("pong-1", *this_process())
+    store.send_command("pong-1", "stop", {})
+    for call in (writer.pending_commands, writer.check_owner):
+        with pytest.raises(RunAdopted, match="goes on there"):
+            call()
+    write_everything(writer, 2)
+    assert (writer.waiting, writer.dropped) == (0, {"snapshot": 2, "event": 2, "metrics": 2, "state": 1})
+    assert writer.close()
+    assert (store.get("pong-1"), store.read_snapshot("pong-1")) == (adopted, None)
+    assert (store.events("pong-1"), store.metrics("pong-1")) == ([], [])
+
+
+def test_at_the_end_a_store_that_is_away_is_waited_for(backend: Backend, store: RunStore) -> None:
+    store.register(record())
+    writer = BufferedWriter(store, "pong-1", retry_seconds=0)
+    told: list[str] = []
+    with ThreadPoolExecutor(1) as thread:
+        with backend.outage():
+            writer.update_state("finished", "steps")
+            handing_in = thread.submit(writer.hand_in, lambda: False, told.append)
+            end = time.monotonic() + 30
+            while not told and not handing_in.done():
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        handing_in.result(timeout=30)
+    assert [text.partition(",")[0] for text in told] == ["waiting up to 60 s for the run store"]
+    assert (store.get("pong-1").state, store.get("pong-1").stopped_because) == ("finished", "steps")
+
+
+def test_a_signal_ends_the_wait_for_the_store_and_what_it_never_got_is_told(backend: Backend, store: RunStore) -> None:
+    store.register(record())
+    writer = BufferedWriter(store, "pong-1", retry_seconds=0)
+    told: list[str] = []
+    with backend.outage(), StopSignals(lambda: pytest.fail("it was a first wish")) as signals:
+        signal.raise_signal(signal.SIGINT)  # which ended the run
+        writer.update_state("finished", signals.wanted)
+        writer.add_event("end", "", 1.0)
+        signals.forget()
+        threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,)).start()
+        started = time.monotonic()
+        writer.hand_in(lambda: signals.wanted is not None, told.append)
+        assert time.monotonic() - started < 30
+    assert re.match("not delivered .*: 1 x event, 1 x state; run pong-1 will read lost there: run store", told[-1])
+    assert store.get("pong-1").state == "running"
+
+
 # SQLite
 
 
 def test_every_error_is_a_squall_error(store: RunStore) -> None:
-    for kind in (RunNameInUse, UnknownRun, UnknownCommand, RunIsLive, RunIsNotLive, NotStorable):
+    for kind in (RunNameInUse, UnknownRun, UnknownCommand, RunIsLive, RunIsNotLive, RunAdopted, NotStorable):
         assert issubclass(kind, SquallError)
     for kind in (StoreUnavailable, StoreIncompatible, StoreTimeout):
         assert issubclass(kind, SquallError)

@@ -51,6 +51,12 @@ def test_an_env_file_is_read_as_docker_compose_does(tmp_path: Path) -> None:
     file = tmp_path / "env"
     file.write_text("# a comment\nA=1\n export B = two words \nC='quoted=yes'\nD=\n\nnonsense\n")
     assert read_env_file(file) == {"A": "1", "B": "two words", "C": "quoted=yes", "D": ""}
+    file.write_text(
+        "A=abc # comment\nB=a#b\nC='a # b' # c\nD=\"a # b\"\t# c\nE= # c\nF=it's # c\nG=#c\nH=a b\t#c\nI='' # c\n"
+    )
+    assert read_env_file(file) == {
+        "A": "abc", "B": "a#b", "C": "a # b", "D": "a # b", "E": "", "F": "it's", "G": "#c", "H": "a b", "I": "",
+    }  # fmt: skip
     with pytest.raises(ConfigurationError, match="no-such"):
         read_env_file(tmp_path / "no-such")
 
