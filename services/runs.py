@@ -142,9 +142,14 @@ def train(
         me = this_process()
         run = _register(config, name, store, me)
         folder = home() / run
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / CONFIG)
-        return _supervise(config, plan(config, run, folder / "checkpoints"), folder, store, me, None, notes)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.save(folder / CONFIG)
+            program = plan(config, run, folder / "checkpoints")
+        except BaseException as error:  # an interrupt too: the run is registered, and would read lost
+            store.update_state(run, "failed", _why(error), owner=me)
+            raise
+        return _supervise(config, program, folder, store, me, None, notes)
 
 
 def _register(config: RunConfig, name: str | None, store: RunStore, me: ProcessIdentity) -> str:
@@ -246,7 +251,7 @@ def _supervise(
             writer.update_state("finished", summary["stopped_because"])
         except BaseException as error:
             watcher.event("failed", f"{type(error).__name__}: {error}")
-            writer.update_state("failed", f"{error}".splitlines()[0] if f"{error}" else type(error).__name__)
+            writer.update_state("failed", _why(error))
             raise
         finally:
             watcher.close()
@@ -254,6 +259,10 @@ def _supervise(
             writer.hand_in(lambda: signals.wanted is not None, partial(display.event, "store"))
         writer.check_owner()
     return summary
+
+
+def _why(error: BaseException) -> str:
+    return f"{error}".splitlines()[0] if f"{error}" else type(error).__name__
 
 
 def _last_line(run: str, why: str) -> str:
