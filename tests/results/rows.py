@@ -192,7 +192,17 @@ ROWS = (
             note="the machine did other work at the same time, so its seconds say little.",
         )
         for name, more in (
-            ("n-step-dqn", {"eps_last_frame": 60_000}),
+            (
+                "n-step-dqn",
+                {
+                    "warm_start_size": 5_000,
+                    "eps_last_frame": 30_000,
+                    "learning_rate": 0.00015,
+                    "learning_rate_schedule": "linear",
+                    "learning_rate_last_frame": 300_000,
+                    "eval_episodes": 20,
+                },
+            ),
             (
                 "non-distributional-rainbow",
                 {"warm_start_size": 5_000, "sync_rate": 500, "learning_rate": 0.0002},
