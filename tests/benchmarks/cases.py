@@ -44,6 +44,7 @@ class Case:
         same: facts that both sides must tell, alike.
         tolerance: relative difference allowed in them.
         quick: whether `--quick` measures it.
+        most: what our figure itself may be at most; None sets no bound.
     """
 
     row: str
@@ -57,6 +58,7 @@ class Case:
     same: tuple[str, ...] = ()
     tolerance: float = 0.02
     quick: bool = False
+    most: float | None = None
 
     @property
     def id(self) -> str:
@@ -118,6 +120,24 @@ def _replay(kind: str, table: str, what: str, peer_target: float, quick: bool = 
         same=("item_bytes",),
         tolerance=0.1,
         quick=quick,
+    )
+
+
+def _weights(receivers: int, what: str) -> Case:
+    def side(name: str, way: str) -> Side:
+        return Side(name, "weights.py", ("--way", way, "--receivers", str(receivers), "--what", what))
+
+    meaning = "the learner stalls for a version" if what == "stall" else "from publishing to acting with it"
+    return Case(
+        "weights",
+        f"{what}-{receivers}",
+        f"{meaning}, 1.7 million parameters, {receivers} receivers on a node, median",
+        "ms",
+        side("Squall", "squall"),
+        (side("ray by value", "value"),),
+        higher_is_better=False,
+        same=("parameters", "receivers"),
+        most=5.0 if what == "stall" else None,
     )
 
 
@@ -199,5 +219,6 @@ CASES: tuple[Case, ...] = (
         )
         for name, env, lanes in (("pong", "PongNoFrameskip-v4", 8), ("cartpole", "CartPole-v1", 64))
     ),
+    *(_weights(receivers, what) for what in ("stall", "applied") for receivers in (1, 8, 32)),
 )
 ROWS = tuple(dict.fromkeys(case.row for case in CASES))

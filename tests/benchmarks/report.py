@@ -129,6 +129,10 @@ def _rows(case: Case, comparisons: Sequence[Comparison]) -> Iterable[str]:
             threads = "{} and {}".format(*comparison.threads)
             figures = f"{ours:,.4g} | {theirs:,.4g} | {comparison.ratio:.2f} | {spread}"
             yield f"{head} {figures} |{tail} {threads} | {verdict} |"
+    if case.most is not None and comparisons and not comparisons[0].failed:
+        ours = statistics.median(comparisons[0].ours)
+        verdict = "reached" if ours <= case.most else "short of it"
+        yield f"| {case.name or case.row} | at most | {ours:,.4g} | | | | {case.most:g} {case.unit} | | {verdict} |"
 
 
 def _where(machine: dict[str, Any]) -> str:

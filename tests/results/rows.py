@@ -56,7 +56,7 @@ class Row:
     seeds: tuple[int, ...] = (0, 1, 2)
     actors: int = 2
     steps: int | None = None
-    settings: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, float | str] = field(default_factory=dict)
     quick: bool = False
     plots: tuple[str, ...] = ()
     note: str = ""
@@ -197,7 +197,8 @@ ROWS = (
                 {
                     "warm_start_size": 5_000,
                     "eps_last_frame": 30_000,
-                    "learning_rate": 0.00015,
+                    "learning_rate": 0.00025,
+                    "optimizer_options": "{eps: 0.00015}",
                     "learning_rate_schedule": "linear",
                     "learning_rate_last_frame": 300_000,
                     "eval_episodes": 20,
