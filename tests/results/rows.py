@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 BEST = "eval_return_mean"
 LAST_THREE = "last three evaluations"
@@ -56,7 +58,7 @@ class Row:
     seeds: tuple[int, ...] = (0, 1, 2)
     actors: int = 2
     steps: int | None = None
-    settings: Mapping[str, float | str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     quick: bool = False
     plots: tuple[str, ...] = ()
     note: str = ""
@@ -69,7 +71,8 @@ class Row:
     def arguments(self, seed: int) -> list[str]:
         """Return what follows `squall train`."""
         steps = [] if self.steps is None else ["--steps", str(self.steps)]
-        sets = [word for key, value in self.settings.items() for word in ("--set", f"{key}={value}")]
+        values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.settings.items()}
+        sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
         return [self.algorithm, self.environment, "--actors", str(self.actors), *steps, *sets, "--seed", str(seed)]
 
     def command(self, seed: int) -> str:
@@ -198,7 +201,7 @@ ROWS = (
                     "warm_start_size": 5_000,
                     "eps_last_frame": 30_000,
                     "learning_rate": 0.00025,
-                    "optimizer_options": "{eps: 0.00015}",
+                    "optimizer_options": {"eps": 0.00015},
                     "learning_rate_schedule": "linear",
                     "learning_rate_last_frame": 300_000,
                     "eval_episodes": 20,

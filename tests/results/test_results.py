@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def test_the_command_of_a_row() -> None:
     row = replace(BEST_OF, steps=2000, settings={"updates_per_step": 0.5})
     words = "squall train dqn CartPole-v1 --actors 2 --steps 2000 --set updates_per_step=0.5 --seed 1"
     assert (row.command(1), row.run(1)) == (words, "dqn-cartpole-seed1")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_the_command_of_a_row_reads_as_its_settings(row: Row) -> None:
+    """Else a run that was cut off looks like another experiment when it is to be resumed."""
+    words = row.arguments(0)
+    sets = [value.partition("=") for word, value in pairwise(words) if word == "--set"]
+    assert {key: yaml.safe_load(value) for key, _, value in sets} == dict(row.settings)
 
 
 # Scores and verdicts
