@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tests.benchmarks import report
-from tests.benchmarks.cases import CASES, ROWS
+from tests.benchmarks.cases import CASES, ROWS, Case, Side
 from tests.benchmarks.measuring import Protocol, compare
 from tests.benchmarks.peers import ROOT
 
@@ -45,19 +45,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [case for case in CASES if (not only or case.row in only) and (case.quick or not parsed.quick)]
     failed = False
     try:
-        for case in chosen:
-            print(f"{case.id}: {case.title}", file=sys.stderr, flush=True)
-            comparisons = list(compare(case, protocol))
-            failed |= any(comparison.failed for comparison in comparisons)
-            for comparison in comparisons:
-                print(f"{case.id:<24}{report.line(case, comparison)}", flush=True)
-            if not parsed.quick:
-                report.keep(ROOT, case, comparisons)
+        for cases in together(chosen):
+            for case in cases:
+                print(f"{case.id}: {case.title}", file=sys.stderr, flush=True)
+            for case, comparisons in zip(cases, compare(cases, protocol), strict=True):
+                failed |= any(comparison.failed for comparison in comparisons)
+                for comparison in comparisons:
+                    print(f"{case.id:<30}{report.line(case, comparison)}", flush=True)
+                if not parsed.quick:
+                    report.keep(ROOT, case, comparisons)
     except KeyboardInterrupt:
         return 130
     if not parsed.quick:
         report.render(ROOT)
     return int(failed)
+
+
+def together(cases: Iterable[Case]) -> list[list[Case]]:
+    """Put cases together that have the same sides."""
+    groups: dict[tuple[Side, ...], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.ours, *case.others), []).append(case)
+    return list(groups.values())
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 LIMIT = "limit"
+FIGURE = "figure"
 BOTH = (1, 2)
 
 
@@ -45,6 +47,7 @@ class Case:
         tolerance: relative difference allowed in them.
         quick: whether `--quick` measures it.
         most: what our figure itself may be at most; None sets no bound.
+        fact: which of the facts that a side tells is the figure; cases with the same sides are measured together.
     """
 
     row: str
@@ -59,6 +62,7 @@ class Case:
     tolerance: float = 0.02
     quick: bool = False
     most: float | None = None
+    fact: str = FIGURE
 
     @property
     def id(self) -> str:
@@ -107,38 +111,63 @@ def _per(batch: int, inserts: int, quick: bool = False) -> Case:
     )
 
 
-def _replay(kind: str, table: str, what: str, peer_target: float, quick: bool = False) -> Case:
-    arguments = ("--kind", kind, "--table", table, "--what", what)
-    return Case(
-        "replay",
-        f"{kind}-{table}-{what}",
-        f"the replay service, one writer and one reader process: {kind} items {what}, {table}",
-        "items/s",
-        Side("Squall", "squall_replay.py", arguments),
-        (Side("reverb", "reverb_replay.py", arguments, "reverb"), Side(LIMIT, "bare_replay.py", arguments)),
-        {"reverb": peer_target},
-        same=("item_bytes",),
-        tolerance=0.1,
-        quick=quick,
-    )
+def _replay(kind: str, table: str, sampled: float) -> list[Case]:
+    arguments = ("--kind", kind, "--table", table)
+    service = f"the replay service, one writer and one reader process, {kind} items, {table}"
+    reverb = Side("reverb", "reverb_replay.py", arguments, "reverb")
+    common: dict[str, Any] = {
+        "row": "replay",
+        "ours": Side("Squall", "squall_replay.py", arguments),
+        "others": (reverb, Side(LIMIT, "bare_replay.py", arguments)),
+        "same": ("item_bytes",),
+        "tolerance": 0.1,
+    }
+    return [
+        *(
+            Case(
+                name=f"{kind}-{table}-{what}",
+                title=f"{service}: {what} while the other goes on",
+                unit="items/s",
+                targets={reverb.name: target},
+                fact=what,
+                **common,
+            )
+            for what, target in (("inserted", 5.0), ("sampled", sampled))
+        ),
+        Case(
+            name=f"{kind}-{table}-p99",
+            title=f"{service}: a sample call's 99th percentile over its median",
+            unit="medians",
+            higher_is_better=False,
+            most=3.0,
+            fact="p99_by_p50",
+            **common,
+        ),
+    ]
 
 
-def _weights(receivers: int, what: str) -> Case:
+def _weights(receivers: int) -> list[Case]:
     def side(name: str, way: str) -> Side:
-        return Side(name, "weights.py", ("--way", way, "--receivers", str(receivers), "--what", what))
+        return Side(name, "weights.py", ("--way", way, "--receivers", str(receivers)))
 
-    meaning = "the learner stalls for a version" if what == "stall" else "from publishing to acting with it"
-    return Case(
-        "weights",
-        f"{what}-{receivers}",
-        f"{meaning}, 1.7 million parameters, {receivers} receivers on a node, median",
-        "ms",
-        side("Squall", "squall"),
-        (side("ray by value", "value"),),
-        higher_is_better=False,
-        same=("parameters", "receivers"),
-        most=5.0 if what == "stall" else None,
-    )
+    return [
+        Case(
+            "weights",
+            f"{what}-{receivers}",
+            f"{meaning}, 1.7 million parameters, {receivers} receivers on a node, median",
+            "ms",
+            side("Squall", "squall"),
+            (side("ray by value", "value"),),
+            higher_is_better=False,
+            same=("parameters", "receivers"),
+            most=5.0 if what == "stall" else None,
+            fact=f"{what}_p50_ms",
+        )
+        for what, meaning in (
+            ("stall", "the learner stalls for a version"),
+            ("applied", "from publishing to acting with it"),
+        )
+    ]
 
 
 CASES: tuple[Case, ...] = (
@@ -165,10 +194,10 @@ CASES: tuple[Case, ...] = (
     _per(512, 0),
     _per(256, 256),
     *(
-        _replay(kind, table, what, target)
+        case
         for kind, sampled in (("atari", 2.5), ("vector", 10.0))
         for table in ("uniform", "prioritized")
-        for what, target in (("inserted", 5.0), ("sampled", sampled))
+        for case in _replay(kind, table, sampled)
     ),
     *(
         Case(
@@ -219,6 +248,20 @@ CASES: tuple[Case, ...] = (
         )
         for name, env, lanes in (("pong", "PongNoFrameskip-v4", 8), ("cartpole", "CartPole-v1", 64))
     ),
-    *(_weights(receivers, what) for what in ("stall", "applied") for receivers in (1, 8, 32)),
+    *(case for receivers in (1, 8, 32) for case in _weights(receivers)),
+    *(
+        Case(
+            "scale",
+            f"{shards}-shards",
+            f"emulated workers that a replay of {shards} shards bears, each sending 400 Atari transitions a second, "
+            f"beside {fewer} shard{'s' if fewer > 1 else ''}",
+            "workers",
+            Side("Squall", "scale.py", ("--shards", str(shards))),
+            (Side(f"{fewer} shard{'s' if fewer > 1 else ''}", "scale.py", ("--shards", str(fewer))),),
+            {f"{fewer} shard{'s' if fewer > 1 else ''}": 1.0},
+            same=("rate",),
+        )
+        for fewer, shards in ((1, 2), (2, 4))
+    ),
 )
 ROWS = tuple(dict.fromkeys(case.row for case in CASES))

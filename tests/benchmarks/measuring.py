@@ -1,4 +1,5 @@
-"""Pairs: each side is a process of its own, run in ABBA order; what counts is the median of the paired ratios."""
+"""Rounds: each side is a process of its own, ours and the others in turn, forth and then back (ABBA); what counts is
+the median of the ratios within a round."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.cases import Case, Side
+from tests.benchmarks.cases import FIGURE, Case, Side
 from tests.benchmarks.peers import ROOT, PeerMissing, interpreter
 
 SIDES = Path(__file__).parent / "sides"
@@ -31,7 +33,7 @@ class Protocol:
     """How long and how often.
 
     Attributes:
-        pairs: of ours and another's.
+        pairs: of ours and each other side, a round each.
         warm_up: seconds, after a side is at work.
         seconds: of the window.
     """
@@ -73,29 +75,60 @@ class Comparison:
         return asdict(self)
 
 
-def compare(case: Case, protocol: Protocol) -> Iterator[Comparison]:
-    """Measure ours against every other side of a case."""
-    for other in case.others:
-        try:
-            yield _compare(case, other, protocol)
-        except (SideFailed, PeerMissing, OtherWork) as error:
-            yield Comparison(other.name, failed=str(error))
+def compare(cases: Sequence[Case], protocol: Protocol) -> list[list[Comparison]]:
+    """Measure cases that have the same sides, in the same runs; return each case's comparisons.
+
+    A side that fails, or did other work than ours, is left out from then on, and its comparison says why.
+    """
+    first = cases[0]
+    assert all((case.ours, case.others) == (first.ours, first.others) for case in cases)
+    sides = (first.ours, *first.others)
+    failed: dict[Side, str] = {}
+    threads: dict[Side, int] = {}
+    told: dict[Side, list[Mapping[str, Any]]] = {side: [] for side in sides}
+    for side in sides:
+        with _noting(failed, side):
+            threads[side] = best_threads(first, side, protocol)
+    for count in range(protocol.pairs):
+        for side in sides if count % 2 == 0 else reversed(sides):
+            if side not in failed and first.ours not in failed:
+                with _noting(failed, side):
+                    told[side].append(run(side, threads[side], protocol))
+        for case in cases:
+            for other in first.others:
+                if other not in failed and first.ours not in failed:
+                    with _noting(failed, other):
+                        check_same(case, other, told[first.ours][-1], told[other][-1])
+    why = {other: failed.get(first.ours) or failed.get(other) for other in first.others}
+    return [
+        [
+            Comparison(other.name, failed=str(why[other]))
+            if why[other]
+            else _comparison(case, other, told[first.ours], told[other], (threads[first.ours], threads[other]))
+            for other in first.others
+        ]
+        for case in cases
+    ]
 
 
-def _compare(case: Case, other: Side, protocol: Protocol) -> Comparison:
-    threads = best_threads(case, case.ours, protocol), best_threads(case, other, protocol)
-    ours: list[float] = []
-    theirs: list[float] = []
-    facts: list[Mapping[str, Any]] = [{}, {}]
-    for pair in range(protocol.pairs):
-        order = (0, 1) if pair % 2 == 0 else (1, 0)
-        for which in order:
-            side = (case.ours, other)[which]
-            figure, facts[which] = run(side, threads[which], protocol)
-            (ours, theirs)[which].append(figure)
-        check_same(case, other, *facts)
-    ratios = tuple(a / b if case.higher_is_better else b / a for a, b in zip(ours, theirs, strict=True))
-    return Comparison(other.name, tuple(ours), tuple(theirs), ratios, threads, (facts[0], facts[1]))
+@contextmanager
+def _noting(failed: dict[Side, str], side: Side) -> Iterator[None]:
+    try:
+        yield
+    except (SideFailed, PeerMissing, OtherWork) as error:
+        failed[side] = str(error)
+
+
+def _comparison(
+    case: Case,
+    other: Side,
+    ours: Sequence[Mapping[str, Any]],
+    theirs: Sequence[Mapping[str, Any]],
+    threads: tuple[int, int],
+) -> Comparison:
+    a, b = ([float(told[case.fact]) for told in side] for side in (ours, theirs))
+    ratios = tuple(x / y if case.higher_is_better else y / x for x, y in zip(a, b, strict=True))
+    return Comparison(other.name, tuple(a), tuple(b), ratios, threads, (ours[-1], theirs[-1]))
 
 
 def best_threads(case: Case, side: Side, protocol: Protocol) -> int:
@@ -103,12 +136,12 @@ def best_threads(case: Case, side: Side, protocol: Protocol) -> int:
     if len(side.threads) == 1:
         return side.threads[0]
     short = Protocol(1, protocol.warm_up / 2, protocol.seconds / 2)
-    figures = {threads: run(side, threads, short)[0] for threads in side.threads}
+    figures = {threads: float(run(side, threads, short)[case.fact]) for threads in side.threads}
     return (max if case.higher_is_better else min)(figures, key=lambda threads: figures[threads])
 
 
-def run(side: Side, threads: int, protocol: Protocol) -> tuple[float, Mapping[str, Any]]:
-    """Run a side to its end; return its figure and its facts.
+def run(side: Side, threads: int, protocol: Protocol) -> Mapping[str, Any]:
+    """Run a side to its end; return its facts, the figure by the name `FIGURE` among them.
 
     Raises:
         SideFailed: it printed none.
@@ -135,7 +168,7 @@ def run(side: Side, threads: int, protocol: Protocol) -> tuple[float, Mapping[st
         raise SideFailed(f"{side.name}: exit status {done.returncode}: {words[-1] if words else 'no word'}")
     answer = json.loads(lines[-1])
     print(f"    {side.name}: {answer['figure']:,.4g}", file=sys.stderr, flush=True)
-    return float(answer["figure"]), answer["facts"]
+    return {FIGURE: float(answer["figure"]), **answer["facts"]}
 
 
 def check_same(case: Case, other: Side, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -143,9 +176,11 @@ def check_same(case: Case, other: Side, ours: Mapping[str, Any], theirs: Mapping
 
     Figures may differ by `Case.tolerance` of each other; a side that says whether its loss fell must say yes.
     """
-    for fact in case.same:
+    for fact in (*case.same, case.fact):
         if fact not in ours or fact not in theirs:
             raise OtherWork(f"{case.id}: {'Squall' if fact not in ours else other.name} does not tell its {fact}")
+        if fact == case.fact:
+            continue
         a, b = ours[fact], theirs[fact]
         alike = a == b if isinstance(a, str) else abs(a - b) <= case.tolerance * max(abs(a), abs(b))
         if not alike:

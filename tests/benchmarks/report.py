@@ -24,9 +24,9 @@ _HEAD = """\
 typed by hand. `make bench ONLY=per,lightning` measures some rows, `make bench ARGS=--quick` is a look of some minutes
 that writes nothing.
 
-A figure counts as a ratio measured side by side: ours and the other side in turn (ABBA), each a process of its own,
-with a warm-up before each window; the ratio is the median over the pairs, with the lowest and the highest. More than 1
-means that Squall is better, also where less is better. Threads: each side's better of those it was tried with. `limit`
+A figure counts as a ratio measured side by side: in each round ours and the other sides run in turn, every second round
+in the opposite order (ABBA), each a process of its own, with a warm-up before each window; the ratio is the median over
+the rounds, with the lowest and the highest. More than 1 means that Squall is better, also where less is better. Threads: each side's better of those it was tried with. `limit`
 is a bare loop of the same arithmetic, by hand, on the same machine. A pair whose sides did not do the same work
 (parameters, batch size, updates per step, items) is an error and no figure.
 """
@@ -105,6 +105,8 @@ def markdown(measured: dict[str, tuple[dict[str, Any], list[Comparison]]]) -> st
             parts += _rows(case, measured[case.id][1] if case.id in measured else [])
         parts.append("")
         parts += [f"- `{case.name or case.row}`: {case.title}; {case.unit}." for case in cases]
+        if row == "scale":
+            parts += _forecast([c for case in cases if case.id in measured for c in measured[case.id][1]])
         parts.append(f"\n```\nmake bench ONLY={row}\n```\n")
     parts.append("## Where\n")
     parts += sorted({_where(machine) for machine, _ in measured.values()}) or ["Nothing is measured yet."]
@@ -133,6 +135,34 @@ def _rows(case: Case, comparisons: Sequence[Comparison]) -> Iterable[str]:
         ours = statistics.median(comparisons[0].ours)
         verdict = "reached" if ours <= case.most else "short of it"
         yield f"| {case.name or case.row} | at most | {ours:,.4g} | | | | {case.most:g} {case.unit} | | {verdict} |"
+
+
+def _forecast(comparisons: Sequence[Comparison]) -> list[str]:
+    """What the rows of `scale` say of a cluster with 1,000 workers, with the arithmetic."""
+    facts = [c.facts[which] for c in comparisons if not c.failed for which in (1, 0)]
+    if not facts:
+        return []
+    costs = {
+        fact["shards"]: (fact["cpu_seconds_per_million_inserted"], fact["cpu_seconds_per_million_drawn"])
+        for fact in facts
+    }
+    rate, drawn = facts[0]["rate"], 50_000.0
+    wanted = 1_000 * rate
+    parts = ["\nCPU seconds of all the replay's processes for a million Atari transitions:\n"]
+    parts += ["| shards | inserted | drawn, priorities set | most inserted, items/s |", "| --- | --- | --- | --- |"]
+    most = {fact["shards"]: max(f["most"] for f in facts if f["shards"] == fact["shards"]) for fact in facts}
+    parts += [f"| {n} | {a:.1f} | {b:.1f} | {most[n]:,.0f} |" for n, (a, b) in sorted(costs.items())]
+    inserting, drawing = costs[max(costs)]
+    cores = (wanted * inserting + drawn * drawing) / 1e6
+    parts.append(
+        f"\nForecast, by arithmetic and not measured: 1,000 workers at {rate:,.0f} transitions a second send "
+        f"{wanted:,.0f} a second, {wanted * 7_056 / 1e9:.1f} GB/s of frames. Inserting them takes "
+        f"{wanted:,.0f} x {inserting:.1f} / 1,000,000 = {wanted * inserting / 1e6:.1f} cores, and a learner that draws "
+        f"{drawn:,.0f} a second {drawn:,.0f} x {drawing:.1f} / 1,000,000 = {drawn * drawing / 1e6:.1f}; with a third "
+        f"of each shard's core left free, {-(-cores * 1.5 // 1):.0f} shards. The network must carry the frames to the "
+        f"shards' node, or `samples_per_insert` and `--actors` be chosen so that less is sent."
+    )
+    return parts
 
 
 def _where(machine: dict[str, Any]) -> str:
