@@ -192,11 +192,12 @@ ROWS = (
             threshold=18,
             steps=300_000,
             settings={**_FAST_PONG, **more},
-            note="the machine did other work at the same time, so its seconds say little.",
+            note=note,
         )
-        for name, more in (
+        for name, note, more in (
             (
                 "n-step-dqn",
+                "this run was cut off at 64,973 steps and resumed, with an empty replay.",
                 {
                     "warm_start_size": 5_000,
                     "eps_last_frame": 30_000,
@@ -209,6 +210,7 @@ ROWS = (
             ),
             (
                 "non-distributional-rainbow",
+                "the machine did other work at the same time, so its seconds say little.",
                 {"warm_start_size": 5_000, "sync_rate": 500, "learning_rate": 0.0002},
             ),
         )
