@@ -13,12 +13,13 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, OwnerDiedError, RayTaskError
 
-from replay.types import DeadlineExceeded
+from replay.types import DeadlineExceeded, Push
 
 NAMESPACE = "squall"
 GONE = (ActorDiedError, ActorUnavailableError, OwnerDiedError)
 _LOOK_AT_STOP_EVERY = 0.2
 _ASK_AGAIN_AFTER = 0.2
+_MOST_BYTES_IN_A_CALL = 64 * 1024
 
 
 class RemoteActor:
@@ -87,6 +88,14 @@ def actor_class(cls: type, *, max_concurrency: int = 1) -> Any:
     """Return `cls` as a Ray actor that takes no CPU slot, and that the coordinator, not Ray, recreates."""
     remote: Any = ray.remote
     return remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=max_concurrency)(cls)
+
+
+def argument(push: Push) -> Any:
+    """Return what to send for a push: itself while Ray carries it in the call, else its one copy in the object store.
+
+    A reference costs the node's raylet a look at it in every call; a copy in every call is more only for large ones.
+    """
+    return push if push.bytes <= _MOST_BYTES_IN_A_CALL else ray.put(push)
 
 
 def fetch(reference: Any, seconds: float, stop: threading.Event | None = None) -> Any:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-import ray
 
 from replay.client import WaitingClient
 from replay.desk import Desk
 from replay.rate_limiter import RateLimiter
-from replay.remote import GONE, actor_class
+from replay.remote import GONE, actor_class, argument
 from replay.seeds import spawn_seed
 from replay.table import MOST_SHARDS, TableSpec, TransitionTable
 from replay.types import (
@@ -287,8 +286,7 @@ class ReplayClient(WaitingClient):
             DeadlineExceeded: the limiter did not let the push in before the deadline.
             LayoutMismatch: the push does not fit the table.
         """
-        # One copy in the object store, however often the limiter says "wait".
-        reply: InsertReply | None = self._until_served("insert", ray.put(push), stop=stop)
+        reply: InsertReply | None = self._until_served("insert", argument(push), stop=stop)
         return reply
 
     def sample(self, k: int, batch_size: int, *, stop: threading.Event | None = None) -> SampleReply | None:

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
-from replay.remote import GONE, RemoteActor, fetch, is_ready
+from replay.remote import GONE, RemoteActor, argument, fetch, is_ready
 from replay.server import ReplayClient
 from replay.table import shards_of
 from replay.types import (
@@ -93,12 +92,12 @@ class ShardedReplayClient(ReplayClient):
 
     def _send(self, push: Push, admitted: AdmitReply, stop: threading.Event | None) -> bool | None:
         """Send a push to the shard whose turn it is, or if that is gone, with all it held, to the next."""
-        reference = ray.put(push)
+        sent = argument(push)
         end, turn = time.monotonic() + self._deadline, push.worker + push.sequence
         while True:
             shard = self._shards[admitted.shards[turn % len(admitted.shards)]]
             try:
-                asked = shard.later("insert", reference, admitted.highest_priority)
+                asked = shard.later("insert", sent, admitted.highest_priority)
             except ValueError:
                 turn += 1
             else:

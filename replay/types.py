@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,11 @@ class Segment:
     def steps(self) -> int:
         """Environment steps in here: each step is a start of exactly one segment."""
         return len(self.row)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its arrays."""
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
 
     def check(self, layout: Layout) -> None:
         """Raise `LayoutMismatch`, naming both sides, unless this segment fits `layout`."""
@@ -280,6 +285,11 @@ class Push:
     def steps(self) -> int:
         """Environment steps in here."""
         return sum(segment.steps for segment in self.segments) + sum(t.steps for _, t in self.trajectories)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its experience."""
+        return sum(segment.bytes for segment in self.segments) + sum(t.bytes for _, t in self.trajectories)
 
 
 @dataclass(frozen=True)

@@ -296,8 +296,7 @@ class Dead:
         return ActorDiedError()
 
 
-def test_what_a_stopped_worker_was_admitted_with_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replay.sharded_client.ray.put", lambda push: push)
+def test_what_a_stopped_worker_was_admitted_with_is_given_back() -> None:
     whole = Whole(SPEC, 2, max_env_steps=8)
     client = ShardedReplayClient(Here(whole.desk), [Here(None), Here(None)])  # type: ignore[arg-type, list-item]
     stop = threading.Event()

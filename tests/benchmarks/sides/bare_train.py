@@ -1,12 +1,14 @@
 """The limit end to end: the update of a case in a bare loop, at the precision Squall takes, beside bare stepping.
 
-The update runs in this thread and the environments, with batched inference, in another process; of the two rates, in
-environment steps, the lower is the limit: what a learner and workers that waste nothing could reach on two cores.
+The update runs in this process and the environments, with batched inference, in another, both at once, because cores
+may share what they compute with. Each goes no further than the other allows by the updates per step, so this is what a
+learner and a worker reach that send each other nothing.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import time
 from typing import Any
 
 from measure import arguments, rate, report
@@ -21,6 +23,7 @@ from learner.training import choose_precision, make_algorithm  # noqa: E402
 from replay.seeds import spawn_seed  # noqa: E402
 
 torch.set_num_threads(parsed.threads)
+AHEAD = 32  # updates that steps may run ahead by
 
 
 def make_module(work: Work) -> Any:
@@ -31,11 +34,11 @@ def make_module(work: Work) -> Any:
     return make_algorithm(work.algorithm, options)
 
 
-def make_batch(module: Any, size: int) -> Any:
+def make_batch(module: Any, work: Work) -> Any:
     """Return a batch of made-up transitions, of the shapes and dtypes of the environment."""
     from learner.experience import TransitionBatch
 
-    environment = module.environment
+    environment, size = module.environment, work.batch_size
     layout = environment.layout(segment_length=8, n_steps=1)
     shape = (size, *layout.observation_shape)
 
@@ -55,16 +58,15 @@ def make_batch(module: Any, size: int) -> Any:
     )  # fmt: skip
 
 
-def updates_per_second(work: Work) -> tuple[float, dict[str, Any]]:
-    """Return the rate of bare updates, and the facts."""
-    module = make_module(work)
+def make_update(module: Any, work: Work, losses: list[float]) -> Any:
+    """Return a function that makes one update, and the parameters that it trains."""
     module.train()
     precision = choose_precision("auto", images=module.environment.is_image)
-    batch, losses = make_batch(module, work.batch_size), []
+    batch = make_batch(module, work)
     optimizer = module.configure_optimizers()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def update() -> int:
+    def update() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
             loss = module.loss(batch) if work.algorithm == "dqn" else torch.stack(module.losses(batch)).sum()
         optimizer.zero_grad()
@@ -73,48 +75,52 @@ def updates_per_second(work: Work) -> tuple[float, dict[str, Any]]:
             torch.nn.utils.clip_grad_norm_(parameters, 10.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-        return 1
 
-    found = rate(update, parsed.warm_up, parsed.seconds)
-    facts = {"parameters": sum(p.numel() for p in parameters), "loss_fell": loss_fell(losses)}
-    return found, facts
+    return update, parameters
 
 
-def steps_per_second(case: str, answer: Any) -> None:
-    """Send the rate of bare environment steps with batched inference, in a process of its own."""
+def step_without_end(case: str, updates: Any, steps: Any) -> None:
+    """Step the environments of a case, in a process of its own, as far as there are updates."""
     torch.set_num_threads(1)
     work = WORK[case]
     policy = make_module(work).policy
     environment = specify(work.env)
     env = environment.make(work.envs)
-    observation, _ = env.reset(seed=seeds_for(env, spawn_seed(0, "bare")))
-    state = [environment.observe(observation)]
-
-    def step() -> int:
-        action = policy.act(state[0], step=10**9, greedy=False).action
-        state[0] = environment.observe(env.step(environment.to_environment(action))[0])
-        return work.envs
-
-    answer.send(rate(step, parsed.warm_up, parsed.seconds))
+    observation = environment.observe(env.reset(seed=seeds_for(env, spawn_seed(0, "bare")))[0])
+    while True:
+        if steps.value * work.updates_per_step > updates.value + AHEAD:
+            time.sleep(0.0005)
+            continue
+        action = policy.act(observation, step=10**9, greedy=False).action
+        observation = environment.observe(env.step(environment.to_environment(action))[0])
+        steps.value += work.envs
 
 
 if __name__ == "__main__":
-    work = WORK[parsed.case]
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    stepping = multiprocessing.get_context("spawn").Process(target=steps_per_second, args=(parsed.case, sender))
-    updates, facts = updates_per_second(work)
+    work, losses = WORK[parsed.case], []
+    context = multiprocessing.get_context("spawn")
+    updates, steps = context.Value("q", 0), context.Value("q", 0)
+    stepping = context.Process(target=step_without_end, args=(parsed.case, updates, steps), daemon=True)
     stepping.start()
-    steps = receiver.recv()
+    update, parameters = make_update(make_module(work), work, losses)
+
+    def one() -> int:
+        """Make an update, once its steps are made."""
+        while steps.value * work.updates_per_step < updates.value:
+            time.sleep(0.0005)
+        update()
+        updates.value += 1
+        return 1
+
+    while not steps.value:
+        time.sleep(0.01)
+    found = rate(one, parsed.warm_up, parsed.seconds)
+    stepping.kill()
     stepping.join()
-    # One update costs 1 / updates of a core, a step 1 / steps of one; the cores are two, and threads of an update
-    # are counted in its rate already.
-    by_updates = updates / work.updates_per_step
-    both = 2.0 / (parsed.threads / by_updates + 1.0 / steps)
     report(
-        min(by_updates, steps, both) if parsed.threads > 1 else min(by_updates, steps),
+        found / work.updates_per_step,
+        parameters=sum(p.numel() for p in parameters),
         batch_size=work.batch_size,
-        updates_per_step=work.updates_per_step,
-        updates_per_second=updates,
-        steps_per_second=steps,
-        **facts,
+        updates_per_step=updates.value / steps.value,
+        loss_fell=loss_fell(losses),
     )

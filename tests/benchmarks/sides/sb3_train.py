@@ -10,12 +10,15 @@ from settings import WORK, Work, loss_fell
 
 parsed = arguments("case")
 
+import ale_py  # noqa: E402
+import gymnasium  # noqa: E402
 import torch  # noqa: E402
 from stable_baselines3 import DQN, SAC  # noqa: E402
 from stable_baselines3.common.callbacks import BaseCallback  # noqa: E402
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env  # noqa: E402
 from stable_baselines3.common.vec_env import VecFrameStack  # noqa: E402
 
+gymnasium.register_envs(ale_py)
 torch.set_num_threads(parsed.threads)
 
 
