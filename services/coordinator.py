@@ -181,6 +181,8 @@ class Coordinator:
             count = len(self.crew.workers)
             some = f"{count - len(pending)} of {count} workers are up: {pending[0].pending}" if pending else ""
             self.watcher.event("running", some or "all processes are up")
+            for endpoint in self.reception.told() or ():
+                self.watcher.event("serve", f"serves over gRPC on {endpoint['address']}")
         elif time.monotonic() > end:
             names = ", ".join(f"{p.name} ({p.pending})" if p.pending else p.name for p in silent)
             raise RunFailed(f"did not start within {START_SECONDS:.0f} s: {names}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -25,6 +26,7 @@ ANSWER_SECONDS = 360.0
 """A little more than a run waits for its learner by default."""
 _SECONDS_TO_CLOSE = 30.0
 _LONGEST_PAUSE = 5.0
+_log = logging.getLogger("squall.experience")
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,8 @@ class ExperienceClient(Closing):
     def play(self, env: gym.Env[Any, Any], *, steps: int | None = None, seed: int | None = None) -> Played:
         """Play until the run takes no more, or `steps` are taken; a broken connection begins a new episode.
 
+        A run that cannot be reached is tried again, with a word in the log `squall.experience`.
+
         Args:
             env: the environment; it is not closed.
             steps: to take at most.
@@ -260,9 +264,10 @@ class ExperienceClient(Closing):
                     sessions += 1
                     player.play(session)
                 accepted += session.steps or 0
-            except (ServerUnavailable, NotReady, Overloaded):
+            except (ServerUnavailable, NotReady, Overloaded) as error:
                 if player.taken > before or broken_at is None:
                     broken_at, pause = time.monotonic(), 0.1
+                    _log.warning("%s; trying again for %.0f s", error, self._patience)
                 if time.monotonic() - broken_at > self._patience:
                     raise
                 time.sleep(pause)

@@ -13,6 +13,7 @@ import ipaddress
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -121,6 +122,22 @@ class Listening:
         return grpc.ssl_server_credentials([pair])
 
 
+def check_free(address: str) -> None:
+    """Refuse an address of this machine that nothing can listen on now; a port of 0 is any that is free.
+
+    Raises:
+        ConfigurationError: with the system's reason, which gRPC's own error leaves out.
+    """
+    host, port = split_address(address)
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that ended a moment ago is no server
+            probe.bind(where)
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {address}: {error.strerror or error}") from error
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Return host and port of `host:port` or `[IPv6]:port`.
 
@@ -204,6 +221,7 @@ class GrpcServer:
         for service in self._services:
             service.add_to(server)
         credentials, address = self._listening.credentials(), self._listening.address
+        check_free(address)
         try:
             if credentials is None:
                 port = server.add_insecure_port(address)

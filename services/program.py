@@ -33,7 +33,7 @@ from replay.trajectory_server import QueueSpec, TrajectoryActor, TrajectoryClien
 from replay.types import ConfigurationError
 from services.config import RunConfig
 from services.endpoint import EndpointActor, ExperienceOffer, Offer, PolicyOffer
-from services.grpc_server import LOOPBACK, Listening, read_token, split_address
+from services.grpc_server import LOOPBACK, Listening, check_free, read_token, split_address
 from services.placement import NOWHERE_YET, Placement, place, too_many
 from services.ray_session import LEAST_OBJECT_STORE
 
@@ -330,5 +330,7 @@ def _listening(serve: str | None) -> Listening | None:
         return None
     if serve == "auto":
         # Loopback is of no use to a gateway elsewhere.
-        serve = f"{_THIS_NODE if 'RAY_ADDRESS' in os.environ else LOOPBACK}:0"
-    return Listening(serve, read_token())
+        return Listening(f"{_THIS_NODE if 'RAY_ADDRESS' in os.environ else LOOPBACK}:0", read_token())
+    listening = Listening(serve, read_token())
+    check_free(serve)  # the endpoint is to be on this node, the driver's
+    return listening

@@ -112,6 +112,14 @@ def test_bad_input_is_one_clear_line(
     assert not list(home.glob("*/config.yaml"))
 
 
+def test_a_port_in_use_is_refused_before_anything_starts(capfd: pytest.CaptureFixture[str], home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        words = refused(capfd, "train", "dqn", "CartPole-v1", "--serve", address)
+    assert f"cannot listen on {address}: Address already in use" in words
+    assert not list(home.glob("*/config.yaml"))
+
+
 def test_a_run_that_does_not_exist(capfd: pytest.CaptureFixture[str], home: Path) -> None:
     for command in ("status", "stop", "evaluate"):
         assert "nosuch" in refused(capfd, command, "nosuch")

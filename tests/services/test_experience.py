@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -577,6 +578,19 @@ def test_openings_that_cannot_be() -> None:
             exchange(here.address, *[pb.PlayRequest(open=here.opening())] * 2)
         here.settle()
         assert here.env_steps == 0
+
+
+def test_play_says_once_that_nobody_answers(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as once:
+        address = f"127.0.0.1:{once.getsockname()[1]}"
+    with (
+        ExperienceClient(address, patience_seconds=1.0) as client,
+        pytest.raises(ServerUnavailable, match=address),
+    ):
+        client.play(gym.make("CartPole-v1"))
+    (record,) = (r for r in caplog.records if r.name == "squall.experience")
+    assert address in record.getMessage()
+    assert record.getMessage().endswith("trying again for 1 s")
 
 
 def test_an_on_policy_run_says_that_it_takes_none() -> None:

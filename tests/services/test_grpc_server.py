@@ -122,8 +122,10 @@ def test_a_token_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatc
 def test_a_port_in_use_is_an_error_that_names_it() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(ConfigurationError, match=re.escape(f"cannot listen on {address}")):
+        with pytest.raises(ConfigurationError, match=re.escape(f"cannot listen on {address}: Address already in use")):
             ServerThread([], Listening(address))
+    with closing(ServerThread([], Listening(address))):  # free again
+        pass
 
 
 @pytest.mark.parametrize("shown", [None, "Bearer wrong", "Bearer ", f"Basic {TOKEN_FOR_TESTS}", TOKEN_FOR_TESTS])

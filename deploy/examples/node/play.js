@@ -97,6 +97,7 @@ async function playSession(environment, name) {
 async function play(index) {
   const environment = new CartPole();
   let brokenSince;
+  let told = false;
   for (;;) {
     const begun = Date.now();
     try {
@@ -105,6 +106,8 @@ async function play(index) {
       if (!WORTH_ANOTHER_TRY.includes(error.code)) throw error;
       if (brokenSince === undefined || Date.now() - begun > 5000) brokenSince = Date.now();
       if (Date.now() - brokenSince > 1000 * SECONDS_OF_PATIENCE) throw error;
+      if (!told && index === 0) console.error(`${options.address}: ${error.message}; trying again for ${SECONDS_OF_PATIENCE} s`);
+      told = true;
       await new Promise((resolve) => setTimeout(resolve, 500));
     }
   }

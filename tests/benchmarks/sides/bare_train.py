@@ -19,9 +19,10 @@ parsed = arguments("case")
 import torch  # noqa: E402
 
 from actors.environments import seeds_for, specify  # noqa: E402
-from learner.training import choose_precision, make_algorithm  # noqa: E402
+from learner.training import choose_precision, keep_freed_memory, make_algorithm  # noqa: E402
 from replay.seeds import spawn_seed  # noqa: E402
 
+keep_freed_memory()
 torch.set_num_threads(parsed.threads)
 AHEAD = 32  # updates that steps may run ahead by
 
