@@ -24,7 +24,6 @@ from replay.seeds import spawn_seed  # noqa: E402
 
 keep_freed_memory()
 torch.set_num_threads(parsed.threads)
-AHEAD = 32  # updates that steps may run ahead by
 
 
 def make_module(work: Work) -> Any:
@@ -88,8 +87,9 @@ def step_without_end(case: str, updates: Any, steps: Any) -> None:
     environment = specify(work.env)
     env = environment.make(work.envs)
     observation = environment.observe(env.reset(seed=seeds_for(env, spawn_seed(0, "bare")))[0])
+    ahead = 2 * work.updates_per_vector_step
     while True:
-        if steps.value * work.updates_per_step > updates.value + AHEAD:
+        if steps.value * work.updates_per_step > updates.value + ahead:
             time.sleep(0.0005)
             continue
         action = policy.act(observation, step=10**9, greedy=False).action
