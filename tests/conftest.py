@@ -22,6 +22,8 @@ def local_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("PYTHONPATH", str(ROOT))
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # of a command line that was tried in this process before
+            patch.delenv(name, raising=False)
         ray.init(
             address="local",
             namespace=NAMESPACE,
