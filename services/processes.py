@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
 from replay.remote import is_ready
 from replay.types import SquallError
@@ -46,8 +46,14 @@ def describe_death(error: BaseException) -> Death:
             return Death(f"failed to start: {lines[-1]}", text)
     if isinstance(error, OutOfMemoryError) or "due to the node running low on memory" in text:
         return Death("killed for lack of memory", text)
-    if "SIGKILL" in text or "connection error code 2" in text or "End of file" in text:
-        return Death("the process ended abruptly (killed, or crashed in native code)", text)
+    if isinstance(error, ActorDiedError):
+        # Ray heads its reason with a sentence and fields; on a busy machine it gives up before it has the reason.
+        heads = (ActorDiedError.BASE_ERROR_MSG, "\t")
+        reason = "\n".join(line for line in text.splitlines() if not line.startswith(heads))
+        reason = reason.rpartition("Worker exit detail: ")[2].strip()
+        if not reason or "connection error code" in reason:
+            return Death("the process ended abruptly (killed, or crashed in native code)", text)
+        return Death(reason.splitlines()[0], text)
     return Death(f"{type(error).__name__}: {_first_line(error)}", text)
 
 
@@ -176,9 +182,9 @@ class Process:
         elif self._is_at_work(self._first_report, report):
             self._fruitless_deaths = 0
 
-    def ask_for_report(self) -> None:
-        """Ask for a report unless one is on its way."""
-        if self.handle is not None and self._reporting is None and not self.done:
+    def ask_for_report(self, *, anew: bool = False) -> None:
+        """Ask for a report unless one is on its way; `anew` asks in any case, and forgets what is on its way."""
+        if self.handle is not None and (anew or self._reporting is None) and not self.done:
             self._reporting = getattr(self.handle, self._report_method).remote()
             self._asked_at = time.monotonic()
 

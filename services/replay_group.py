@@ -135,14 +135,17 @@ class ReplayGroup:
     def last_words(self, take_in: Callable[[], None]) -> None:
         """Have the final totals and episodes taken in, which the last report may not have seen."""
         end = time.monotonic() + LAST_REPORT_SECONDS
-        before = [process.report for process in self.processes]
-        for process in self.processes:
-            process.ask_for_report()
-        waited_for = list(zip(self.processes, before, strict=True))
-        while any(p.report is b and p.handle is not None for p, b in waited_for) and time.monotonic() < end:
-            time.sleep(0.01)
-            for process in self.processes:
-                process.poll()
+        # A shard sends the desk its last word before it answers here, so the desk is asked after the shards. A report
+        # that is on its way may be older than the last push.
+        for processes in (self.shards, [self.front]):
+            before = [process.report for process in processes]
+            for process in processes:
+                process.ask_for_report(anew=True)
+            waited_for = list(zip(processes, before, strict=True))
+            while any(p.report is b and p.handle is not None for p, b in waited_for) and time.monotonic() < end:
+                time.sleep(0.01)
+                for process in processes:
+                    process.poll()
         self.ask_for_episodes()
         take_in()
         while self._draining is not None and self.front.handle is not None and time.monotonic() < end:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import ActorDiedError
 
 from replay.remote import NAMESPACE, actor_class
 from services import processes
-from services.processes import CrashLoop, Death, Process
+from services.processes import CrashLoop, Death, Process, describe_death
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -37,6 +40,9 @@ class Odd:
         if fails:
             raise ValueError("the loop met 7 where 6 was right")
         return "done"
+
+    def leave(self, code: int) -> None:
+        sys.exit(code)
 
 
 OddActor = actor_class(Odd, max_concurrency=2)
@@ -106,6 +112,25 @@ def test_an_error_in_the_loop_is_the_reason(started: list[Process]) -> None:
     assert death.line == "ValueError: the loop met 7 where 6 was right"
     assert "in run\n" in death.details, "where it happened"
     assert "\x1b" not in death.details
+
+
+def test_what_ray_says_of_a_death_is_the_reason(started: list[Process]) -> None:
+    process = start(started, run=lambda handle: handle.leave.remote(3))
+    death = poll_until(process, lambda: False)
+    assert death is not None
+    assert "exit code 3" in death.line
+    process = start(started)
+    poll_until(process, lambda: process.report is not None)
+    ray.kill(process.handle)
+    death = poll_until(process, lambda: False)
+    assert death is not None
+    assert "ray.kill" in death.line
+
+
+def test_a_death_that_ray_knows_no_reason_of_was_abrupt() -> None:
+    death = describe_death(ActorDiedError())
+    assert death.line == "the process ended abruptly (killed, or crashed in native code)"
+    assert "died unexpectedly" in death.details
 
 
 def test_the_loops_end_is_no_death(started: list[Process]) -> None:
