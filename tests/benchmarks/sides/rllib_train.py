@@ -33,8 +33,9 @@ def make(_: Any) -> gym.Env:
     game = gym.wrappers.AtariPreprocessing(gym.make(work.env), frame_skip=4, scale_obs=False)
     return gym.wrappers.TransformObservation(
         gym.wrappers.FrameStackObservation(game, 4),
-        lambda frames: frames.transpose(1, 2, 0),
-        gym.spaces.Box(0, 255, (84, 84, 4), "uint8"),
+        # Its networks take floats; its own Atari wrapper makes them in the environment too.
+        lambda frames: frames.transpose(1, 2, 0).astype("float32") / 128.0 - 1.0,
+        gym.spaces.Box(-1.0, 1.0, (84, 84, 4), "float32"),
     )
 
 
@@ -44,21 +45,25 @@ model = (
     DefaultModelConfig(fcnet_hiddens=list(work.hidden), fcnet_activation="relu", head_fcnet_hiddens=[])
     if work.hidden
     else DefaultModelConfig(
-        conv_filters=[[32, 8, 4], [64, 4, 2], [64, 3, 1]], conv_activation="relu", head_fcnet_hiddens=[512]
+        conv_filters=[[32, 8, 4, "valid"], [64, 4, 2, "valid"], [64, 3, 1, "valid"]],
+        conv_activation="relu",
+        head_fcnet_hiddens=[512],
     )
 )
 config = (
     DQNConfig()
     .environment("case")
-    .env_runners(num_env_runners=1, num_envs_per_env_runner=work.envs)
+    # Long enough that what a fragment overshoots by, at most a step of all environments, is little beside it.
+    .env_runners(num_env_runners=1, num_envs_per_env_runner=work.envs, rollout_fragment_length=32)
     .training(
         lr=work.learning_rate, train_batch_size_per_learner=work.batch_size, double_q=False, dueling=False, n_step=1,
-        # Samples for each step, in its words.
-        training_intensity=work.batch_size * work.updates_per_step,
+        # Samples for each step, in its words, which count a runner more than there is.
+        training_intensity=work.batch_size * work.updates_per_step / 2,
         num_steps_sampled_before_learning_starts=work.warm_start,
         replay_buffer_config={"type": "EpisodeReplayBuffer", "capacity": work.replay_size},
         epsilon=work.epsilon, target_network_update_freq=int(work.sync_rate / work.updates_per_step),
     )
+    .fault_tolerance(restart_failed_env_runners=False)
     .rl_module(model_config=model)
     .reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=64)
 )  # fmt: skip
