@@ -4,11 +4,13 @@ the median of the ratios within a round."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,22 +152,27 @@ def run(side: Side, threads: int, protocol: Protocol) -> Mapping[str, Any]:
         interpreter(side.peer), str(SIDES / side.script), *side.arguments, "--threads", str(threads),
         "--warm-up", str(protocol.warm_up), "--seconds", str(protocol.seconds),
     ]  # fmt: skip
+    started = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=MOST_SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        out, err = started.communicate(timeout=MOST_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise SideFailed(f"{side.name}: no figure within {MOST_SECONDS:.0f} s") from error
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"figure"')]
-    if done.returncode or not lines:
-        words = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise SideFailed(f"{side.name}: exit status {done.returncode}: {words[-1] if words else 'no word'}")
+    finally:
+        with suppress(ProcessLookupError):  # with what it started, also when interrupted
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+    lines = [line for line in out.splitlines() if line.startswith('{"figure"')]
+    if started.returncode or not lines:
+        words = [line for line in (err or out).splitlines() if line.strip()]
+        raise SideFailed(f"{side.name}: exit status {started.returncode}: {words[-1] if words else 'no word'}")
     answer = json.loads(lines[-1])
     print(f"    {side.name}: {answer['figure']:,.4g}", file=sys.stderr, flush=True)
     return {FIGURE: float(answer["figure"]), **answer["facts"]}

@@ -13,7 +13,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     "stable-baselines3": ("stable-baselines3==2.9.2", "torch==2.13.0", "ale-py==0.12.1", "opencv-python-headless"),
     "tianshou": ("tianshou==2.0.1", "torch==2.13.0"),
     "cpprb": ("cpprb==11.0.0",),
-    "reverb": ("dm-reverb[tensorflow]==0.14.0",),
+    "reverb": ("dm-reverb[tensorflow]==0.14.0", "ale-py==0.12.1"),
     "rllib": ("ray[rllib]==2.60.0", "torch==2.13.0", "numba", "ale-py==0.12.1", "opencv-python-headless"),
 }
 """What is installed for each, pinned where a version was tried; all of them also need psutil."""

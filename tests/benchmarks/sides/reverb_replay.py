@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from typing import Any
 
 from items import BATCH, CAPACITY, STACK, K, frames_of, item_bytes
 from measure import arguments, quantile, report
 
+MOST_IN_FLIGHT = 100  # it warns above that
 parsed = arguments("kind", "table")
 
 
@@ -34,9 +36,8 @@ def write(port: int, kind: str, table: str, seconds: Any, told: Any) -> None:
                         "reward": columns["reward"][-1], "discount": columns["discount"][-1],
                     },
                 )  # fmt: skip
+                writer.flush(block_until_num_items=MOST_IN_FLIGHT)
                 done += 1
-            if index % 256 == 0:
-                writer.flush(block_until_num_items=200)
                 told.value = done
 
 
@@ -49,7 +50,7 @@ if __name__ == "__main__":
     atari = parsed.kind == "atari"
     stack = STACK if atari else 1
     frame = tf.TensorSpec((stack + 1, 84, 84) if atari else (stack + 1, 4), tf.uint8 if atari else tf.float32)
-    signature = {
+    columns = {
         "frame": frame, "action": tf.TensorSpec((), tf.int64), "reward": tf.TensorSpec((), tf.float64),
         "discount": tf.TensorSpec((), tf.float64),
     }  # fmt: skip
@@ -62,16 +63,20 @@ if __name__ == "__main__":
         ]
     )
     going, told = context.Value("i", 1), context.Value("l", 0)
-    writer = context.Process(target=write, args=(server.port, parsed.kind, parsed.table, going, told))
+    writer = context.Process(target=write, args=(server.port, parsed.kind, parsed.table, going, told), daemon=True)
     writer.start()
-    client = reverb.Client(f"localhost:{server.port}")
-    while client.server_info()[parsed.table].current_size < CAPACITY[parsed.kind] // 2:
+    while told.value < CAPACITY[parsed.kind] // 2:
+        if not writer.is_alive():
+            sys.exit("the writer is gone")
         time.sleep(0.2)
-    dataset = reverb.TrajectoryDataset.from_table_signature(
-        f"localhost:{server.port}", parsed.table, max_in_flight_samples_per_worker=2 * BATCH * K
+    dataset = reverb.TrajectoryDataset(
+        f"localhost:{server.port}",
+        parsed.table,
+        dtypes={name: spec.dtype for name, spec in columns.items()},
+        shapes={name: spec.shape for name, spec in columns.items()},
+        max_in_flight_samples_per_worker=2 * BATCH * K,
     )
     batches = iter(dataset.batch(BATCH * K).prefetch(2))
-    del signature, client
     end = time.perf_counter() + parsed.warm_up
     while time.perf_counter() < end:
         next(batches)
