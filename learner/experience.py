@@ -27,7 +27,7 @@ from replay.table import TransitionTable
 from replay.trajectory_server import QueueSpec, TrajectoryClient
 from replay.types import Array, Batch, EpisodeResult, Moments, Permit, SquallError, Trajectory
 
-_SAMPLES_AHEAD = 2
+_SAMPLES_AHEAD = 1  # fetched; and one more is asked for
 
 Item = TypeVar("Item")
 
@@ -46,14 +46,14 @@ class TransitionBatch(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> TransitionBatch:
-        """Copy a batch into tensors of their own: its arrays may be views that pin the object store."""
+        """Turn a batch into tensors, and copy what is a view that pins the object store."""
         return cls(
-            observation=torch.tensor(batch.observation),
-            action=torch.tensor(batch.action),
-            reward=torch.tensor(batch.reward),
-            discount=torch.tensor(batch.discount),
-            next_observation=torch.tensor(batch.next_observation),
-            ids=torch.tensor(batch.ids),
+            observation=_tensor(batch.observation),
+            action=_tensor(batch.action),
+            reward=_tensor(batch.reward),
+            discount=_tensor(batch.discount),
+            next_observation=_tensor(batch.next_observation),
+            ids=_tensor(batch.ids),
             probability=torch.tensor(batch.probability, dtype=torch.float32),
             size=batch.size,
         )
@@ -73,6 +73,11 @@ class TransitionBatch(NamedTuple):
         """Return a batch with `function` applied to every tensor in it."""
         changed: dict[str, Any] = {k: v if k == "size" else function(v) for k, v in self._asdict().items()}
         return TransitionBatch(**changed)
+
+
+def _tensor(array: Array) -> Tensor:
+    """Return a tensor of an array's values; what lies in the object store is not to be written on."""
+    return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
 
 
 class TrajectoryBatch(NamedTuple):
@@ -397,7 +402,7 @@ class RemoteTransitions(RemoteExperience[TransitionBatch]):
         self._k, self._batch_size = k, batch_size
 
     def _fetch(self) -> TransitionBatch | None:
-        reply = self._client.sample(self._k, self._batch_size, stop=self._stop)
+        reply = self._client.sample(self._k, self._batch_size, stop=self._stop, ahead=True)
         if reply is None or reply.batch is None:
             return None
         self.returns = reply.returns

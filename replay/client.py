@@ -25,8 +25,10 @@ class WaitingClient:
         self.seconds_waited = 0.0  # from each first answer "wait" to the answer that was none
         self._usual_wait = 0.0
 
-    def _until_served(self, method: str, *arguments: Any, stop: threading.Event | None) -> Any:
+    def _until_served(self, method: str, *arguments: Any, stop: threading.Event | None, asked: Any = None) -> Any:
         """Return the server's first answer that is not "wait"; None if `stop` was set meanwhile.
+
+        `asked` is the reference to the first answer, if this call was made before.
 
         Raises:
             DeadlineExceeded: it said "wait" until the deadline; the text has its last reason.
@@ -37,7 +39,8 @@ class WaitingClient:
         try:
             while True:
                 remaining = begun + self._deadline - time.monotonic()
-                reply = self._actor.call(method, *arguments, seconds=max(remaining, 0.1), stop=stop)
+                reply = self._actor.call(method, *arguments, seconds=max(remaining, 0.1), stop=stop, asked=asked)
+                asked = None
                 if reply is None or reply.wait is None:
                     return reply
                 self.waiting_for = reply.wait

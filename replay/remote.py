@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ class RemoteActor:
     def __init__(self, name: str) -> None:
         """Name the actor; it is looked up at the first call."""
         self.name = name
+        self.when_gone: Callable[[], None] | None = None  # called when the actor is found to be gone
         self._handle: Any = None
 
     def __reduce__(self) -> tuple[type[RemoteActor], tuple[str]]:
@@ -48,8 +50,12 @@ class RemoteActor:
     def forget(self) -> None:
         """Look the name up again at the next call, because the actor is gone."""
         self._handle = None
+        if self.when_gone is not None:
+            self.when_gone()
 
-    def call(self, method: str, *arguments: Any, seconds: float, stop: threading.Event | None = None) -> Any:
+    def call(
+        self, method: str, *arguments: Any, seconds: float, stop: threading.Event | None = None, asked: Any = None
+    ) -> Any:
         """Call and wait for the answer, through deaths and replacements of the actor.
 
         Args:
@@ -57,6 +63,7 @@ class RemoteActor:
             arguments: its arguments.
             seconds: deadline.
             stop: an event that ends the wait; the answer is then None.
+            asked: reference to the answer, if this very call was made before by `later`.
 
         Raises:
             DeadlineExceeded: no answer in time; says whether the actor was alive.
@@ -65,7 +72,8 @@ class RemoteActor:
         end = time.monotonic() + seconds
         while True:
             try:
-                reference = self.later(method, *arguments)
+                reference = self.later(method, *arguments) if asked is None else asked
+                asked = None
             except ValueError:
                 reason = "no process of that name is up"
             else:

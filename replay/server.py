@@ -6,18 +6,20 @@ client asks again until its deadline. A parked call would occupy the very actor 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 
 from replay.client import WaitingClient
 from replay.desk import Desk
+from replay.frames import NearFrames
 from replay.rate_limiter import RateLimiter
-from replay.remote import GONE, actor_class, argument
+from replay.remote import GONE, RemoteActor, actor_class, argument
 from replay.seeds import spawn_seed
 from replay.table import MOST_SHARDS, TableSpec, TransitionTable
 from replay.types import (
@@ -176,7 +178,7 @@ class ReplayServer:
         """
         self.spec = spec
         self._table = TransitionTable(
-            spec.table, seed=spawn_seed(run_seed, "replay", 0, incarnation), incarnation=incarnation
+            spec.table, seed=spawn_seed(run_seed, "replay", 0, incarnation), incarnation=incarnation, shared=True
         )
         self._table.highest_priority = highest_priority
         self._limiter = spec.limiter()
@@ -227,8 +229,14 @@ class ReplayServer:
         self._desk.note(caller, answer.get("wait"))
         return InsertReply(env_steps=self._counters.env_steps, **answer)
 
-    def sample(self, k: int, batch_size: int) -> SampleReply:
+    def sample(self, k: int, batch_size: int, in_place: bool = False, again: bool = False) -> SampleReply:
         """Draw k batches, or say what to wait for.
+
+        Args:
+            k: batches.
+            batch_size: transitions in each.
+            in_place: whether rows are enough, because the caller reads the frames where they lie.
+            again: these were granted and counted before, but could not be read.
 
         Raises:
             ValueError: k or batch_size is not positive, or they ask for more than the largest sample there
@@ -237,14 +245,18 @@ class ReplayServer:
         count, largest = k * batch_size, self.spec.batches_per_sample * self.spec.batch_size
         if min(k, batch_size) < 1 or count > largest:
             raise ValueError(f"a sample call draws 1 to {largest} transitions, got {k} x {batch_size}")
-        if self._finished and (self._limiter.due < count or not self._table.size):
-            self._desk.note("learner", None)
-            return SampleReply(finished=True)
-        wait = self._limiter.sample_waits_for(count)
-        self._desk.note("learner", wait)
-        if wait is not None:
-            return SampleReply(wait=wait)
-        self._limiter.record_sample(count)
+        granted = again and self._limiter.samples > 0  # else by an earlier server
+        if not granted:
+            if self._finished and (self._limiter.due < count or not self._table.size):
+                self._desk.note("learner", None)
+                return SampleReply(finished=True)
+            wait = self._limiter.sample_waits_for(count)
+            self._desk.note("learner", wait)
+            if wait is not None:
+                return SampleReply(wait=wait)
+            self._limiter.record_sample(count)
+        if in_place and self._table.shares_frames:
+            return SampleReply(draw=self._table.choose(k, batch_size), returns=self._desk.returns)
         return SampleReply(batch=self._table.sample(k, batch_size), returns=self._desk.returns)
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:
@@ -279,6 +291,13 @@ class ReplayServer:
 class ReplayClient(WaitingClient):
     """Thin client of a replay actor. Every wait has a deadline and raises with the reason it waited for."""
 
+    def __init__(self, actor: RemoteActor, *, deadline_seconds: float = 300.0) -> None:
+        """Hold `actor`, the name of the server's process; every wait ends after `deadline_seconds`."""
+        super().__init__(actor, deadline_seconds=deadline_seconds)
+        self._near = NearFrames()
+        actor.when_gone = self._near.forget
+        self._asked: dict[tuple[int, int], Any] = {}
+
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
         """Insert, waiting as long as the limiter says so; None if `stop` was set meanwhile.
 
@@ -289,14 +308,41 @@ class ReplayClient(WaitingClient):
         reply: InsertReply | None = self._until_served("insert", argument(push), stop=stop)
         return reply
 
-    def sample(self, k: int, batch_size: int, *, stop: threading.Event | None = None) -> SampleReply | None:
+    def sample(
+        self, k: int, batch_size: int, *, stop: threading.Event | None = None, ahead: bool = False
+    ) -> SampleReply | None:
         """Sample, waiting as long as the limiter says so; None if `stop` was set meanwhile.
+
+        Args:
+            k: batches.
+            batch_size: transitions in each.
+            stop: an event that ends the wait.
+            ahead: whether the server may go on with the same call again, because it will come.
 
         Raises:
             DeadlineExceeded: no batch could be drawn before the deadline.
         """
-        reply: SampleReply | None = self._until_served("sample", k, batch_size, stop=stop)
-        return reply
+        again, asked = False, self._asked.pop((k, batch_size), None)
+        while True:
+            reply: SampleReply | None = self._until_served(
+                "sample", k, batch_size, self._near.wanted, again, stop=stop, asked=asked
+            )
+            if reply is None or reply.finished:
+                return reply
+            if ahead:
+                self._ask_ahead(k, batch_size)
+            if reply.draw is None:
+                self._near.copied()
+                return reply
+            batch = self._near.batch(reply.draw)
+            if batch is not None:
+                return replace(reply, batch=batch, draw=None)
+            again, asked = True, None
+
+    def _ask_ahead(self, k: int, batch_size: int) -> None:
+        if (k, batch_size) not in self._asked:
+            with contextlib.suppress(*GONE, ValueError):
+                self._asked[k, batch_size] = self._actor.later("sample", k, batch_size, self._near.wanted)
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """Send new priorities without waiting; a server that is gone has nothing left to prioritize."""

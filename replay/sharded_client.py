@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
+from replay.frames import NearFrames
 from replay.remote import GONE, RemoteActor, argument, fetch, is_ready
 from replay.server import ReplayClient
 from replay.table import shards_of
@@ -20,6 +21,7 @@ from replay.types import (
     Array,
     Batch,
     DeadlineExceeded,
+    Draw,
     Holding,
     InsertReply,
     Places,
@@ -70,6 +72,9 @@ class ShardedReplayClient(ReplayClient):
         """Hold the names of the processes; every wait ends after `deadline_seconds`."""
         super().__init__(desk, deadline_seconds=deadline_seconds)
         self._shards = list(shards)
+        self._near_shards = [NearFrames() for _ in self._shards]
+        for shard, near in zip(self._shards, self._near_shards, strict=True):
+            shard.when_gone = near.forget
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
         """See `ReplayClient.insert`."""
@@ -115,8 +120,10 @@ class ShardedReplayClient(ReplayClient):
                 raise DeadlineExceeded(f"insert waited {self._deadline:.0f} s for a shard of the replay to answer")
             time.sleep(_PAUSE)
 
-    def sample(self, k: int, batch_size: int, *, stop: threading.Event | None = None) -> SampleReply | None:
-        """See `ReplayClient.sample`."""
+    def sample(
+        self, k: int, batch_size: int, *, stop: threading.Event | None = None, ahead: bool = False
+    ) -> SampleReply | None:
+        """See `ReplayClient.sample`; `ahead` changes nothing here."""
         reply: PlacesReply | None = self._until_served("sample", k, batch_size, stop=stop)
         end, patience = time.monotonic() + self._deadline, _SECONDS_FOR_A_DRAW
         while reply is not None and reply.places is not None:
@@ -142,18 +149,26 @@ class ShardedReplayClient(ReplayClient):
         for shard in np.unique(places.shard).tolist():
             where = np.flatnonzero(places.shard == shard)
             try:
-                asked[shard] = where, self._shards[shard].later("draw", places.place[where])
+                asked[shard] = (
+                    where,
+                    self._shards[shard].later("draw", places.place[where], self._near_shards[shard].wanted),
+                )
             except ValueError:
                 lost.append((shard, places.incarnations[shard]))
         end, parts = time.monotonic() + seconds, {}
         for shard, (where, reference) in asked.items():
             try:
-                batch = fetch(reference, end - time.monotonic(), stop)
+                drawn = fetch(reference, end - time.monotonic(), stop)
             except (*GONE, GetTimeoutError):
                 self._shards[shard].forget()
                 continue
-            if batch is not None:
-                parts[shard] = where, batch
+            near = self._near_shards[shard]
+            if isinstance(drawn, Draw):
+                drawn = near.batch(drawn)
+            else:
+                near.copied()
+            if drawn is not None:
+                parts[shard] = where, drawn
         return parts, lost
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:

@@ -28,7 +28,7 @@ from replay.remote import actor_class
 from replay.seeds import spawn_seed
 from replay.server import Counters, ReplaySpec, ReplayStats
 from replay.table import TransitionTable
-from replay.types import AdmitReply, Array, Batch, EpisodeResult, Holding, Places, PlacesReply, Push
+from replay.types import AdmitReply, Array, Batch, Draw, EpisodeResult, Holding, Places, PlacesReply, Push
 
 _NO_WORD = "word from every shard of the replay"
 
@@ -325,6 +325,7 @@ class ReplayShard:
             seed=spawn_seed(run_seed, "replay", shard, incarnation),
             shard=shard,
             incarnation=incarnation,
+            shared=True,
         )
         self._seen = Desk()
         self._inserted = 0
@@ -350,9 +351,11 @@ class ReplayShard:
         self._tell(replace(push, segments=()))
         return True
 
-    def draw(self, places: Array) -> Batch | None:
-        """See `TransitionTable.draw`; None if there is nothing to draw."""
-        return self._table.draw(places) if self._table.size else None
+    def draw(self, places: Array, in_place: bool = False) -> Batch | Draw | None:
+        """See `TransitionTable.draw`, and for `in_place` `ReplayServer.sample`; None if there is nothing to draw."""
+        if not self._table.size:
+            return None
+        return self._table.choose_at(places) if in_place and self._table.shares_frames else self._table.draw(places)
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:
         """See `TransitionTable.update_priorities`."""

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from replay.frames import FrameRing, write_ring
 from replay.sum_tree import SumTree
-from replay.types import Array, Batch, ConfigurationError, Layout, NotEnoughMemory, Segment, check_segments
+from replay.types import Array, Batch, ConfigurationError, Draw, Layout, NotEnoughMemory, Segment, check_segments
 
 _SEQUENCE_BITS = 43
 _INCARNATION_BITS = 12
@@ -152,7 +153,15 @@ class TransitionTable:
     `sample_age` is the mean age of what was drawn last, in transitions inserted since.
     """
 
-    def __init__(self, spec: TableSpec, *, seed: np.random.SeedSequence, shard: int = 0, incarnation: int = 0) -> None:
+    def __init__(
+        self,
+        spec: TableSpec,
+        *,
+        seed: np.random.SeedSequence,
+        shard: int = 0,
+        incarnation: int = 0,
+        shared: bool = False,
+    ) -> None:
         """Allocate the table.
 
         Args:
@@ -160,6 +169,7 @@ class TransitionTable:
             seed: of the sampler.
             shard: which of several tables this is, below 256; part of every id.
             incarnation: how often this table was recreated; ids of an earlier one are stale here.
+            shared: whether large frames lie where other processes of this node can read them.
 
         Raises:
             NotEnoughMemory: the machine lacks `spec.expected_bytes`.
@@ -172,7 +182,9 @@ class TransitionTable:
         spec.check_memory()
         self.spec = spec
         layout, capacity = spec.layout, spec.capacity
-        self._frames = np.empty((spec.frame_capacity, *layout.frame_shape), layout.frame_dtype)
+        # Small frames travel faster within the answer than a reader would find them.
+        shared = shared and layout.frame_bytes >= _LARGE_FRAME_BYTES
+        self._frames = FrameRing(spec.frame_capacity, layout, shared=shared)
         self._row = np.empty(capacity, np.int32)
         self._age = np.empty(capacity, np.uint8)
         self._bootstrap_row = np.empty(capacity, np.int32)
@@ -225,7 +237,7 @@ class TransitionTable:
         self._make_room(steps, frames)
         at, first_frames = ring.newest, []
         for segment in segments:
-            _write(self._frames, ring.newest_frame, segment.frames)
+            self._frames.write(ring.newest_frame, segment.frames)
             first_frames.append(ring.newest_frame)
             ring.newest_frame += len(segment.frames)
         first_frame = np.repeat(first_frames, [size[0] for size in sizes])
@@ -239,7 +251,7 @@ class TransitionTable:
             (self._discount, "discount"),
         ):
             values = np.concatenate([getattr(segment, name) for segment in segments])
-            _write(store, at, (first_frame + values) % frame_capacity if name in _ROWS else values)
+            write_ring(store, at, (first_frame + values) % frame_capacity if name in _ROWS else values)
         if self._tree is not None:
             slots = np.arange(at, at + steps) % self.spec.capacity
             self._tree.set(slots, np.full(steps, self._weight(self.highest_priority)))
@@ -265,7 +277,11 @@ class TransitionTable:
         return float(priority**self.spec.priority_exponent)
 
     def sample(self, k: int, batch_size: int) -> Batch:
-        """Draw k batches of `batch_size` transitions, with replacement.
+        """Draw k batches of `batch_size` transitions, with replacement; raises as `choose` does."""
+        return self._frames.batch(self.choose(k, batch_size))
+
+    def choose(self, k: int, batch_size: int) -> Draw:
+        """Draw k batches of `batch_size` transitions, with replacement, and leave their frames where they lie.
 
         Raises:
             ValueError: the table is empty, or k or batch_size is not positive.
@@ -282,7 +298,12 @@ class TransitionTable:
             total = self._tree.total
             strata = (np.arange(batch_size) + self._rng.random(shape)) * (total / batch_size)
             sequence, probability = self._weighted(strata, total)
-        return self._gather(sequence, probability)
+        return self._drawn(sequence, probability)
+
+    @property
+    def shares_frames(self) -> bool:
+        """Whether other processes of this node can read the frames."""
+        return self._frames.location is not None
 
     @property
     def mass(self) -> float:
@@ -290,6 +311,10 @@ class TransitionTable:
         return float(self.size) if self._tree is None else self._tree.total
 
     def draw(self, places: Array) -> Batch:
+        """Return the transitions at places of the whole mass; see `choose_at`."""
+        return self._frames.batch(self.choose_at(places))
+
+    def choose_at(self, places: Array) -> Draw:
         """Return the transitions at places of the whole mass, oldest first where the table is uniform.
 
         Args:
@@ -306,9 +331,9 @@ class TransitionTable:
         if self._tree is None:
             # Rounding may leave a place at the very end.
             offset = np.minimum((places * self.size).astype(np.int64), self.size - 1)
-            return self._gather(self._ring.oldest + offset, np.full(len(places), 1.0 / self.size))
+            return self._drawn(self._ring.oldest + offset, np.full(len(places), 1.0 / self.size))
         total = self._tree.total
-        return self._gather(*self._weighted(places * total, total))
+        return self._drawn(*self._weighted(places * total, total))
 
     def _weighted(self, targets: Array, total: float) -> tuple[Array, Array]:
         """Return the transitions at running sums of weights, and with which probability each is drawn."""
@@ -317,28 +342,23 @@ class TransitionTable:
         sequence = self._ring.oldest + (slots - self._ring.oldest) % self.spec.capacity
         return sequence, self._tree.get(slots) / total
 
-    def _gather(self, sequence: Array, probability: Array) -> Batch:
+    def _drawn(self, sequence: Array, probability: Array) -> Draw:
         slots = sequence % self.spec.capacity
         self.sample_age = float(self._ring.newest - sequence.mean())
-        return Batch(
-            observation=self._observations(self._row[slots], self._age[slots]),
+        return Draw(
+            row=self._row[slots],
+            age=self._age[slots],
+            bootstrap_row=self._bootstrap_row[slots],
+            bootstrap_age=self._bootstrap_age[slots],
             action=self._action[slots],
             reward=self._reward[slots],
             discount=self._discount[slots],
-            next_observation=self._observations(self._bootstrap_row[slots], self._bootstrap_age[slots]),
             ids=sequence | self._tag << _SEQUENCE_BITS,
             probability=probability,
             size=self.size,
+            oldest_frame=self._ring.oldest_frame,
+            frames=self._frames.location,
         )
-
-    def _observations(self, rows: Array, ages: Array) -> Array:
-        stack = self.spec.layout.stack
-        if stack == 1:
-            return self._frames.take(rows, axis=0)
-        back = np.arange(stack - 1, -1, -1)
-        observations = self._frames.take(rows[..., None].astype(np.int64) - back, axis=0, mode="wrap")
-        observations[back > ages[..., None]] = 0
-        return observations
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:
         """Set new priorities; of an id named twice the last one wins.
@@ -370,11 +390,3 @@ class TransitionTable:
         stale = int(len(ids) - live.sum())
         self.stale_updates += stale
         return stale
-
-
-def _write(store: Array, counter: int, values: Array) -> None:
-    """Write `values` at a growing counter's place in the ring `store`, in at most two pieces."""
-    start = counter % len(store)
-    head = min(len(values), len(store) - start)
-    store[start : start + head] = values[:head]
-    store[: len(values) - head] = values[head:]

@@ -318,6 +318,52 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class FrameLocation:
+    """Where a table's frames lie, for processes of the same node; see `replay.frames`.
+
+    Attributes:
+        pid: of the process that holds them.
+        descriptor: number of its open file.
+        token: that is written there too, so that no other memory is taken for it.
+        capacity: frames there is room for.
+        layout: shape and dtype of a frame.
+    """
+
+    pid: int
+    descriptor: int
+    token: int
+    capacity: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Draw:
+    """k batches of B sampled transitions, with rows in place of observations; the rest as in `Batch`.
+
+    Attributes:
+        row: `[k, B]` int32, slot of the observation's newest frame.
+        age: `[k, B]` uint8, see `Segment`.
+        bootstrap_row: `[k, B]` int32, slot of the next observation's newest frame.
+        bootstrap_age: `[k, B]` uint8.
+        oldest_frame: counter of the oldest frame held when this was drawn.
+        frames: where they lie, if processes of the same node may read them.
+    """
+
+    row: Array
+    age: Array
+    bootstrap_row: Array
+    bootstrap_age: Array
+    action: Array
+    reward: Array
+    discount: Array
+    ids: Array
+    probability: Array
+    size: int
+    oldest_frame: int
+    frames: FrameLocation | None
+
+
+@dataclass(frozen=True)
 class InsertReply:
     """Answer to an insert. Exactly one of accepted, repeated, `wait` holds, unless the run is finished.
 
@@ -340,10 +386,12 @@ class InsertReply:
 class SampleReply:
     """Answer to a sample: a batch, or the reason to wait, or the word that nothing more will come.
 
+    A caller that reads frames where they lie gets a `draw` in place of the batch.
     `returns` are the moments of all discounted returns that came with pushes.
     """
 
     batch: Batch | None = None
+    draw: Draw | None = None
     wait: str | None = None
     finished: bool = False
     returns: Moments = Moments()

@@ -324,7 +324,7 @@ def sample(room: Room) -> Any:
 
 def replies(batches: list[Any]) -> Any:
     left = iter(batches)
-    return lambda k, batch_size, stop: SimpleNamespace(batch=next(left, None), wait=None, returns=Moments())
+    return lambda k, batch_size, stop, ahead: SimpleNamespace(batch=next(left, None), wait=None, returns=Moments())
 
 
 def test_weights_are_kept_while_there_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,7 @@ class InProcessReplay:
         self.failure: BaseException | None = None
         self.updated: list[tuple[Any, Any]] = []
 
-    def sample(self, k: int, batch_size: int, *, stop: threading.Event) -> SampleReply | None:
+    def sample(self, k: int, batch_size: int, *, stop: threading.Event, ahead: bool = False) -> SampleReply | None:
         while not stop.is_set():
             if self.failure is not None:
                 raise self.failure

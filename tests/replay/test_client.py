@@ -32,7 +32,7 @@ class Server:
     def __init__(self, clock: Clock) -> None:
         self.clock, self.until, self.calls = clock, 0.0, 0
 
-    def call(self, method: str, *arguments: Any, seconds: float, stop: Any = None) -> InsertReply:
+    def call(self, method: str, *arguments: Any, seconds: float, **_: Any) -> InsertReply:
         self.calls += 1
         self.clock.now += 0.001
         return InsertReply(0, wait="samples" if self.clock.now < self.until else None)

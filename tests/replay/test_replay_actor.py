@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from replay.remote import RemoteActor, fetch, is_ready
+from replay.remote import NAMESPACE, RemoteActor, fetch, is_ready
 from replay.server import ReplayActor, ReplayClient, ReplaySpec
 from replay.types import DeadlineExceeded, LayoutMismatch, Push
 from tests.replay.naive import make_segment
@@ -118,6 +119,56 @@ def test_a_sample_waits_until_experience_comes(start: Callable[..., RemoteActor]
     assert seen == ["experience: 0 of the first 8 items inserted"]
     assert client.waiting_for is None
     assert client.seconds_waited >= 0.2
+
+
+def test_a_call_made_ahead_is_the_next_one(start: Callable[..., RemoteActor]) -> None:
+    client = start_replay(start, replace(SPEC, samples_per_insert=float("inf")))
+    twin = start_replay(start, replace(SPEC, samples_per_insert=float("inf")))
+    for sequence in (0, 1):
+        client.insert(push(sequence))
+        twin.insert(push(sequence))
+    ids = [client.sample(2, 4, ahead=True).batch.ids for _ in range(3)]  # type: ignore[union-attr]
+    np.testing.assert_array_equal(ids, [twin.sample(2, 4).batch.ids for _ in range(3)])  # type: ignore[union-attr]
+    assert client._actor.call("stats", seconds=30.0).counters.samples == 4 * 8, "the fourth is under way"
+    other = client.sample(1, 4)
+    assert other is not None
+    assert other.batch is not None
+    assert other.batch.ids.shape == (1, 4), "another call is another call"
+    twin.sample(2, 4)
+    twin.sample(1, 4)
+    for _ in range(2):
+        pair = [one.sample(2, 4).batch.ids for one in (client, twin)]  # type: ignore[union-attr]
+        assert pair[0].shape == pair[1].shape == (2, 4)
+
+
+def test_a_call_made_ahead_of_a_server_that_died_is_made_again(start: Callable[..., RemoteActor]) -> None:
+    spec = replace(SPEC, samples_per_insert=float("inf"))
+    name = f"ahead-{os.getpid()}"
+    actor = start(ReplayActor, spec, run_seed=0, name=name)
+    client = ReplayClient(actor, deadline_seconds=60.0)
+    client.insert(push(0, value=1))
+    assert client.sample(1, 4, ahead=True) is not None
+    stats = actor.call("stats", seconds=30.0)
+    os.kill(stats.pid, signal.SIGKILL)
+    wait_until_gone(stats.pid)
+    ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    end = time.monotonic() + 30.0
+    while True:
+        try:
+            start(ReplayActor, spec, run_seed=0, incarnation=1, name=name)
+            break
+        except ValueError:  # Ray keeps a dead actor's name for a second
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    ReplayClient(RemoteActor(name)).insert(push(1, value=2))
+    reply = client.sample(1, 4, ahead=True)
+    assert reply is not None
+    assert reply.batch is not None
+    # What was drawn before the death may have arrived; what comes after is the new server's.
+    after = client.sample(1, 4)
+    assert after is not None
+    assert after.batch is not None
+    assert (after.batch.observation == 2.0).all()
 
 
 def test_an_insert_waits_until_the_learner_draws(start: Callable[..., RemoteActor]) -> None:

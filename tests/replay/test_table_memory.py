@@ -24,7 +24,7 @@ GIB = 2**30
 
 def allocated(table: TransitionTable) -> int:
     """Sum up every array the table holds, its tree's too."""
-    arrays = [*vars(table).values(), *((table._tree._nodes,) if table._tree else ())]
+    arrays = [*vars(table).values(), table._frames.array, *((table._tree._nodes,) if table._tree else ())]
     return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 

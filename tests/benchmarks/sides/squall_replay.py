@@ -11,10 +11,10 @@ from measure import arguments, quantile, report
 parsed = arguments("kind", "table")
 os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
 
-import numpy as np  # noqa: E402
 import ray  # noqa: E402
 from pushes import LANES, layout_of, pushes_of  # noqa: E402
 
+from learner.experience import RemoteTransitions  # noqa: E402
 from replay.remote import NAMESPACE, RemoteActor  # noqa: E402
 from replay.server import ReplayActor, ReplayClient, ReplaySpec  # noqa: E402
 from replay.table import TableSpec  # noqa: E402
@@ -54,13 +54,11 @@ while filled < CAPACITY[parsed.kind] // 2:
 writing = writer.run.remote(parsed.warm_up + parsed.seconds)
 taken: list[float] = []
 drawn, end = 0, time.perf_counter() + parsed.warm_up
-asked = [client._actor.later("sample", K, BATCH) for _ in range(2)]  # two calls ahead, as the learner does
 begun = None
 last = time.perf_counter()
-while True:
-    reply = ray.get(asked.pop(0))
-    asked.append(client._actor.later("sample", K, BATCH))
-    np.add.reduce(reply.batch.reward, axis=None)
+experience = RemoteTransitions(client, k=K, batch_size=BATCH, length=2**40)  # as the learner does, tensors included
+for batch in experience:
+    batch.reward.sum()
     now = time.perf_counter()
     if begun is None:
         if now >= end:
@@ -72,6 +70,7 @@ while True:
             break
     last = now
 inserted, sampled = ray.get(writing), drawn / (time.perf_counter() - begun)
+experience.close()
 ray.shutdown()
 taken.sort()
 p50, p99 = quantile(taken, 0.5), quantile(taken, 0.99)

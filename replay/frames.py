@@ -1,0 +1,196 @@
+"""Frames of a replay table: a ring that is written on and on, and read where it lies by who is near.
+
+A batch of images that a server hands out travels in three copies: out of the ring, into the object store, and out of
+that again. A `FrameRing` can lie in memory that other processes of its node may map. A sample is then answered with
+rows alone, and a `FrameReader` gathers them itself: one copy, on the core of who wants it rather than the server's.
+
+Neither waits for the other. The ring tells how far it is written *before* it writes, and the reader looks at that
+*after* it has gathered: what may have been overwritten meanwhile is not handed out, and asked for again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import secrets
+import sys
+import weakref
+
+import numpy as np
+
+from replay.types import Array, Batch, Draw, FrameLocation, Layout
+
+_HEADER_BYTES = mmap.PAGESIZE
+_MOST_TRIES = 3
+
+# The check stands on writes being seen in the order they were made, which only these processors promise.
+_CAN_SHARE = sys.platform == "linux" and platform.machine().lower() in ("x86_64", "amd64")
+
+
+class FrameRing:
+    """Room for `capacity` frames, addressed by a counter that only grows; a counter's slot is its remainder."""
+
+    def __init__(self, capacity: int, layout: Layout, *, shared: bool = False) -> None:
+        """Allocate the room.
+
+        Args:
+            capacity: frames.
+            layout: shape and dtype of a frame, and how many are stacked.
+            shared: whether other processes of this node may read it; where that cannot be, `location` is None.
+        """
+        self._stack = layout.stack
+        self.location: FrameLocation | None = None
+        shape = (capacity, *layout.frame_shape)
+        if not (shared and _CAN_SHARE):
+            self.array = np.empty(shape, layout.frame_dtype)
+            self._header = np.zeros(2, np.int64)
+            return
+        # It has no name, so nothing is left of it when the last process that maps it is gone.
+        descriptor = os.memfd_create("squall-frames")
+        weakref.finalize(self, os.close, descriptor)
+        os.ftruncate(descriptor, _HEADER_BYTES + capacity * layout.frame_bytes)
+        token = secrets.randbits(62) + 1
+        self.location = FrameLocation(os.getpid(), descriptor, token, capacity, layout)
+        self._header, self.array = _map(descriptor, self.location, mmap.ACCESS_WRITE)
+        self._header[1] = token
+
+    def write(self, counter: int, frames: Array) -> None:
+        """Write frames from a counter's slot on."""
+        self._header[0] = counter + len(frames)
+        write_ring(self.array, counter, frames)
+
+    def batch(self, draw: Draw) -> Batch:
+        """Gather what was drawn."""
+        return _gathered(draw, self.array, self._stack)
+
+
+class FrameReader:
+    """Gathers out of another process's ring."""
+
+    def __init__(self, location: FrameLocation) -> None:
+        """Map the ring.
+
+        Raises:
+            OSError: it is not on this node, or not to be read from this process.
+        """
+        self.location = location
+        descriptor = os.open(f"/proc/{location.pid}/fd/{location.descriptor}", os.O_RDONLY)
+        try:
+            if os.fstat(descriptor).st_size != _HEADER_BYTES + location.capacity * location.layout.frame_bytes:
+                raise FileNotFoundError(f"process {location.pid} holds something else here")
+            self._header, self._array = _map(descriptor, location, mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        if self._header[1] != location.token:
+            raise FileNotFoundError(f"process {location.pid} holds another ring here")
+
+    def batch(self, draw: Draw) -> Batch | None:
+        """Gather what was drawn; None if some of it may have been overwritten meanwhile.
+
+        The observations may share memory with each other.
+        """
+        stack = self.location.layout.stack
+        if stack > 1 and self._follow(draw):
+            # One window over both observations: they have all frames but one in common.
+            window = _stacked(self._array, draw.bootstrap_row, draw.age.astype(np.int64) + 1, stack + 1)
+            each = (slice(None),) * draw.row.ndim
+            batch = _batch(draw, window[(*each, slice(None, -1))], window[(*each, slice(1, None))])
+        else:
+            batch = _gathered(draw, self._array, stack)
+        return batch if self._is_intact(draw) else None
+
+    def _follow(self, draw: Draw) -> bool:
+        """Return whether each next observation is the one that follows."""
+        following = (draw.row + 1) % self.location.capacity
+        age = np.minimum(draw.age.astype(np.int64) + 1, self.location.layout.stack - 1)
+        return bool((draw.bootstrap_row == following).all() and (draw.bootstrap_age == age).all())
+
+    def _is_intact(self, draw: Draw) -> bool:
+        still_there = int(self._header[0]) - self.location.capacity
+        if draw.oldest_frame >= still_there:
+            return True
+        counters = draw.oldest_frame + (draw.row - draw.oldest_frame) % self.location.capacity
+        return bool((counters - draw.age >= still_there).all())
+
+
+class NearFrames:
+    """What a client knows of a server's frames: whether it can read them itself, and how."""
+
+    def __init__(self) -> None:
+        """Know nothing yet, so try."""
+        self._reader: FrameReader | None = None
+        self._elsewhere = False
+        self._failures = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the next sample is to be answered with rows alone."""
+        return not self._elsewhere and self._failures < _MOST_TRIES
+
+    def batch(self, draw: Draw) -> Batch | None:
+        """Gather what was drawn; None if that cannot be, so that it is to be asked for again."""
+        assert draw.frames is not None
+        reader = self._reader
+        if reader is None or reader.location != draw.frames:
+            try:
+                reader = self._reader = FrameReader(draw.frames)
+            except OSError:
+                self._elsewhere = True
+                return None
+        batch = reader.batch(draw)
+        self._failures = self._failures + 1 if batch is None else 0
+        return batch
+
+    def forget(self) -> None:
+        """Let go of a ring whose owner is gone: its successor needs the memory, and may be nearer or farther."""
+        self._reader, self._elsewhere = None, False
+
+    def copied(self) -> None:
+        """Take note that a batch came by copy, after rows were in vain: the next may be rows again."""
+        self._failures = 0
+
+
+def write_ring(store: Array, counter: int, values: Array) -> None:
+    """Write `values` at a growing counter's place in the ring `store`, in at most two pieces."""
+    start = counter % len(store)
+    head = min(len(values), len(store) - start)
+    store[start : start + head] = values[:head]
+    store[: len(values) - head] = values[head:]
+
+
+def _map(descriptor: int, location: FrameLocation, access: int) -> tuple[Array, Array]:
+    """Return header and frames; they keep the mapping alive."""
+    layout = location.layout
+    mapped = mmap.mmap(descriptor, _HEADER_BYTES + location.capacity * layout.frame_bytes, access=access)
+    header = np.frombuffer(mapped, np.int64, 2)
+    frames = np.frombuffer(mapped, layout.frame_dtype, offset=_HEADER_BYTES)
+    return header, frames.reshape(location.capacity, *layout.frame_shape)
+
+
+def _gathered(draw: Draw, frames: Array, stack: int) -> Batch:
+    observation = _stacked(frames, draw.row, draw.age, stack)
+    return _batch(draw, observation, _stacked(frames, draw.bootstrap_row, draw.bootstrap_age, stack))
+
+
+def _stacked(frames: Array, rows: Array, ages: Array, stack: int) -> Array:
+    """Return at each row the frame there and its predecessors, zero before the episode's first."""
+    if stack == 1:
+        return frames.take(rows, axis=0)
+    back = np.arange(stack - 1, -1, -1)
+    observations = frames.take(rows[..., None].astype(np.int64) - back, axis=0, mode="wrap")
+    observations[back > ages[..., None]] = 0
+    return observations
+
+
+def _batch(draw: Draw, observation: Array, next_observation: Array) -> Batch:
+    return Batch(
+        observation=observation,
+        action=draw.action,
+        reward=draw.reward,
+        discount=draw.discount,
+        next_observation=next_observation,
+        ids=draw.ids,
+        probability=draw.probability,
+        size=draw.size,
+    )
