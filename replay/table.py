@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import psutil
 
 from replay.frames import FrameRing, write_ring
 from replay.sum_tree import SumTree
-from replay.types import Array, Batch, ConfigurationError, Draw, Layout, NotEnoughMemory, Segment, check_segments
+from replay.types import Array, Batch, ConfigurationError, Draw, Layout, NotEnoughMemory, Segment, join_segments
 
 _SEQUENCE_BITS = 43
 _INCARNATION_BITS = 12
@@ -219,11 +219,11 @@ class TransitionTable:
         Raises:
             LayoutMismatch: a segment does not fit the layout; the table is unchanged.
         """
-        check_segments(segments, self.spec.layout)
-        self._insert([segment for segment in segments if segment.steps])
+        columns = join_segments(segments, self.spec.layout)
+        self._insert([segment for segment in segments if segment.steps], columns)
 
-    def _insert(self, segments: Sequence[Segment]) -> None:
-        """Add segments that fit and have steps; each small field is written once, for all of them."""
+    def _insert(self, segments: Sequence[Segment], columns: Mapping[str, Array]) -> None:
+        """Add segments that fit and have steps, whose small fields are `columns`."""
         if not segments:
             return
         ring, frame_capacity = self._ring, self.spec.frame_capacity
@@ -231,15 +231,18 @@ class TransitionTable:
         steps, frames = (sum(size) for size in zip(*sizes, strict=True))
         if len(segments) > 1 and (steps > self.spec.capacity or frames > frame_capacity):
             middle = len(segments) // 2  # the second half evicts some of the first
-            self._insert(segments[:middle])
-            self._insert(segments[middle:])
+            cut = sum(size[0] for size in sizes[:middle])
+            self._insert(segments[:middle], {name: values[:cut] for name, values in columns.items()})
+            self._insert(segments[middle:], {name: values[cut:] for name, values in columns.items()})
             return
         self._make_room(steps, frames)
-        at, first_frames = ring.newest, []
-        for segment in segments:
-            self._frames.write(ring.newest_frame, segment.frames)
-            first_frames.append(ring.newest_frame)
-            ring.newest_frame += len(segment.frames)
+        at, first_frames = ring.newest, np.cumsum([ring.newest_frame, *(size[1] for size in sizes[:-1])])
+        if self.spec.layout.frame_bytes < _LARGE_FRAME_BYTES:
+            self._frames.write(ring.newest_frame, np.concatenate([segment.frames for segment in segments]))
+        else:
+            for first, segment in zip(first_frames.tolist(), segments, strict=True):
+                self._frames.write(first, segment.frames)
+        ring.newest_frame += frames
         first_frame = np.repeat(first_frames, [size[0] for size in sizes])
         for store, name in (
             (self._row, "row"),
@@ -250,7 +253,7 @@ class TransitionTable:
             (self._reward, "reward"),
             (self._discount, "discount"),
         ):
-            values = np.concatenate([getattr(segment, name) for segment in segments])
+            values = columns[name]
             write_ring(store, at, (first_frame + values) % frame_capacity if name in _ROWS else values)
         if self._tree is not None:
             slots = np.arange(at, at + steps) % self.spec.capacity

@@ -123,42 +123,56 @@ class Segment:
 
     def check(self, layout: Layout) -> None:
         """Raise `LayoutMismatch`, naming both sides, unless this segment fits `layout`."""
-        check_segments((self,), layout)
+        join_segments((self,), layout)
 
 
-def check_segments(segments: Sequence[Segment], layout: Layout) -> None:
-    """Raise `LayoutMismatch`, naming both sides, unless every segment fits `layout`.
+def join_segments(segments: Sequence[Segment], layout: Layout) -> dict[str, Array]:
+    """Return every field but the frames, end to end: a push has many short segments, and work on each costs a call.
 
-    Shapes are looked at one by one, values all at once: a push has many short segments.
+    Raises:
+        LayoutMismatch: a segment does not fit `layout`; the text names both sides.
     """
-    if not segments:
-        return
-    frame, action, single = np.dtype(layout.frame_dtype), np.dtype(layout.action_dtype), np.dtype(np.float32)
-    row, age = np.dtype(np.int32), np.dtype(np.uint8)
-    for segment in segments:
-        steps, frames = segment.steps, len(segment.frames)
-        if steps > layout.segment_length:
-            raise LayoutMismatch(f"a segment holds at most {layout.segment_length} steps, got {steps}")
-        if frames > layout.max_segment_frames:
-            raise LayoutMismatch(f"a segment holds at most {layout.max_segment_frames} frames, got {frames}")
-        _expect("frames", segment.frames, (frames, *layout.frame_shape), frame)
-        _expect("action", segment.action, (steps, *layout.action_shape), action)
-        _expect("reward", segment.reward, (steps,), single)
-        _expect("discount", segment.discount, (steps,), single)
-        _expect("row", segment.row, (steps,), row)
-        _expect("bootstrap_row", segment.bootstrap_row, (steps,), row)
-        _expect("age", segment.age, (steps,), age)
-        _expect("bootstrap_age", segment.bootstrap_age, (steps,), age)
-    ends = np.repeat([len(segment.frames) for segment in segments], [segment.steps for segment in segments])
+    row, age, single = ((), np.dtype(np.int32)), ((), np.dtype(np.uint8)), ((), np.dtype(np.float32))
+    wanted: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+        "row": row,
+        "age": age,
+        "bootstrap_row": row,
+        "bootstrap_age": age,
+        "action": (layout.action_shape, np.dtype(layout.action_dtype)),
+        "reward": single,
+        "discount": single,
+    }
+    frame = layout.frame_shape, np.dtype(layout.frame_dtype)
+    steps = [segment.steps for segment in segments]
+    frames = [len(segment.frames) for segment in segments]
+    if segments and max(steps) > layout.segment_length:
+        raise LayoutMismatch(f"a segment holds at most {layout.segment_length} steps, got {max(steps)}")
+    if segments and max(frames) > layout.max_segment_frames:
+        raise LayoutMismatch(f"a segment holds at most {layout.max_segment_frames} frames, got {max(frames)}")
+    _expect_all("frames", [segment.frames for segment in segments], frames, *frame)
+    columns = {}
+    for name, (shape, dtype) in wanted.items():
+        arrays = [getattr(segment, name) for segment in segments]
+        _expect_all(name, arrays, steps, shape, dtype)
+        columns[name] = np.concatenate(arrays) if arrays else np.empty((0, *shape), dtype)
+    ends = np.repeat(frames, steps)
     for prefix in ("", "bootstrap_"):
-        rows = np.concatenate([getattr(segment, prefix + "row") for segment in segments])
-        ages = np.concatenate([getattr(segment, prefix + "age") for segment in segments])
+        rows, ages = columns[prefix + "row"], columns[prefix + "age"]
         for wrong in np.flatnonzero((rows < 0) | (rows >= ends))[:1]:
             raise LayoutMismatch(f"{prefix}row must lie in [0, {ends[wrong]}), got {rows[wrong]}")
         if len(ages) and ages.max() > layout.stack - 1:
             raise LayoutMismatch(f"{prefix}age must be at most {layout.stack - 1}, got {ages.max()}")
         if (ages > rows).any():
             raise LayoutMismatch(f"{prefix}age points before the segment's first frame")
+    return columns
+
+
+def _expect_all(
+    name: str, arrays: Sequence[Array], lengths: Sequence[int], shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
+    for array, length in zip(arrays, lengths, strict=True):
+        if array.dtype != dtype or array.shape != (length, *shape):
+            _expect(name, array, (length, *shape), dtype)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tests.benchmarks.cases import CASES, LIMIT, ROWS, Case
@@ -20,8 +21,8 @@ _VERSIONS = ("torch", "ray", "pytorch-lightning", "numpy", "gymnasium", "ale-py"
 _HEAD = """\
 # Benchmarks
 
-`make bench` measures and writes this page, the plot and [results.json](tests/benchmarks/results.json); nothing here is
-typed by hand. `make bench ONLY=per,lightning` measures some rows, `make bench ARGS=--quick` is a look of some minutes
+`make bench` measures and writes this page, the plot and [results.json](tests/benchmarks/results.json); no figure in a
+table is typed by hand. What is said of where the time goes comes from [notes.md](tests/benchmarks/notes.md). `make bench ONLY=per,lightning` measures some rows, `make bench ARGS=--quick` is a look of some minutes
 that writes nothing.
 
 A figure counts as a ratio measured side by side: in each round ours and the other sides run in turn, every second round
@@ -91,10 +92,27 @@ def render(root: Path) -> None:
     """Write BENCHMARKS.md and the plot."""
     measured = read(root)
     draw(measured, root / "tests" / "benchmarks" / "ratios.png")
-    (root / "BENCHMARKS.md").write_text(markdown(measured))
+    (root / "BENCHMARKS.md").write_text(markdown(measured, notes(root)))
 
 
-def markdown(measured: dict[str, tuple[dict[str, Any], list[Comparison]]]) -> str:
+def notes(root: Path) -> dict[str, str]:
+    """Return what there is to say of each row, from notes.md.
+
+    Raises:
+        ValueError: a heading there names no row.
+    """
+    said = {}
+    for part in (root / "tests" / "benchmarks" / "notes.md").read_text().split("\n## ")[1:]:
+        row, _, text = part.partition("\n")
+        if row not in ROWS:
+            raise ValueError(f"notes.md speaks of {row!r}, which is no row; there are {', '.join(ROWS)}")
+        said[row] = text.strip()
+    return said
+
+
+def markdown(
+    measured: dict[str, tuple[dict[str, Any], list[Comparison]]], said: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Return the page."""
     parts = [_HEAD, "![How many times better Squall is, and the ratio wanted](tests/benchmarks/ratios.png)\n"]
     for row in ROWS:
@@ -108,6 +126,8 @@ def markdown(measured: dict[str, tuple[dict[str, Any], list[Comparison]]]) -> st
         parts += [f"- `{case.name or case.row}`: {case.title}; {case.unit}." for case in cases]
         if row == "scale":
             parts += _forecast([c for case in cases if case.id in measured for c in measured[case.id][1]])
+        if row in said:
+            parts.append(f"\n{said[row]}")
         parts.append(f"\n```\nmake bench ONLY={row}\n```\n")
     parts.append("## Where\n")
     parts += sorted({_where(machine) for machine, _ in measured.values()}) or ["Nothing is measured yet."]

@@ -128,7 +128,7 @@ def test_a_peer_that_cannot_be_installed_is_said_so(tmp_path: Path, monkeypatch:
 
 
 def test_the_page_in_the_repository_is_what_its_file_gives() -> None:
-    assert (ROOT / "BENCHMARKS.md").read_text() == report.markdown(report.read(ROOT)), (
+    assert (ROOT / "BENCHMARKS.md").read_text() == report.markdown(report.read(ROOT), report.notes(ROOT)), (
         "write it anew: make bench ARGS=--render"
     )
 
