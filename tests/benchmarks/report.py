@@ -22,8 +22,9 @@ _HEAD = """\
 # Benchmarks
 
 `make bench` measures and writes this page, the plot and [results.json](tests/benchmarks/results.json); no figure in a
-table is typed by hand. What is said of where the time goes comes from [notes.md](tests/benchmarks/notes.md). `make bench ONLY=per,lightning` measures some rows, `make bench ARGS=--quick` is a look of some minutes
-that writes nothing.
+table is typed by hand. What is said of where the time goes comes from [notes.md](tests/benchmarks/notes.md).
+`make bench ONLY=per,lightning` measures some rows, `make bench ARGS=--quick` is a look of some minutes that writes
+nothing.
 
 A figure counts as a ratio measured side by side: in each round ours and the other sides run in turn, every second round
 in the opposite order (ABBA), each a process of its own, with a warm-up before each window; the ratio is the median over

@@ -131,6 +131,6 @@ def test_a_run_without_actors_learns_from_it(run: Run, example: Path) -> None:
             player.kill()
             player.wait(10)
     assert summary["actors"] == 0
-    # Chance plays 22. How well DQN learns is told elsewhere; the best of a few evaluations plays worse when asked again.
+    # Chance plays 22. How well DQN learns is told elsewhere; the best of a few evaluations plays worse, asked again.
     assert summary["eval_return_mean"] >= 200, f"{summary}\n{(example / 'play.err').read_text()}"
     assert run.leftovers() == []
