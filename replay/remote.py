@@ -93,9 +93,13 @@ class RemoteActor:
 
 
 def actor_class(cls: type, *, max_concurrency: int = 1) -> Any:
-    """Return `cls` as a Ray actor that takes no CPU slot, and that the coordinator, not Ray, recreates."""
+    """Return `cls` as a Ray actor that takes no CPU slot, and that the coordinator, not Ray, recreates.
+
+    Ray keeps no record of its calls, of which there may be a thousand a second.
+    """
     remote: Any = ray.remote
-    return remote(num_cpus=0, max_restarts=0, max_task_retries=0, max_concurrency=max_concurrency)(cls)
+    options = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0, "enable_task_events": False}
+    return remote(**options, max_concurrency=max_concurrency)(cls)
 
 
 def argument(push: Push) -> Any:

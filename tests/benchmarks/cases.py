@@ -104,7 +104,7 @@ def _per(batch: int, inserts: int, quick: bool = False) -> Case:
             Side("tianshou", "tianshou_per.py", arguments, "tianshou"),
             Side(LIMIT, "bare_per.py", arguments),
         ),
-        {"cpprb": 2.0},
+        {} if inserts else {"cpprb": 2.0},
         higher_is_better=False,
         same=("batch_size", "items"),
         quick=quick,
