@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 
 
 class TransitionBatch(NamedTuple):
-    """A `Batch` as tensors, `[k, B, ...]` or `[B, ...]`; see there for the fields."""
+    """A `Batch` as tensors, `[k, B, ...]` or `[B, ...]`; see there for the fields, which may share memory."""
 
     observation: Tensor
     action: Tensor

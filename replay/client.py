@@ -40,9 +40,11 @@ class WaitingClient:
             while True:
                 remaining = begun + self._deadline - time.monotonic()
                 reply = self._actor.call(method, *arguments, seconds=max(remaining, 0.1), stop=stop, asked=asked)
-                asked = None
+                early, asked = asked is not None, None
                 if reply is None or reply.wait is None:
                     return reply
+                if early:  # that was said before anybody waited for it
+                    continue
                 self.waiting_for = reply.wait
                 waiting_since = waiting_since or time.monotonic()
                 if remaining <= 0:

@@ -10,11 +10,13 @@ Neither waits for the other. The ring tells how far it is written *before* it wr
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import platform
 import secrets
 import sys
+import threading
 import weakref
 
 import numpy as np
@@ -22,9 +24,11 @@ import numpy as np
 from replay.types import Array, Batch, Draw, FrameLocation, Layout
 
 _HEADER_BYTES = mmap.PAGESIZE
+_NAME = "squall-frames"
 _MOST_TRIES = 3
+_COPIES_ELSEWHERE = 1_000
 
-# The check stands on writes being seen in the order they were made, which only these processors promise.
+# The check stands on writes being seen in the order they were made, which these processors promise; see also `write`.
 _CAN_SHARE = sys.platform == "linux" and platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -39,25 +43,30 @@ class FrameRing:
             layout: shape and dtype of a frame, and how many are stacked.
             shared: whether other processes of this node may read it; where that cannot be, `location` is None.
         """
-        self._stack = layout.stack
+        self._stack, self._fence = layout.stack, threading.Lock()
         self.location: FrameLocation | None = None
-        shape = (capacity, *layout.frame_shape)
-        if not (shared and _CAN_SHARE):
-            self.array = np.empty(shape, layout.frame_dtype)
+        if shared and _CAN_SHARE:
+            with contextlib.suppress(OSError):  # not every sandbox lets a process have such memory
+                self._share(capacity, layout)
+        if self.location is None:
+            self.array = np.empty((capacity, *layout.frame_shape), layout.frame_dtype)
             self._header = np.zeros(2, np.int64)
-            return
-        # It has no name, so nothing is left of it when the last process that maps it is gone.
-        descriptor = os.memfd_create("squall-frames")
+
+    def _share(self, capacity: int, layout: Layout) -> None:
+        # It has no name in the file system, so nothing is left of it when the last process that maps it is gone.
+        descriptor = os.memfd_create(_NAME)
         weakref.finalize(self, os.close, descriptor)
         os.ftruncate(descriptor, _HEADER_BYTES + capacity * layout.frame_bytes)
-        token = secrets.randbits(62) + 1
-        self.location = FrameLocation(os.getpid(), descriptor, token, capacity, layout)
-        self._header, self.array = _map(descriptor, self.location, mmap.ACCESS_WRITE)
-        self._header[1] = token
+        location = FrameLocation(os.getpid(), descriptor, secrets.randbits(62) + 1, capacity, layout)
+        self._header, self.array = _map(descriptor, location, mmap.ACCESS_WRITE)
+        self._header[1] = location.token
+        self.location = location
 
     def write(self, counter: int, frames: Array) -> None:
         """Write frames from a counter's slot on."""
         self._header[0] = counter + len(frames)
+        with self._fence:  # large copies may pass by the order of writes; a lock's instruction does not let them
+            pass
         write_ring(self.array, counter, frames)
 
     def batch(self, draw: Draw) -> Batch:
@@ -75,7 +84,10 @@ class FrameReader:
             OSError: it is not on this node, or not to be read from this process.
         """
         self.location = location
-        descriptor = os.open(f"/proc/{location.pid}/fd/{location.descriptor}", os.O_RDONLY)
+        path = f"/proc/{location.pid}/fd/{location.descriptor}"
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            raise FileNotFoundError(f"{path} is no ring of frames")
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             if os.fstat(descriptor).st_size != _HEADER_BYTES + location.capacity * location.layout.frame_bytes:
                 raise FileNotFoundError(f"process {location.pid} holds something else here")
@@ -110,8 +122,11 @@ class FrameReader:
         still_there = int(self._header[0]) - self.location.capacity
         if draw.oldest_frame >= still_there:
             return True
-        counters = draw.oldest_frame + (draw.row - draw.oldest_frame) % self.location.capacity
-        return bool((counters - draw.age >= still_there).all())
+        for rows, ages in ((draw.row, draw.age), (draw.bootstrap_row, draw.bootstrap_age)):
+            counters = draw.oldest_frame + (rows.astype(np.int64) - draw.oldest_frame) % self.location.capacity
+            if (counters - ages < still_there).any():
+                return False
+        return True
 
 
 class NearFrames:
@@ -120,13 +135,12 @@ class NearFrames:
     def __init__(self) -> None:
         """Know nothing yet, so try."""
         self._reader: FrameReader | None = None
-        self._elsewhere = False
-        self._failures = 0
+        self._torn = self._copies_due = 0
 
     @property
     def wanted(self) -> bool:
         """Whether the next sample is to be answered with rows alone."""
-        return not self._elsewhere and self._failures < _MOST_TRIES
+        return not self._copies_due
 
     def batch(self, draw: Draw) -> Batch | None:
         """Gather what was drawn; None if that cannot be, so that it is to be asked for again."""
@@ -136,19 +150,21 @@ class NearFrames:
             try:
                 reader = self._reader = FrameReader(draw.frames)
             except OSError:
-                self._elsewhere = True
+                self._copies_due = _COPIES_ELSEWHERE
                 return None
         batch = reader.batch(draw)
-        self._failures = self._failures + 1 if batch is None else 0
+        self._torn = self._torn + 1 if batch is None else 0
+        if self._torn == _MOST_TRIES:
+            self._torn, self._copies_due = 0, 1
         return batch
+
+    def copied(self) -> None:
+        """Take note that a batch came by copy; after some the next may be rows again."""
+        self._copies_due = max(self._copies_due - 1, 0)
 
     def forget(self) -> None:
         """Let go of a ring whose owner is gone: its successor needs the memory, and may be nearer or farther."""
-        self._reader, self._elsewhere = None, False
-
-    def copied(self) -> None:
-        """Take note that a batch came by copy, after rows were in vain: the next may be rows again."""
-        self._failures = 0
+        self._reader, self._torn, self._copies_due = None, 0, 0
 
 
 def write_ring(store: Array, counter: int, values: Array) -> None:

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -229,14 +230,15 @@ class ReplayServer:
         self._desk.note(caller, answer.get("wait"))
         return InsertReply(env_steps=self._counters.env_steps, **answer)
 
-    def sample(self, k: int, batch_size: int, in_place: bool = False, again: bool = False) -> SampleReply:
+    def sample(self, k: int, batch_size: int, rows_only: bool = False, instead_of: int | None = None) -> SampleReply:
         """Draw k batches, or say what to wait for.
 
         Args:
             k: batches.
             batch_size: transitions in each.
-            in_place: whether rows are enough, because the caller reads the frames where they lie.
-            again: these were granted and counted before, but could not be read.
+            rows_only: whether rows are enough, because the caller reads the frames where they lie.
+            instead_of: the `FrameLocation.token` of a draw that could not be read: it was granted, and counted, by
+                the server whose frames those are.
 
         Raises:
             ValueError: k or batch_size is not positive, or they ask for more than the largest sample there
@@ -245,8 +247,7 @@ class ReplayServer:
         count, largest = k * batch_size, self.spec.batches_per_sample * self.spec.batch_size
         if min(k, batch_size) < 1 or count > largest:
             raise ValueError(f"a sample call draws 1 to {largest} transitions, got {k} x {batch_size}")
-        granted = again and self._limiter.samples > 0  # else by an earlier server
-        if not granted:
+        if instead_of is None or instead_of != self._table.frames_token:
             if self._finished and (self._limiter.due < count or not self._table.size):
                 self._desk.note("learner", None)
                 return SampleReply(finished=True)
@@ -255,7 +256,7 @@ class ReplayServer:
             if wait is not None:
                 return SampleReply(wait=wait)
             self._limiter.record_sample(count)
-        if in_place and self._table.shares_frames:
+        if rows_only and self._table.frames_token is not None:
             return SampleReply(draw=self._table.choose(k, batch_size), returns=self._desk.returns)
         return SampleReply(batch=self._table.sample(k, batch_size), returns=self._desk.returns)
 
@@ -295,8 +296,12 @@ class ReplayClient(WaitingClient):
         """Hold `actor`, the name of the server's process; every wait ends after `deadline_seconds`."""
         super().__init__(actor, deadline_seconds=deadline_seconds)
         self._near = NearFrames()
-        actor.when_gone = self._near.forget
-        self._asked: dict[tuple[int, int], Any] = {}
+        self._asked: dict[tuple[Any, ...], Any] = {}
+        actor.when_gone = self._let_go
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was made from: what it holds of a server is of this process."""
+        return partial(type(self), deadline_seconds=self._deadline), (self._actor,)
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
         """Insert, waiting as long as the limiter says so; None if `stop` was set meanwhile.
@@ -322,27 +327,34 @@ class ReplayClient(WaitingClient):
         Raises:
             DeadlineExceeded: no batch could be drawn before the deadline.
         """
-        again, asked = False, self._asked.pop((k, batch_size), None)
+        instead_of, asked = None, self._asked.pop((k, batch_size), None)
         while True:
             reply: SampleReply | None = self._until_served(
-                "sample", k, batch_size, self._near.wanted, again, stop=stop, asked=asked
+                "sample", k, batch_size, self._near.wanted, instead_of, stop=stop, asked=asked
             )
             if reply is None or reply.finished:
                 return reply
-            if ahead:
-                self._ask_ahead(k, batch_size)
             if reply.draw is None:
                 self._near.copied()
+            if ahead:
+                self._ask_ahead(k, batch_size, self._near.wanted)
+            if reply.draw is None:
                 return reply
             batch = self._near.batch(reply.draw)
             if batch is not None:
                 return replace(reply, batch=batch, draw=None)
-            again, asked = True, None
+            assert reply.draw.frames is not None
+            instead_of, asked = reply.draw.frames.token, None
 
-    def _ask_ahead(self, k: int, batch_size: int) -> None:
-        if (k, batch_size) not in self._asked:
+    def _ask_ahead(self, *call: Any) -> None:
+        if call[:2] not in self._asked:
             with contextlib.suppress(*GONE, ValueError):
-                self._asked[k, batch_size] = self._actor.later("sample", k, batch_size, self._near.wanted)
+                self._asked[call[:2]] = self._actor.later("sample", *call)
+
+    def _let_go(self) -> None:
+        """Forget what came of a server that is gone."""
+        self._near.forget()
+        self._asked.clear()
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """Send new priorities without waiting; a server that is gone has nothing left to prioritize."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,13 @@ class ShardedReplayClient(ReplayClient):
         super().__init__(desk, deadline_seconds=deadline_seconds)
         self._shards = list(shards)
         self._near_shards = [NearFrames() for _ in self._shards]
+        self._incarnations: dict[int, int] = {}
         for shard, near in zip(self._shards, self._near_shards, strict=True):
             shard.when_gone = near.forget
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See `ReplayClient`."""
+        return partial(type(self), deadline_seconds=self._deadline), (self._actor, self._shards)
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
         """See `ReplayClient.insert`."""
@@ -123,8 +129,11 @@ class ShardedReplayClient(ReplayClient):
     def sample(
         self, k: int, batch_size: int, *, stop: threading.Event | None = None, ahead: bool = False
     ) -> SampleReply | None:
-        """See `ReplayClient.sample`; `ahead` changes nothing here."""
-        reply: PlacesReply | None = self._until_served("sample", k, batch_size, stop=stop)
+        """See `ReplayClient.sample`."""
+        asked = self._asked.pop((k, batch_size), None)
+        reply: PlacesReply | None = self._until_served("sample", k, batch_size, stop=stop, asked=asked)
+        if ahead and reply is not None and not reply.finished:
+            self._ask_ahead(k, batch_size)
         end, patience = time.monotonic() + self._deadline, _SECONDS_FOR_A_DRAW
         while reply is not None and reply.places is not None:
             places = reply.places
@@ -146,6 +155,10 @@ class ShardedReplayClient(ReplayClient):
     ) -> tuple[dict[int, tuple[Array, Batch]], list[tuple[int, int]]]:
         """Draw from all shards at once; return what came of each, and the shards that are gone."""
         asked, lost = {}, []
+        for shard, incarnation in self._incarnations.items():
+            if places.incarnations.get(shard) != incarnation:
+                self._near_shards[shard].forget()
+        self._incarnations = places.incarnations
         for shard in np.unique(places.shard).tolist():
             where = np.flatnonzero(places.shard == shard)
             try:
@@ -158,18 +171,24 @@ class ShardedReplayClient(ReplayClient):
         end, parts = time.monotonic() + seconds, {}
         for shard, (where, reference) in asked.items():
             try:
-                drawn = fetch(reference, end - time.monotonic(), stop)
-            except (*GONE, GetTimeoutError):
+                batch = self._read(shard, fetch(reference, end - time.monotonic(), stop))
+                if batch is None:  # written over meanwhile, or elsewhere
+                    reference = self._shards[shard].later("draw", places.place[where])
+                    batch = self._read(shard, fetch(reference, end - time.monotonic(), stop))
+            except (*GONE, GetTimeoutError, ValueError):
                 self._shards[shard].forget()
                 continue
-            near = self._near_shards[shard]
-            if isinstance(drawn, Draw):
-                drawn = near.batch(drawn)
-            else:
-                near.copied()
-            if drawn is not None:
-                parts[shard] = where, drawn
+            if batch is not None:
+                parts[shard] = where, batch
         return parts, lost
+
+    def _read(self, shard: int, drawn: Batch | Draw | None) -> Batch | None:
+        near = self._near_shards[shard]
+        if isinstance(drawn, Draw):
+            return near.batch(drawn)
+        if drawn is not None:
+            near.copied()
+        return drawn
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """See `ReplayClient.update_priorities`; each goes to the shard that its id names."""

@@ -351,11 +351,13 @@ class ReplayShard:
         self._tell(replace(push, segments=()))
         return True
 
-    def draw(self, places: Array, in_place: bool = False) -> Batch | Draw | None:
-        """See `TransitionTable.draw`, and for `in_place` `ReplayServer.sample`; None if there is nothing to draw."""
+    def draw(self, places: Array, rows_only: bool = False) -> Batch | Draw | None:
+        """See `TransitionTable.draw`, and of `rows_only` `ReplayServer.sample`; None if there is nothing to draw."""
         if not self._table.size:
             return None
-        return self._table.choose_at(places) if in_place and self._table.shares_frames else self._table.draw(places)
+        if rows_only and self._table.frames_token is not None:
+            return self._table.choose_at(places)
+        return self._table.draw(places)
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:
         """See `TransitionTable.update_priorities`."""

@@ -304,9 +304,9 @@ class TransitionTable:
         return self._drawn(sequence, probability)
 
     @property
-    def shares_frames(self) -> bool:
-        """Whether other processes of this node can read the frames."""
-        return self._frames.location is not None
+    def frames_token(self) -> int | None:
+        """Token of the frames where other processes of this node can read them, else None."""
+        return None if self._frames.location is None else self._frames.location.token
 
     @property
     def mass(self) -> float:

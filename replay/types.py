@@ -308,7 +308,7 @@ class Push:
 
 @dataclass(frozen=True)
 class Batch:
-    """k batches of B sampled transitions.
+    """k batches of B sampled transitions; observations may share memory with each other, so they are not written on.
 
     Attributes:
         observation: `[k, B, *observation_shape]`.

@@ -111,3 +111,13 @@ def test_a_small_push_goes_in_the_call_and_a_large_one_once_into_the_object_stor
     assert not stored
     argument(large)
     assert stored == [large]
+
+
+def test_a_wait_that_was_told_ahead_of_time_costs_no_pause(clock: Clock) -> None:
+    server = Server(clock)
+    waiting = WaitingClient(server)  # type: ignore[arg-type]
+    answers = iter([InsertReply(0, wait="samples"), InsertReply(0, accepted=True)])
+    server.call = lambda *_, **__: next(answers)  # type: ignore[method-assign]
+    reply = waiting._until_served("sample", stop=None, asked=object())
+    assert reply.accepted
+    assert (clock.now, waiting.seconds_waited) == (100.0, 0.0)

@@ -22,7 +22,7 @@ from replay.server import ReplayActor, ReplayClient, ReplayServer, ReplaySpec
 from replay.sharded_client import ShardedReplayClient, Teller
 from replay.shards import ReplayDeskActor, ReplayShardActor
 from replay.table import TableSpec, TransitionTable
-from replay.types import Array, Batch, Draw, FrameLocation, Layout, Push, Segment
+from replay.types import Array, Batch, Draw, FrameLocation, Layout, Moments, Places, Push, Segment
 from tests.replay.naive import Lane, assert_same_bits
 
 pytestmark = pytest.mark.skipif(not frames._CAN_SHARE, reason="frames are shared on Linux and x86 alone")
@@ -136,6 +136,75 @@ def filled(table: TransitionTable) -> Draw:
     return table.choose(1, 4)
 
 
+def test_counters_beyond_what_a_row_can_hold() -> None:
+    table, near = make_table(STACKED, 64), NearFrames()
+    ring, capacity = table._ring, table.spec.frame_capacity
+    ring.newest_frame = ring.oldest_frame = 2**31 // capacity * capacity - 20
+    for number in range(24):
+        table.insert(numbered(STACKED, 10 * number))
+        drawn = table.choose(1, 64)
+        batch = near.batch(drawn)
+        assert batch is not None
+        assert_numbered(batch, 4, 1)
+        header = table._frames._header
+        header[0] += 1  # as if the next were being written
+        near.batch(replace(drawn, oldest_frame=int(header[0]) - capacity - 1))
+        header[0] -= 1
+    assert ring.oldest_frame > 2**31
+
+
+def test_memory_that_cannot_be_shared_is_the_tables_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> int:
+        raise PermissionError(name)
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    table = make_table(STACKED, 64)
+    assert table.frames_token is None
+    table.insert(numbered(STACKED, 0))
+    assert_numbered(table.sample(1, 4), 4, 1)
+
+
+def test_a_pipe_of_another_process_is_not_opened() -> None:
+    table = make_table(STACKED, 64)
+    location = table._frames.location
+    assert location is not None
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(FileNotFoundError, match="no ring"):
+            FrameReader(replace(location, descriptor=reading))
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+def test_a_client_that_travelled_lets_go_too(shards: int) -> None:
+    """The learner gets its client as an argument; a dead server's memory is wanted by its successor."""
+    near: list[RemoteActor] = [RemoteActor("replay")]
+    here: Any = ReplayClient(near[0], deadline_seconds=7.0)
+    if shards:
+        here = ShardedReplayClient(RemoteActor("desk"), [RemoteActor("a"), RemoteActor("b")], deadline_seconds=7.0)
+    client = pickle.loads(pickle.dumps(here))
+    assert type(client) is type(here)
+    assert client._deadline == 7.0
+    parts = zip(client._shards, client._near_shards, strict=True) if shards else [(client._actor, client._near)]
+    for actor, of in parts:
+        table = make_table(STACKED, 64)
+        assert of.batch(filled(table)) is not None
+        actor.forget()
+        assert of._reader is None
+
+
+def test_a_client_lets_go_of_a_shard_that_the_desk_names_no_more() -> None:
+    client = ShardedReplayClient(RemoteActor("desk"), [RemoteActor("a"), RemoteActor("b")])
+    table, nobody = make_table(STACKED, 64), np.empty(0, np.int64)
+    for incarnations, kept in (({0: 0, 1: 0}, True), ({0: 0}, False), ({0: 0, 1: 1}, True), ({0: 0, 1: 2}, False)):
+        if kept:
+            assert client._near_shards[1].batch(filled(table)) is not None
+        client._draw(Places(nobody, nobody.astype(float), {}, incarnations, 0, Moments()), 1.0, None)
+        assert (client._near_shards[1]._reader is not None) == kept, incarnations
+
+
 def test_a_reader_cannot_write() -> None:
     table = make_table(STACKED, 64)
     location = table._frames.location
@@ -153,9 +222,9 @@ def test_a_ring_goes_with_its_table() -> None:
 
 
 def test_small_frames_and_tables_of_one_process_are_not_shared() -> None:
-    assert not make_table(Layout((4,), "float32", 1, (), "int64", 8, 1), 64).shares_frames
-    assert not make_table(STACKED, 64, shared=False).shares_frames
-    assert make_table(STACKED, 64).shares_frames
+    assert make_table(Layout((4,), "float32", 1, (), "int64", 8, 1), 64).frames_token is None
+    assert make_table(STACKED, 64, shared=False).frames_token is None
+    assert make_table(STACKED, 64).frames_token is not None
 
 
 def test_another_process_reads_them() -> None:
@@ -201,22 +270,26 @@ def server_spec(capacity: int = 2_000) -> ReplaySpec:
 def test_what_is_asked_for_again_counts_once() -> None:
     server = ReplayServer(replace(server_spec(), samples_per_insert=16.0), run_seed=0)
     server.insert(Push(0, 0, 0, tuple(numbered(STACKED, 0) for _ in range(4))))
-    first = server.sample(4, 32, in_place=True)
+    first = server.sample(4, 32, rows_only=True)
     assert first.draw is not None
+    assert first.draw.frames is not None
     assert first.batch is None
     counted = server.stats().counters.samples
     assert counted == 128
-    again = server.sample(4, 32, in_place=False, again=True)
-    assert again.batch is not None
+    token = first.draw.frames.token
+    assert server.sample(4, 32, instead_of=token).batch is not None
     assert server.stats().counters.samples == counted
     server.finish()
-    assert server.sample(4, 32, again=True).batch is not None, "granted before the end"
+    assert server.sample(4, 32, instead_of=token).batch is not None, "granted before the end"
 
 
-def test_a_new_server_grants_anew() -> None:
-    server = ReplayServer(replace(server_spec(), minimum_size=64), run_seed=0, incarnation=1)
+def test_what_another_server_granted_is_granted_anew() -> None:
+    server = ReplayServer(server_spec(), run_seed=0, incarnation=1)
     server.insert(Push(0, 0, 0, (numbered(STACKED, 0),)))
-    assert server.sample(1, 4, again=True).wait is not None
+    assert server.sample(1, 4, instead_of=12345).batch is not None
+    assert server.stats().counters.samples == 4
+    empty = ReplayServer(server_spec(), run_seed=0)
+    assert empty.sample(1, 4, instead_of=12345).wait is not None
 
 
 class _InProcess:
@@ -246,8 +319,14 @@ def test_a_client_elsewhere_gets_copies(monkeypatch: pytest.MonkeyPatch) -> None
         assert reply.batch is not None
         assert_numbered(reply.batch, 4, 1)
     # Rows in vain once, and the same again by copy.
-    assert [call[2:] for call in actor.calls] == [(True, False), (False, True), (False, False), (False, False)]
+    token = server._table.frames_token
+    assert [call[2:] for call in actor.calls] == [(True, None), (False, token), (False, None), (False, None)]
     assert server.stats().counters.samples == 12
+    monkeypatch.undo()
+    for _ in range(frames._COPIES_ELSEWHERE):
+        client.sample(1, 4)
+    assert actor.calls[-1][2], "after a while it looks again, for a server may be recreated here"
+    assert client._near._reader is not None
 
 
 def test_a_client_too_slow_for_the_writer_gets_a_copy_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
