@@ -36,6 +36,7 @@ from replay.types import (
 
 _MOST_PUSHES_WAITING = 2
 _ROWS_BETWEEN_REFRESHES = 16
+_SECONDS_BETWEEN_REFRESHES = 0.1  # to ask costs a small network more than to act
 _SECONDS_TO_SEND_THE_REST = 3.0
 _SECONDS_FOR_FIRST_WEIGHTS = 300.0
 _NONE = Moments()
@@ -363,7 +364,7 @@ class RolloutWorker:
         builder = SegmentBuilder(self.spec.layout, self.spec.num_envs, self.spec.gamma)
         builder.begin(self._lanes.reset())
         episodes: list[EpisodeResult] = []
-        rows = 0
+        rows, refresh_at = 0, 0.0
         while not self._stop.is_set() and not self._outbox.finished:
             row = self._lanes.step(self._policy, step=self._outbox.env_steps)
             episodes += (result for _, result in row.episodes)
@@ -374,7 +375,9 @@ class RolloutWorker:
                 episodes = []
             rows += 1
             # Asked for after a push, not before it: while a push waits, an answer grows old.
-            if segments or self._weights.pending or rows % _ROWS_BETWEEN_REFRESHES == 0:
+            after_a_while = segments or rows % _ROWS_BETWEEN_REFRESHES == 0
+            if self._weights.pending or (after_a_while and time.monotonic() >= refresh_at):
+                refresh_at = time.monotonic() + _SECONDS_BETWEEN_REFRESHES
                 self._pull()
         self._send(segments=builder.flush(), episodes=episodes)
 

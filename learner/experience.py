@@ -314,6 +314,7 @@ class RemoteExperience(Experience[Item]):
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.while_waiting: Callable[[], None] = lambda: None
+        self.for_gpu = False  # whether items are put where a GPU can fetch them by itself
         self.seconds_waited = 0.0
         self.finished = False
 
@@ -406,7 +407,8 @@ class RemoteTransitions(RemoteExperience[TransitionBatch]):
         if reply is None or reply.batch is None:
             return None
         self.returns = reply.returns
-        return TransitionBatch.of(reply.batch)
+        batch = TransitionBatch.of(reply.batch)
+        return batch.map(lambda tensor: tensor.contiguous().pin_memory()) if self.for_gpu else batch
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """Send new priorities to the server without waiting."""
@@ -445,4 +447,4 @@ class RemoteTrajectories(RemoteExperience[TrajectoryBatch]):
         # Meanwhile the same weights may have been published anew, for a store that was recreated.
         if batch.version < published - self._max_policy_lag:
             raise StalePolicy(f"a trajectory of version {batch.version} came when {published} was published")
-        return batch
+        return batch.map(Tensor.pin_memory) if self.for_gpu else batch

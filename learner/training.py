@@ -150,6 +150,7 @@ class Learner:
         self._weights = weights
         self._experience = self._module.make_remote_experience(replay)
         self._experience.while_waiting = self._serve
+        self._experience.for_gpu = spec.gpu
         self._module.experience = self._experience
         self._requests: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._trainer: pl.Trainer | None = None

@@ -292,7 +292,8 @@ class Algorithm(pl.LightningModule):
             if rate is not None:
                 rates["rollout/exploration_rate"] = torch.tensor(rate)
         self.latest_metrics = rates
-        self.log_dict(rates, batch_size=1)
+        if not isinstance(self.experience, RemoteExperience):  # then the learner reports them, and nobody else listens
+            self.log_dict(rates, batch_size=1)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; uint8 observations stay uint8 until the network reads them."""

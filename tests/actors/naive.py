@@ -143,7 +143,7 @@ FIELDS = ("observation", "action", "reward", "discount", "next_observation")
 def newest(table: TransitionTable, count: int) -> Batch:
     """Return the last `count` items of a table."""
     inserted = table.evicted + table.size
-    return table._gather(np.arange(inserted - count, inserted), np.ones(count))
+    return table._frames.batch(table._drawn(np.arange(inserted - count, inserted), np.ones(count)))
 
 
 def assert_equal(batches: list[Batch], expected: list[Transition]) -> None:

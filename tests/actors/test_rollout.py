@@ -417,11 +417,16 @@ def test_weights_of_another_network_end_the_run() -> None:
         make_worker(spec, Direct(make_server(spec)), weights_for(other)).run()
 
 
-def test_new_weights_change_what_is_done() -> None:
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_new_weights_change_what_is_done(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "_SECONDS_BETWEEN_REFRESHES", seconds)
     spec = make_spec()
     weights = [weights_for(spec, 3, arm=0), None, weights_for(spec, 4, arm=1)]
     worker = make_worker(spec, Direct(make_server(spec)), *weights)
     report = run_rows(worker, 40)
+    if seconds:
+        assert (report.weights_version, lever(worker).pulled) == (3, [0] * 40), "not asked for again so soon"
+        return
     assert report.weights_version == 4
     assert lever(worker).pulled == [0] * 8 + [1] * 32, "weights are asked for after a push, every 4 rows here"
 

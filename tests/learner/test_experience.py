@@ -487,6 +487,17 @@ def test_priorities_go_to_the_server(remote: Remote) -> None:
     assert replay.updated == [(np.array([3]), np.array([0.5]))]
 
 
+def test_batches_for_a_gpu_lie_where_it_can_fetch_them(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)  # needs a GPU
+    experience = remote(InProcessReplay(server(), pushes()))
+    experience.for_gpu = True
+    batch = next(iter(experience))
+    assert all(value is other for value, other in zip([v for v in batch if torch.is_tensor(v)], pinned, strict=False))
+    assert all(tensor.is_contiguous() for tensor in pinned)
+    assert len(pinned) >= 7
+
+
 def test_batches_are_those_of_the_server(remote: Remote) -> None:
     """The prefetching thread keeps their order."""
     twin = server()
