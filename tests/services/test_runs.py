@@ -249,7 +249,7 @@ def test_no_step_is_lost_or_counted_twice_from_2_workers_to_5_to_1_with_a_shard_
 
 @pytest.mark.slow
 def test_auto_adds_workers_while_the_learner_waits(start: Start) -> None:
-    run = start("auto", *LONG, "--set", "eval_every=0", "--set", "updates_per_step=0.05", "--actors", "auto")
+    run = start("auto", *LONG, "--set", "eval_every=0", "--set", "updates_per_step=0.01", "--actors", "auto")
     # The snapshot is a little older than the events.
     run.wait_for(
         lambda s: (
