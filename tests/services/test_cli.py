@@ -71,7 +71,7 @@ SMALL_REPLAY = ("--set", "replay_size=500", "--set", "warm_start_size=100")
         (["dqn", "CartPole-v1", "--replay-shards", "257"], "replay_shards must lie in [1, 256], got 257"),
         (
             ["dqn", "CartPole-v1", "--replay-shards", "4", "--envs-per-actor", "16", *SMALL_REPLAY],
-            "a replay of 500 transitions has shards of 125 with replay_shards 4, and each must hold one push of 128",
+            "a replay of 500 transitions has shards of 125 with replay_shards 4, and each must hold one push of 256",
         ),
         (["a2c", "CartPole-v1", "--replay-shards", "2"], "a2c keeps no replay that could be divided: replay_shards"),
         (["dqn", "CartPole-v1", "--learner-gpus", "2"], "one GPU: learner_gpus must be auto, 0 or 1, got 2"),
