@@ -29,7 +29,7 @@ from replay.types import Array, Batch, EpisodeResult, Moments, Permit, SquallErr
 
 _SAMPLES_AHEAD = 1  # fetched; and one more is asked for
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", "TransitionBatch", "TrajectoryBatch")
 
 
 class TransitionBatch(NamedTuple):
@@ -78,6 +78,11 @@ class TransitionBatch(NamedTuple):
 def _tensor(array: Array) -> Tensor:
     """Return a tensor of an array's values; what lies in the object store is not to be written on."""
     return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Return a tensor where a GPU can fetch it by itself, in one piece."""
+    return tensor.contiguous().pin_memory()
 
 
 class TrajectoryBatch(NamedTuple):
@@ -364,7 +369,7 @@ class RemoteExperience(Experience[Item]):
                 item = self._fetch()
                 if item is None:
                     break
-                self._fetched.put(item)
+                self._fetched.put(item.map(_pinned) if self.for_gpu else item)
             item = None
         except BaseException as error:
             item = error
@@ -407,8 +412,7 @@ class RemoteTransitions(RemoteExperience[TransitionBatch]):
         if reply is None or reply.batch is None:
             return None
         self.returns = reply.returns
-        batch = TransitionBatch.of(reply.batch)
-        return batch.map(lambda tensor: tensor.contiguous().pin_memory()) if self.for_gpu else batch
+        return TransitionBatch.of(reply.batch)
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """Send new priorities to the server without waiting."""
@@ -447,4 +451,4 @@ class RemoteTrajectories(RemoteExperience[TrajectoryBatch]):
         # Meanwhile the same weights may have been published anew, for a store that was recreated.
         if batch.version < published - self._max_policy_lag:
             raise StalePolicy(f"a trajectory of version {batch.version} came when {published} was published")
-        return batch.map(Tensor.pin_memory) if self.for_gpu else batch
+        return batch

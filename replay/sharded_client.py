@@ -154,41 +154,47 @@ class ShardedReplayClient(ReplayClient):
         self, places: Places, seconds: float, stop: threading.Event | None
     ) -> tuple[dict[int, tuple[Array, Batch]], list[tuple[int, int]]]:
         """Draw from all shards at once; return what came of each, and the shards that are gone."""
-        asked, lost = {}, []
         for shard, incarnation in self._incarnations.items():
             if places.incarnations.get(shard) != incarnation:
                 self._near_shards[shard].forget()
         self._incarnations = places.incarnations
+        asked, lost = {}, []
         for shard in np.unique(places.shard).tolist():
-            where = np.flatnonzero(places.shard == shard)
+            where, near = np.flatnonzero(places.shard == shard), self._near_shards[shard]
             try:
-                asked[shard] = (
-                    where,
-                    self._shards[shard].later("draw", places.place[where], self._near_shards[shard].wanted),
-                )
+                asked[shard] = where, self._shards[shard].later("draw", places.place[where], near.wanted)
             except ValueError:
                 lost.append((shard, places.incarnations[shard]))
         end, parts = time.monotonic() + seconds, {}
         for shard, (where, reference) in asked.items():
             try:
-                batch = self._read(shard, fetch(reference, end - time.monotonic(), stop))
-                if batch is None:  # written over meanwhile, or elsewhere
-                    reference = self._shards[shard].later("draw", places.place[where])
-                    batch = self._read(shard, fetch(reference, end - time.monotonic(), stop))
-            except (*GONE, GetTimeoutError, ValueError):
+                drawn = fetch(reference, end - time.monotonic(), stop)
+                batch = self._whole(shard, drawn, places.place[where], end, stop)
+            except (*GONE, GetTimeoutError):
                 self._shards[shard].forget()
                 continue
             if batch is not None:
                 parts[shard] = where, batch
         return parts, lost
 
-    def _read(self, shard: int, drawn: Batch | Draw | None) -> Batch | None:
-        near = self._near_shards[shard]
-        if isinstance(drawn, Draw):
-            return near.batch(drawn)
-        if drawn is not None:
-            near.copied()
-        return drawn
+    def _whole(
+        self, shard: int, drawn: Batch | Draw | None, place: Array, end: float, stop: threading.Event | None
+    ) -> Batch | None:
+        """Return what a shard drew with its frames, which it sends itself where they cannot be read from here."""
+        near, whole = self._near_shards[shard], drawn
+        if isinstance(whole, Draw):
+            batch = near.batch(whole)
+            if batch is not None:
+                return batch
+            try:
+                reference = self._shards[shard].later("draw", place)
+            except ValueError:  # it is gone
+                return None
+            whole = fetch(reference, end - time.monotonic(), stop)
+        if not isinstance(whole, Batch):
+            return None
+        near.copied()
+        return whole
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """See `ReplayClient.update_priorities`; each goes to the shard that its id names."""

@@ -134,10 +134,10 @@ class ReplayGroup:
 
     def last_words(self, take_in: Callable[[], None]) -> None:
         """Have the final totals and episodes taken in, which the last report may not have seen."""
-        end = time.monotonic() + LAST_REPORT_SECONDS
         # A shard sends the desk its last word before it answers here, so the desk is asked after the shards. A report
         # that is on its way may be older than the last push.
         for processes in (self.shards, [self.front]):
+            end = time.monotonic() + LAST_REPORT_SECONDS
             before = [process.report for process in processes]
             for process in processes:
                 process.ask_for_report(anew=True)

@@ -27,11 +27,15 @@ class Odd:
         if broken:
             raise OSError("no such device")
         self._silent = silent
+        self._grown = 0
 
     def report(self) -> dict[str, int]:
         if self._silent:
             time.sleep(60.0)
-        return {"pid": os.getpid()}
+        return {"pid": os.getpid(), "grown": self._grown}
+
+    def grow(self) -> None:
+        self._grown += 1
 
     def fall_silent(self) -> None:
         self._silent = True
@@ -131,6 +135,25 @@ def test_a_death_that_ray_knows_no_reason_of_was_abrupt() -> None:
     death = describe_death(ActorDiedError())
     assert death.line == "the process ended abruptly (killed, or crashed in native code)"
     assert "died unexpectedly" in death.details
+
+
+def test_a_report_asked_for_anew_is_none_that_was_on_its_way(started: list[Process]) -> None:
+    process = start(started)
+    poll_until(process, lambda: process.report is not None)
+    for anew, grown in ((False, 0), (True, 2)):
+        while process._reporting is not None:  # none is on its way
+            process.poll()
+            time.sleep(0.01)
+        process.ask_for_report()
+        process.handle.grow.remote()
+        before = process.report
+        process.ask_for_report(anew=anew)
+        end = time.monotonic() + 30.0
+        while process.report is before:
+            assert time.monotonic() < end
+            process.poll()
+            time.sleep(0.01)
+        assert process.report["grown"] == grown
 
 
 def test_the_loops_end_is_no_death(started: list[Process]) -> None:
