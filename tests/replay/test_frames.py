@@ -191,6 +191,9 @@ def test_a_client_that_travelled_lets_go_too(shards: int) -> None:
     for actor, of in parts:
         table = make_table(STACKED, 64)
         assert of.batch(filled(table)) is not None
+        client._asked[1, 4] = "a call of the server that is gone"
+        (client._actor if shards else actor).forget()
+        assert not client._asked
         actor.forget()
         assert of._reader is None
 
