@@ -530,10 +530,13 @@ def test_what_an_update_meets_ends_the_fit_and_the_thread_that_fetches(tmp_path:
 
 
 def test_a_run_that_is_finished_is_done(tmp_path: Path) -> None:
-    report = Room(tmp_path, updates=104).fit()
+    room = Room(tmp_path, updates=104)
+    report = room.fit()
     assert (report.state, report.updates, report.waiting_for) == ("done", 104, None)
     assert (report.pid, report.device) == (os.getpid(), "cpu")
     assert report.metrics["train/loss"] > 0.0
+    assert room.learner._trainer is not None
+    assert not room.learner._trainer.callback_metrics, "nobody listens to Lightning's log in a learner"
 
 
 # Reports.
