@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,14 @@ class ShortEpisodes(gym.Env[Any, Any]):
         ends = [(True, False), (False, True), (True, True)][self.np_random.integers(3)]
         terminated, truncated = ends if self._left == 0 else (False, False)
         return self.np_random.normal(size=3), float(self.np_random.normal()), terminated, truncated, {}
+
+
+class SlowSteps(ShortEpisodes):
+    """As `ShortEpisodes`, at 20 ms a step."""
+
+    def step(self, action: Any) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        time.sleep(0.02)
+        return super().step(action)
 
 
 class ShortStacks(gym.Env[Any, Any]):
@@ -144,6 +153,7 @@ def theatre(scripts: Mapping[int, Script] | None = None, default: Script = Scrip
 
 for name, entry in (
     ("SquallShort-v0", ShortEpisodes),
+    ("SquallSlow-v0", SlowSteps),
     ("SquallStacks-v0", ShortStacks),
     ("SquallScripted-v0", Scripted),
 ):

@@ -291,23 +291,28 @@ def test_a_worker_without_room_in_the_cluster_is_pending_and_the_run_goes_on(sta
 @pytest.mark.slow
 def test_a_worker_that_cannot_leave_takes_no_permits_with_it(start: Start) -> None:
     """It is suspended with a share of the batch under way, so it neither completes that nor gives it back."""
-    run = start("stuck", *ON_POLICY, "--set", "eval_every=0", "--steps", "1000000", "--actors", "3")
-    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 20)
+    run = start(
+        # Slow steps and a share for each worker: it holds one nearly always.
+        "stuck", "a2c", "tests.actors.toys:SquallSlow-v0", "--steps", "1000000", "--actors", "3",
+        "--set", "eval_every=0", "--set", "num_envs=4", "--set", "unroll_length=5", "--set", "batch_size=60",
+    )  # fmt: skip
+    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 3 and len(workers_of(s)) == 3)
     newest = run.pid_of("worker", 2)
-    for _ in range(30):
+    for _ in range(10):
         os.kill(newest, signal.SIGSTOP)
         time.sleep(2.0)
         before = run.status()["updates"]
-        time.sleep(1.5)
+        time.sleep(3.0)
         if run.status()["updates"] == before:
             break  # all wait for what it holds
         os.kill(newest, signal.SIGCONT)
+        time.sleep(0.7)
     else:
         pytest.fail("the worker never held a share when it was suspended")
     assert squall(run.home, "scale", "stuck", "--actors", "2").returncode == 0
     down = run.wait_for(lambda s: workers_of(s) == [(0, "running"), (1, "running")])
     assert any("did not leave within 10 s" in event["text"] for event in down["events"])
-    run.wait_for(lambda s: s["updates"] > down["updates"] + 20)
+    run.wait_for(lambda s: s["updates"] > down["updates"] + 3)
     assert squall(run.home, "stop", "stuck").returncode == 0
     run.finish(30)
     assert run.leftovers() == []
