@@ -6,7 +6,6 @@ Both have a length, because Lightning prefetches from an iterable without one, a
 from __future__ import annotations
 
 import math
-import operator
 import queue
 import threading
 import time
@@ -67,7 +66,8 @@ class TransitionBatch(NamedTuple):
         """Return the k batches in here, each `[B, ...]`."""
         if self.reward.ndim == 1:
             return [self]
-        return [self.map(operator.itemgetter(i)) for i in range(len(self.reward))]
+        parts = zip(*(tensor.unbind() for tensor in self[:-1]), strict=True)
+        return [TransitionBatch._make((*part, self.size)) for part in parts]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TransitionBatch:
         """Return a batch with `function` applied to every tensor in it."""

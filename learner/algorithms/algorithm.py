@@ -264,10 +264,10 @@ class Algorithm(pl.LightningModule):
             self.env_steps = self.experience.env_steps
         if self.hparams["normalize_rewards"]:
             self._take_in_returns()
-        for part in batch.split():
+        for part in batch._replace(reward=self._scaled(batch.reward)).split():
             if self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps:
                 break
-            logged = self.update(part._replace(reward=self._scaled(part.reward)))
+            logged = self.update(part)
             self._observe(part.visited)
             self.on_update_end()
         self._log(logged)

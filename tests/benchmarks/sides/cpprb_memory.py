@@ -12,6 +12,7 @@ n = int(parsed.n_steps)
 fields = {"obs": {"shape": (84, 84, 4), "dtype": np.uint8}, "act": {"dtype": np.int64}, "rew": {}, "done": {}}
 nstep = {"size": n, "gamma": 0.99, "rew": "rew"} if n > 1 else None
 options = {"Nstep": {**nstep, "next": "next_obs"}} if nstep else {}
+before = resident()  # it touches all its memory as it is made
 if n == 1:
     buffer = ReplayBuffer(TRANSITIONS, fields, next_of="obs", stack_compress="obs")
 else:  # it refuses n-step returns beside `next_of`
@@ -19,7 +20,6 @@ else:  # it refuses n-step returns beside `next_of`
     buffer = ReplayBuffer(TRANSITIONS, fields, stack_compress=["obs", "next_obs"], **options)
 rng = np.random.default_rng(0)
 stack = rng.integers(0, 255, (84, 84, 4), np.uint8)
-before = resident()
 for _ in range(TRANSITIONS):
     buffer.add(obs=stack, act=0, rew=0.0, next_obs=stack, done=0.0)
 report((resident() - before) / TRANSITIONS, transitions=TRANSITIONS)
