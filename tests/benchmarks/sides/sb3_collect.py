@@ -6,10 +6,14 @@ from measure import arguments, rate, report
 
 parsed = arguments("env", "lanes")
 
+import ale_py  # noqa: E402
+import gymnasium  # noqa: E402
 import torch  # noqa: E402
 from stable_baselines3 import DQN  # noqa: E402
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack  # noqa: E402
+
+gymnasium.register_envs(ale_py)  # in the processes of the vector too
 
 if __name__ == "__main__":
     lanes = int(parsed.lanes)
