@@ -302,11 +302,11 @@ def test_a_worker_that_cannot_leave_takes_no_permits_with_it(start: Start) -> No
         os.kill(newest, signal.SIGSTOP)
         time.sleep(2.0)
         before = run.status()["updates"]
-        time.sleep(3.0)
+        time.sleep(3.0)  # a batch takes half a second, the status follows within one
         if run.status()["updates"] == before:
             break  # all wait for what it holds
         os.kill(newest, signal.SIGCONT)
-        time.sleep(0.7)
+        time.sleep(0.7)  # into a later share
     else:
         pytest.fail("the worker never held a share when it was suspended")
     assert squall(run.home, "scale", "stuck", "--actors", "2").returncode == 0
