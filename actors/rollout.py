@@ -370,7 +370,7 @@ class RolloutWorker:
             episodes += (result for _, result in row.episodes)
             self._count(row)
             segments = builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
-            if segments:
+            if segments:  # after rows that all followed an episode's end there may be none
                 self._send(segments=segments, episodes=episodes)
                 episodes = []
             rows += 1
@@ -456,7 +456,7 @@ class _Outbox:
         """
         if not (segments or trajectories or episodes):
             return
-        content = tuple(segments), tuple(episodes), tuple(trajectories), returns
+        content = segments or (), tuple(episodes), tuple(trajectories), returns
         push = Push(self._worker, self._incarnation, self._sequence, *content)
         self._sequence += 1
         self.steps_taken += push.steps

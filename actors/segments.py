@@ -7,12 +7,13 @@ row is the new episode's first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from actors.environments import LONGEST_EPISODE, EnvironmentFailed
-from replay.types import Array, Layout, Permit, Segment, Trajectory
+from replay.types import Array, Layout, Permit, Segment, Segments, Trajectory
 
 
 class SegmentBuilder:
@@ -40,7 +41,7 @@ class SegmentBuilder:
         self._append(observation, np.zeros(self.lanes, np.uint8))
 
     def _append(self, observation: Array, age: Array) -> None:
-        self._frames[self._rows] = observation if self.layout.stack == 1 else observation[:, -1]
+        self._frames[self._rows] = observation[:, -1] if self._lead else observation
         self._age[self._rows] = age
         self._rows += 1
 
@@ -52,8 +53,8 @@ class SegmentBuilder:
         truncated: Array,
         observation: Array,
         failed: Array | None = None,
-    ) -> list[Segment]:
-        """Add what every lane's step brought; return the segments that became complete, one a lane or none.
+    ) -> Segments | None:
+        """Add what every lane's step brought; return the segments that became complete, at most one a lane, or None.
 
         Args:
             action: `[B, *action_shape]`, taken in the row added last.
@@ -70,13 +71,14 @@ class SegmentBuilder:
         self._terminated[row] = terminated
         self._after_end = self._ended[row] = (terminated | truncated) & ~after_end
         self._is_step[row] = ~after_end
-        age = np.minimum(self._age[row].astype(np.int64) + 1, self.layout.stack - 1)
-        self._append(observation, np.where(after_end, 0, age).astype(np.uint8))
+        # A frame's age is that of the one before and one more, up to all that a stack needs.
+        age = np.minimum(self._age[row], self._lead - 1) + 1 if self._lead else self._age[row]
+        self._append(observation, np.where(after_end, 0, age))
         if failed is not None:
             # Before anything is cut: the failing step bootstraps from an episode that is not its own.
             self._is_step[:, failed] = False
         if self._rows < self.layout.max_segment_frames:
-            return []
+            return None
         segments = self._cut(self._lead, self._lead + self.layout.segment_length)
         self._keep_tail()
         return segments
@@ -95,51 +97,47 @@ class SegmentBuilder:
             block[:kept] = block[self._rows - kept : self._rows]
         self._rows = kept
 
-    def flush(self) -> list[Segment]:
+    def flush(self) -> Sequence[Segment]:
         """Cut what is left, with fewer than n steps and gamma**k at the very end; call `begin` before adding more."""
         stop, length = self._rows - 1, self.layout.segment_length
         # The tail behind a segment is n - 1 steps, so what is left may be more than one segment holds.
-        segments = [
-            segment
-            for first in range(self._lead, stop, length)
-            for segment in self._cut(first, min(first + length, stop))
-        ]
+        cuts = [self._cut(first, min(first + length, stop)) for first in range(self._lead, stop, length)]
         self._rows = 0
-        return segments
+        return cuts[0] if len(cuts) == 1 else [segment for cut in cuts for segment in cut]
 
-    def _cut(self, first: int, stop: int) -> list[Segment]:
+    def _cut(self, first: int, stop: int) -> Segments:
         """Make segments whose starts are the steps in rows `first` to `stop`."""
         last = self._rows - 1
-        row = np.arange(first, stop)[:, None]
-        reward = np.zeros((stop - first, self.lanes))
-        discount = np.ones_like(reward)
-        bootstrap = np.repeat(row, self.lanes, axis=1)
+        rows = np.arange(first, stop)
         goes_on = self._is_step[first:stop].copy()
+        reward, discount = np.zeros(goes_on.shape), np.ones(goes_on.shape)
+        bootstrap = np.repeat(rows[:, None], self.lanes, axis=1)
         for ahead in range(self.layout.n_steps):
-            at = np.minimum(row + ahead, last - 1)[:, 0]
-            goes_on &= row + ahead < last
+            at = np.minimum(rows + ahead, last - 1)
+            goes_on &= (rows + ahead < last)[:, None]
             reward += np.where(goes_on, discount * self._reward[at], 0.0)
             discount = np.where(goes_on, discount * self.gamma * ~self._terminated[at], discount)
             bootstrap += goes_on
             goes_on &= ~self._ended[at]
-        return [
-            self._segment(lane, first, bootstrap[:, lane], reward[:, lane], discount[:, lane])
-            for lane in range(self.lanes)
-            if self._is_step[first:stop, lane].any()
-        ]
-
-    def _segment(self, lane: int, first: int, bootstrap: Array, reward: Array, discount: Array) -> Segment:
-        start = np.flatnonzero(self._is_step[first : first + len(reward), lane])
-        row, bootstrap_row, base = first + start, bootstrap[start], first - self._lead
-        return Segment(
-            frames=self._frames[base : int(bootstrap_row[-1]) + 1, lane].copy(),
+        # From here on lane after lane: each lane's steps, then the frames they need.
+        base = first - self._lead
+        lane, start = np.nonzero(self._is_step[first:stop].T)
+        row, bootstrap_row = rows[start], bootstrap[start, lane]
+        steps = np.bincount(lane, minlength=self.lanes)
+        frames = np.zeros(self.lanes, np.int64)
+        frames[steps > 0] = bootstrap_row[np.cumsum(steps)[steps > 0] - 1] + 1 - base
+        needed = np.arange(self._rows - base) < frames[:, None]
+        return Segments(
+            frames=self._frames[base : self._rows].swapaxes(0, 1)[needed],
             row=(row - base).astype(np.int32),
             age=self._age[row, lane],
             bootstrap_row=(bootstrap_row - base).astype(np.int32),
             bootstrap_age=self._age[bootstrap_row, lane],
             action=self._action[row, lane],
-            reward=reward[start].astype(np.float32),
-            discount=discount[start].astype(np.float32),
+            reward=reward[start, lane].astype(np.float32),
+            discount=discount[start, lane].astype(np.float32),
+            frame_counts=frames[steps > 0],
+            step_counts=steps[steps > 0],
         )
 
 

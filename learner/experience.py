@@ -248,8 +248,9 @@ class LocalTransitions(LocalExperience[TransitionBatch]):
             self._begun = True
         row = self._step()
         segments = self._builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
-        self._table.insert(*segments)
-        self._limiter.record_insert(sum(segment.steps for segment in segments))
+        if segments:
+            self._table.insert(segments)
+            self._limiter.record_insert(segments.steps)
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """See `TransitionTable.update_priorities`."""

@@ -221,7 +221,7 @@ class ReplayServer:
         wait = self._limiter.insert_waits_for(push.steps)
         if wait is not None:
             return self._reply(caller, wait=wait)
-        self._table.insert(*push.segments)
+        self._table.insert(push.segments)
         self._desk.accept(push)
         self._limiter.record_insert(push.steps)
         return self._reply(caller, accepted=True)

@@ -345,7 +345,7 @@ class ReplayShard:
         if self._seen.has_seen(push):
             return False
         self._table.highest_priority = max(self._table.highest_priority, highest_priority)
-        self._table.insert(*push.segments)
+        self._table.insert(push.segments)
         self._seen.accept(Push(push.worker, push.incarnation, push.sequence))
         self._inserted += push.steps
         self._tell(replace(push, segments=()))

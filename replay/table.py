@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,17 @@ import psutil
 
 from replay.frames import FrameRing, write_ring
 from replay.sum_tree import SumTree
-from replay.types import Array, Batch, ConfigurationError, Draw, Layout, NotEnoughMemory, Segment, join_segments
+from replay.types import (
+    Array,
+    Batch,
+    ConfigurationError,
+    Draw,
+    Layout,
+    NotEnoughMemory,
+    Segment,
+    Segments,
+    join_segments,
+)
 
 _SEQUENCE_BITS = 43
 _INCARNATION_BITS = 12
@@ -32,8 +42,6 @@ MOST_SHARDS = 1 << _SHARD_BITS
 # A table whose episodes are shorter still evicts a little early.
 _SLACK_SMALL, _SLACK_LARGE = 0.30, 0.0125
 _LARGE_FRAME_BYTES = 1024
-
-_ROWS = ("row", "bootstrap_row")  # of a segment, where frames are counted from its own first
 
 
 @dataclass(frozen=True)
@@ -213,52 +221,41 @@ class TransitionTable:
         frames = (ring.newest_frame - ring.oldest_frame) * self.spec.layout.frame_bytes
         return frames + row * self.size // self.spec.capacity
 
-    def insert(self, *segments: Segment) -> None:
+    def insert(self, segments: Sequence[Segment]) -> None:
         """Add segments, all or none, evicting the oldest ones as far as needed.
 
         Raises:
             LayoutMismatch: a segment does not fit the layout; the table is unchanged.
         """
-        columns = join_segments(segments, self.spec.layout)
-        self._insert([segment for segment in segments if segment.steps], columns)
+        self._insert(join_segments(segments, self.spec.layout))
 
-    def _insert(self, segments: Sequence[Segment], columns: Mapping[str, Array]) -> None:
-        """Add segments that fit and have steps, whose small fields are `columns`."""
+    def _insert(self, segments: Segments) -> None:
+        """Add segments that fit."""
         if not segments:
             return
         ring, frame_capacity = self._ring, self.spec.frame_capacity
-        sizes = [(segment.steps, len(segment.frames)) for segment in segments]
-        steps, frames = (sum(size) for size in zip(*sizes, strict=True))
+        steps, frames = segments.steps, len(segments.frames)
         if len(segments) > 1 and (steps > self.spec.capacity or frames > frame_capacity):
             middle = len(segments) // 2  # the second half evicts some of the first
-            cut = sum(size[0] for size in sizes[:middle])
-            self._insert(segments[:middle], {name: values[:cut] for name, values in columns.items()})
-            self._insert(segments[middle:], {name: values[cut:] for name, values in columns.items()})
+            self._insert(segments[:middle])
+            self._insert(segments[middle:])
             return
         self._make_room(steps, frames)
-        at, first_frames = ring.newest, np.cumsum([ring.newest_frame, *(size[1] for size in sizes[:-1])])
-        if self.spec.layout.frame_bytes < _LARGE_FRAME_BYTES:
-            self._frames.write(ring.newest_frame, np.concatenate([segment.frames for segment in segments]))
-        else:
-            for first, segment in zip(first_frames.tolist(), segments, strict=True):
-                self._frames.write(first, segment.frames)
+        at, counts = ring.newest, segments.frame_counts
+        first_frame = np.repeat(ring.newest_frame + np.cumsum(counts) - counts, segments.step_counts)
+        self._frames.write(ring.newest_frame, segments.frames)
         ring.newest_frame += frames
-        first_frame = np.repeat(first_frames, [size[0] for size in sizes])
-        for store, name in (
-            (self._row, "row"),
-            (self._bootstrap_row, "bootstrap_row"),
-            (self._age, "age"),
-            (self._bootstrap_age, "bootstrap_age"),
-            (self._action, "action"),
-            (self._reward, "reward"),
-            (self._discount, "discount"),
-        ):
-            values = columns[name]
-            write_ring(store, at, (first_frame + values) % frame_capacity if name in _ROWS else values)
+        write_ring(self._row, at, (first_frame + segments.row) % frame_capacity)
+        write_ring(self._bootstrap_row, at, (first_frame + segments.bootstrap_row) % frame_capacity)
+        write_ring(self._age, at, segments.age)
+        write_ring(self._bootstrap_age, at, segments.bootstrap_age)
+        write_ring(self._action, at, segments.action)
+        write_ring(self._reward, at, segments.reward)
+        write_ring(self._discount, at, segments.discount)
         if self._tree is not None:
             slots = np.arange(at, at + steps) % self.spec.capacity
             self._tree.set(slots, np.full(steps, self._weight(self.highest_priority)))
-        ring.segments.extend(sizes)
+        ring.segments.extend(zip(segments.step_counts.tolist(), counts.tolist(), strict=True))
         ring.newest += steps
 
     def _make_room(self, steps: int, frames: int) -> None:

@@ -8,9 +8,9 @@ steps it is the product. Bootstrapping stops at termination only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,14 +126,113 @@ class Segment:
         join_segments((self,), layout)
 
 
-def join_segments(segments: Sequence[Segment], layout: Layout) -> dict[str, Array]:
-    """Return every field but the frames, end to end: a push has many short segments, and work on each costs a call.
+@dataclass(frozen=True, eq=False)
+class Segments(Sequence[Segment]):
+    """N segments end to end, one array a field: a push has many short ones, and each array costs calls on its way.
+
+    As a sequence it gives `Segment`s, whose arrays are views of these. Every one of them has steps.
+
+    Attributes:
+        frames: `[sum of F, *frame_shape]`; this and the following are the fields of `Segment`.
+        row: `[sum of S]` int32, counted from each segment's own first frame, as `bootstrap_row` is.
+        age: `[sum of S]` uint8.
+        bootstrap_row: `[sum of S]` int32.
+        bootstrap_age: `[sum of S]` uint8.
+        action: `[sum of S, *action_shape]`.
+        reward: `[sum of S]` float32.
+        discount: `[sum of S]` float32.
+        frame_counts: `[N]` int64, F of each segment.
+        step_counts: `[N]` int64, S of each segment.
+    """
+
+    frames: Array
+    row: Array
+    age: Array
+    bootstrap_row: Array
+    bootstrap_age: Array
+    action: Array
+    reward: Array
+    discount: Array
+    frame_counts: Array
+    step_counts: Array
+
+    @property
+    def steps(self) -> int:
+        """Environment steps in here."""
+        return len(self.row)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its arrays."""
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.step_counts)
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+    @overload
+    def __getitem__(self, index: slice) -> Segments: ...
+    def __getitem__(self, index: int | slice) -> Segment | Segments:
+        """Return a segment, or neighbouring ones; a slice has no stride."""
+        chosen = range(len(self))[index]
+        first, last = (chosen, chosen + 1) if isinstance(chosen, int) else (chosen.start, chosen.stop)
+        steps, frames = (
+            slice(int(counts[:first].sum()), int(counts[:last].sum()))
+            for counts in (self.step_counts, self.frame_counts)
+        )
+        arrays: dict[str, Array] = {name: getattr(self, name)[steps] for name in _PER_STEP}
+        arrays["frames"] = self.frames[frames]
+        if isinstance(chosen, int):
+            return Segment(**arrays)
+        if chosen.step != 1:
+            raise ValueError(f"segments are taken one after the other, got a stride of {chosen.step}")
+        return Segments(**arrays, frame_counts=self.frame_counts[index], step_counts=self.step_counts[index])
+
+
+_COUNT = np.dtype(np.int64)
+_PER_STEP = tuple(field.name for field in fields(Segment))[1:]
+
+
+def join_segments(segments: Sequence[Segment], layout: Layout) -> Segments:
+    """Return segments end to end, those that have steps, once all of them are found to fit.
 
     Raises:
         LayoutMismatch: a segment does not fit `layout`; the text names both sides.
     """
+    wanted = _shapes_and_dtypes(layout)
+    joined = segments if isinstance(segments, Segments) else _joined(segments, wanted)
+    steps, frames = joined.step_counts, joined.frame_counts
+    for name in ("step_counts", "frame_counts"):
+        _expect(name, getattr(joined, name), (len(joined),), _COUNT)
+    for name, (shape, dtype) in wanted.items():
+        rows = frames.sum() if name == "frames" else steps.sum()
+        _expect(name, getattr(joined, name), (int(rows), *shape), dtype)
+    if not len(joined):
+        return joined
+    if steps.max() > layout.segment_length:
+        raise LayoutMismatch(f"a segment holds at most {layout.segment_length} steps, got {steps.max()}")
+    if steps.min() < 1:
+        raise LayoutMismatch(f"a segment among others holds at least one step, got {steps.min()}")
+    if frames.max() > layout.max_segment_frames:
+        raise LayoutMismatch(f"a segment holds at most {layout.max_segment_frames} frames, got {frames.max()}")
+    ends = np.repeat(frames, steps)
+    for prefix in ("", "bootstrap_"):
+        rows, ages = getattr(joined, prefix + "row"), getattr(joined, prefix + "age")
+        for wrong in np.flatnonzero((rows < 0) | (rows >= ends))[:1]:
+            raise LayoutMismatch(f"{prefix}row must lie in [0, {ends[wrong]}), got {rows[wrong]}")
+        if ages.max() > layout.stack - 1:
+            raise LayoutMismatch(f"{prefix}age must be at most {layout.stack - 1}, got {ages.max()}")
+        if (ages > rows).any():
+            raise LayoutMismatch(f"{prefix}age points before the segment's first frame")
+    return joined
+
+
+def _shapes_and_dtypes(layout: Layout) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     row, age, single = ((), np.dtype(np.int32)), ((), np.dtype(np.uint8)), ((), np.dtype(np.float32))
-    wanted: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+    return {
+        "frames": (layout.frame_shape, np.dtype(layout.frame_dtype)),
         "row": row,
         "age": age,
         "bootstrap_row": row,
@@ -142,37 +241,26 @@ def join_segments(segments: Sequence[Segment], layout: Layout) -> dict[str, Arra
         "reward": single,
         "discount": single,
     }
-    frame = layout.frame_shape, np.dtype(layout.frame_dtype)
-    steps = [segment.steps for segment in segments]
-    frames = [len(segment.frames) for segment in segments]
-    if segments and max(steps) > layout.segment_length:
-        raise LayoutMismatch(f"a segment holds at most {layout.segment_length} steps, got {max(steps)}")
-    if segments and max(frames) > layout.max_segment_frames:
-        raise LayoutMismatch(f"a segment holds at most {layout.max_segment_frames} frames, got {max(frames)}")
-    _expect_all("frames", [segment.frames for segment in segments], frames, *frame)
-    columns = {}
+
+
+def _joined(segments: Sequence[Segment], wanted: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> Segments:
+    """Join segments, each of which is looked at before: joined, what does not fit might no longer show."""
+    for segment in segments:
+        for name, (shape, dtype) in wanted.items():
+            array = getattr(segment, name)
+            rows = len(array) if name == "frames" else segment.steps
+            if array.dtype != dtype or array.shape != (rows, *shape):
+                _expect(name, array, (rows, *shape), dtype)
+    held = [segment for segment in segments if segment.steps]
+    arrays = {}
     for name, (shape, dtype) in wanted.items():
-        arrays = [getattr(segment, name) for segment in segments]
-        _expect_all(name, arrays, steps, shape, dtype)
-        columns[name] = np.concatenate(arrays) if arrays else np.empty((0, *shape), dtype)
-    ends = np.repeat(frames, steps)
-    for prefix in ("", "bootstrap_"):
-        rows, ages = columns[prefix + "row"], columns[prefix + "age"]
-        for wrong in np.flatnonzero((rows < 0) | (rows >= ends))[:1]:
-            raise LayoutMismatch(f"{prefix}row must lie in [0, {ends[wrong]}), got {rows[wrong]}")
-        if len(ages) and ages.max() > layout.stack - 1:
-            raise LayoutMismatch(f"{prefix}age must be at most {layout.stack - 1}, got {ages.max()}")
-        if (ages > rows).any():
-            raise LayoutMismatch(f"{prefix}age points before the segment's first frame")
-    return columns
-
-
-def _expect_all(
-    name: str, arrays: Sequence[Array], lengths: Sequence[int], shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> None:
-    for array, length in zip(arrays, lengths, strict=True):
-        if array.dtype != dtype or array.shape != (length, *shape):
-            _expect(name, array, (length, *shape), dtype)
+        parts = [getattr(segment, name) for segment in held]
+        arrays[name] = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty((0, *shape), dtype)])
+    return Segments(
+        **arrays,
+        frame_counts=np.array([len(segment.frames) for segment in held], np.int64),
+        step_counts=np.array([segment.steps for segment in held], np.int64),
+    )
 
 
 @dataclass(frozen=True)
@@ -281,7 +369,7 @@ class Push:
         worker: index of the sending worker.
         incarnation: how often that worker was recreated.
         sequence: 0, 1, 2, ... within one incarnation.
-        segments: off-policy experience.
+        segments: off-policy experience; a worker's are `Segments`.
         episodes: episodes that ended since the last push.
         trajectories: on-policy experience, each with the permit it was produced under.
         returns: of the discounted returns of the steps since the last push, see `Lanes`.
@@ -290,7 +378,7 @@ class Push:
     worker: int
     incarnation: int
     sequence: int
-    segments: tuple[Segment, ...] = ()
+    segments: Sequence[Segment] = ()
     episodes: tuple[EpisodeResult, ...] = ()
     trajectories: tuple[tuple[Permit, Trajectory], ...] = ()
     returns: Moments = Moments()
@@ -298,12 +386,16 @@ class Push:
     @property
     def steps(self) -> int:
         """Environment steps in here."""
-        return sum(segment.steps for segment in self.segments) + sum(t.steps for _, t in self.trajectories)
+        return self._of_segments("steps") + sum(trajectory.steps for _, trajectory in self.trajectories)
 
     @property
     def bytes(self) -> int:
         """Memory of its experience."""
-        return sum(segment.bytes for segment in self.segments) + sum(t.bytes for _, t in self.trajectories)
+        return self._of_segments("bytes") + sum(trajectory.bytes for _, trajectory in self.trajectories)
+
+    def _of_segments(self, name: str) -> int:
+        whole = (self.segments,) if isinstance(self.segments, Segments) else self.segments
+        return sum(getattr(part, name) for part in whole)
 
 
 @dataclass(frozen=True)

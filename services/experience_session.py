@@ -128,7 +128,7 @@ class Session:
 
     def _add(self, action: Array, reward: float, terminated: bool, truncated: bool) -> None:
         ended = np.array([terminated]), np.array([truncated])
-        self._segments += self._builder.add(action, np.array([reward]), *ended, self.observation[None])
+        self._segments += self._builder.add(action, np.array([reward]), *ended, self.observation[None]) or ()
 
     def flush(self) -> None:
         """Make what is left ready, because nothing more will come."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import pickle
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from actors.rollout import Lanes
 from actors.segments import SegmentBuilder, TrajectoryBuilder
 from replay.table import TableSpec, TransitionTable
 from replay.trajectory_queue import Permit, TrajectoryQueue
-from replay.types import Batch, Segment, Trajectory
+from replay.types import Batch, Push, Segment, Segments, Trajectory
 from tests.actors.naive import NaiveExperience, NaiveLane, Transition, assert_equal, assert_holds, newest
 from tests.actors.toys import RandomPolicy, Script, theatre
 from tests.replay.naive import assert_same_bits, read_everything
@@ -39,6 +41,7 @@ class Rig:
         self.builder = SegmentBuilder(layout, lanes, GAMMA)
         self.table = TransitionTable(TableSpec(layout, capacity), seed=np.random.SeedSequence(seed))
         self.segments: list[Segment] = []
+        self.cut: list[Segments] = []
         self.items: list[Batch] = []
         self.steps = 0
         self._before: list[Transition] = []
@@ -57,16 +60,17 @@ class Rig:
             observation = np.stack([lane.shown[-1] for lane in self.twin.lanes])
             row = self.lanes.step(self.policy, step=0)
             assert_same_bits(self.policy.shown.pop(), observation)
-            self.insert(
-                self.builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
-            )
+            cut = self.builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
+            if cut is not None:
+                self.cut.append(cut)
+                self.insert(cut)
             self.steps += row.steps
             self.terminated += int(row.terminated.sum())
             self.truncated += int((row.truncated & ~row.terminated).sum())
 
-    def insert(self, segments: list[Segment]) -> None:
+    def insert(self, segments: Sequence[Segment]) -> None:
         for segment in segments:
-            self.table.insert(segment)
+            self.table.insert([segment])
             self.items.append(newest(self.table, segment.steps))
         self.segments += segments
 
@@ -120,8 +124,20 @@ def test_a_flush_at_any_row_loses_nothing(environment: EnvironmentSpec, n_steps:
         rig.insert(rig.builder.flush())
         rig.check(flushed=True)
         assert rig.table.size == rig.steps
-        assert rig.builder.flush() == []
+        assert not rig.builder.flush()
         assert sum(segment.steps for segment in rig.segments[pushed:]) <= 2 * (length + max(n_steps - 2, 0))
+
+
+@pytest.mark.parametrize("lanes", [1, 7])
+def test_a_push_has_as_many_arrays_as_a_segment_has_however_many_lanes_there_are(lanes: int) -> None:
+    rig = Rig(SHORT, lanes=lanes, n_steps=1, length=16, capacity=200)
+    rig.begin()
+    rig.roll_out(16)
+    whole = rig.cut[-1]
+    assert len(whole) == lanes
+    buffers: list[Any] = []
+    pickle.dumps(Push(0, 0, 0, whole), protocol=5, buffer_callback=buffers.append)
+    assert len(buffers) == len(fields(Segments)) == 10
 
 
 def test_a_flushed_tail_has_shorter_returns() -> None:

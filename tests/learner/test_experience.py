@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from learner.experience import (
 from replay.server import ReplayServer, ReplaySpec
 from replay.table import TableSpec
 from replay.trajectory_server import QueueSpec, TrajectoryServer
-from replay.types import Batch, DeadlineExceeded, Layout, Moments, Push
+from replay.types import Batch, DeadlineExceeded, Layout, Moments, Push, Segment
 from tests.learner.toys import (
     CARTPOLE,
     InProcessQueue,
@@ -136,8 +136,8 @@ class Meter:
         table = experience._table
         insert, sample = table.insert, table.sample
 
-        def counted_insert(*segments: Any) -> None:
-            insert(*segments)
+        def counted_insert(segments: Sequence[Segment]) -> None:
+            insert(segments)
             for segment in segments:
                 self.inserts += segment.steps
                 self.rewards = segment.reward

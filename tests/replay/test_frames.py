@@ -63,7 +63,7 @@ def test_a_reader_sees_what_the_owner_sees(stack: int, n_steps: int, end_probabi
     lane, near = Lane(layout, rng, end_probability), NearFrames()
     for _ in range(40):
         segment, _ = lane.cut(8, flush=bool(rng.random() < 0.2))
-        table.insert(segment)
+        table.insert([segment])
         if not table.size:
             continue
         drawn = table.choose(3, 5)
@@ -79,7 +79,7 @@ def test_a_reader_sees_what_the_owner_sees(stack: int, n_steps: int, end_probabi
 
 def test_next_observations_share_memory_with_those_before_where_they_follow() -> None:
     table = make_table(STACKED, 50)
-    table.insert(numbered(STACKED, 0))
+    table.insert([numbered(STACKED, 0)])
     batch = NearFrames().batch(table.choose(1, 8))
     assert batch is not None
     assert np.shares_memory(batch.observation, batch.next_observation)
@@ -89,7 +89,7 @@ def test_next_observations_share_memory_with_those_before_where_they_follow() ->
 def test_what_was_overwritten_meanwhile_is_not_handed_out() -> None:
     table = make_table(STACKED, 64)
     for number in range(8):
-        table.insert(numbered(STACKED, 10 * number))
+        table.insert([numbered(STACKED, 10 * number)])
     drawn, near = table.choose(1, 256), NearFrames()
     assert near.batch(drawn) is not None
     newest = drawn.action >= 70
@@ -98,7 +98,7 @@ def test_what_was_overwritten_meanwhile_is_not_handed_out() -> None:
     # What the table evicts lies there until it is written over.
     written = 0
     while near.batch(drawn) is not None:
-        table.insert(numbered(STACKED, 200))
+        table.insert([numbered(STACKED, 200)])
         written += 1
         assert written < 8
     assert table.evicted > 0
@@ -106,7 +106,7 @@ def test_what_was_overwritten_meanwhile_is_not_handed_out() -> None:
     assert kept is not None
     assert_numbered(kept, 4, 1)
     for _ in range(8):
-        table.insert(numbered(STACKED, 200))
+        table.insert([numbered(STACKED, 200)])
     assert near.batch(replace(drawn, **pick)) is None
 
 
@@ -132,7 +132,7 @@ def test_only_the_ring_itself_is_taken_for_it() -> None:
 
 
 def filled(table: TransitionTable) -> Draw:
-    table.insert(numbered(STACKED, 0))
+    table.insert([numbered(STACKED, 0)])
     return table.choose(1, 4)
 
 
@@ -141,7 +141,7 @@ def test_counters_beyond_what_a_row_can_hold() -> None:
     ring, capacity = table._ring, table.spec.frame_capacity
     ring.newest_frame = ring.oldest_frame = 2**31 // capacity * capacity - 20
     for number in range(24):
-        table.insert(numbered(STACKED, 10 * number))
+        table.insert([numbered(STACKED, 10 * number)])
         drawn = table.choose(1, 64)
         batch = near.batch(drawn)
         assert batch is not None
@@ -160,7 +160,7 @@ def test_memory_that_cannot_be_shared_is_the_tables_own(monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "memfd_create", refuse)
     table = make_table(STACKED, 64)
     assert table.frames_token is None
-    table.insert(numbered(STACKED, 0))
+    table.insert([numbered(STACKED, 0)])
     assert_numbered(table.sample(1, 4), 4, 1)
 
 
@@ -232,7 +232,7 @@ def test_small_frames_and_tables_of_one_process_are_not_shared() -> None:
 
 def test_another_process_reads_them() -> None:
     table = make_table(STACKED, 64)
-    table.insert(numbered(STACKED, 5))
+    table.insert([numbered(STACKED, 5)])
     script = (
         "import pickle, sys\n"
         "from replay.frames import NearFrames\n"

@@ -68,7 +68,7 @@ def test_every_live_item_equals_the_naive_list_over_thousands_of_inserts(
             length = int(rng.integers(1, length + 1))
         segment, transitions = lanes[i % 3].cut(length, flush=bool(rng.random() < 0.1))
         room, evicted = table.size + segment.steps <= table.spec.capacity, table.evicted
-        table.insert(segment)
+        table.insert([segment])
         naive.insert(transitions, len(segment.frames))
         evicted_for_frames += room and table.evicted > evicted
         inserted, frames = inserted + segment.steps, frames + len(segment.frames)
@@ -99,14 +99,16 @@ def test_by_hand_a_stack_after_a_reset_has_zero_frames_before_it() -> None:
     table = make_table(layout, 4)
     segment = make_segment(layout, 2)
     table.insert(
-        replace(
-            segment,
-            frames=np.array([11, 12, 13, 14, 21], np.uint8),
-            row=np.array([1, 4], np.int32),
-            age=np.array([1, 0], np.uint8),
-            bootstrap_row=np.array([3, 4], np.int32),
-            bootstrap_age=np.array([3, 0], np.uint8),
-        )
+        [
+            replace(
+                segment,
+                frames=np.array([11, 12, 13, 14, 21], np.uint8),
+                row=np.array([1, 4], np.int32),
+                age=np.array([1, 0], np.uint8),
+                bootstrap_row=np.array([3, 4], np.int32),
+                bootstrap_age=np.array([3, 0], np.uint8),
+            )
+        ]
     )
     batch = read_everything(table)
     assert batch.observation[0].tolist() == [[0, 0, 11, 12], [0, 0, 0, 21]]
@@ -115,7 +117,7 @@ def test_by_hand_a_stack_after_a_reset_has_zero_frames_before_it() -> None:
 
 def test_a_batch_has_the_shapes_and_dtypes_it_promises() -> None:
     table = make_table(STACKED, 20)
-    table.insert(make_segment(STACKED, 8))
+    table.insert([make_segment(STACKED, 8)])
     batch = table.sample(3, 5)
     expected = {
         "observation": ((3, 5, 4, 2, 3), "uint8"),
@@ -135,22 +137,22 @@ def test_a_batch_has_the_shapes_and_dtypes_it_promises() -> None:
 def test_a_batch_is_a_copy_and_so_is_what_was_inserted() -> None:
     table = make_table(VECTOR, 8)
     segment = make_segment(VECTOR, 8, value=1)
-    table.insert(segment)
+    table.insert([segment])
     segment.frames[:] = 99.0
     segment.reward[:] = 99.0
     batch = table.sample(1, 64)
     assert (batch.observation == 1.0).all()
     assert (batch.reward == 0.0).all()
-    table.insert(make_segment(VECTOR, 8, value=2))
+    table.insert([make_segment(VECTOR, 8, value=2)])
     assert (batch.observation == 1.0).all()
 
 
 @pytest.mark.parametrize("layout", [VECTOR, STACKED])
 def test_an_empty_segment_changes_nothing(layout: Layout) -> None:
     table = make_table(layout, 8)
-    table.insert(make_segment(layout, 8, value=1))
+    table.insert([make_segment(layout, 8, value=1)])
     before = read_everything(table)
-    table.insert(make_segment(layout, 0, value=2))
+    table.insert([make_segment(layout, 0, value=2)])
     assert (table.size, table.evicted) == (8, 0)
     assert_same_bits(read_everything(table).observation, before.observation)
 
@@ -159,10 +161,10 @@ def test_capacity_is_reached_and_evictions_take_whole_segments() -> None:
     table = make_table(VECTOR, 20)
     sizes = []
     for value in range(5):
-        table.insert(make_segment(VECTOR, 5, value=value))
+        table.insert([make_segment(VECTOR, 5, value=value)])
         sizes.append(table.size)
     assert sizes == [5, 10, 15, 20, 20]
-    table.insert(make_segment(VECTOR, 1, value=5))
+    table.insert([make_segment(VECTOR, 1, value=5)])
     assert (table.size, table.evicted) == (16, 10)
     assert set(read_everything(table).observation[..., 0].ravel().tolist()) == {2, 3, 4, 5}
 
@@ -170,7 +172,7 @@ def test_capacity_is_reached_and_evictions_take_whole_segments() -> None:
 def test_a_table_of_one_segment_holds_just_that() -> None:
     table = make_table(STACKED, 8)
     for value in range(30):
-        table.insert(make_segment(STACKED, 8, value=value))
+        table.insert([make_segment(STACKED, 8, value=value)])
         assert table.size == 8
         assert (read_everything(table).observation == value).all()
 
@@ -179,12 +181,12 @@ def test_bytes_counts_what_is_held() -> None:
     table = make_table(STACKED, 400, 0.5)
     assert table.bytes == 0
     segment = make_segment(STACKED, 8)
-    table.insert(segment)
+    table.insert([segment])
     tree = 8 * (400 + 56 + 8 + 8) / 400  # levels of 400, 50, 7 and 1, in lines of 8
     per_transition = 4 + 1 + 4 + 1 + 8 + 4 + 4 + tree
     assert table.bytes == int(segment.frames.nbytes + 8 * per_transition)
     for _ in range(200):
-        table.insert(segment)
+        table.insert([segment])
     assert table.bytes == int(50 * segment.frames.nbytes + 400 * per_transition)
     assert table.bytes <= table.spec.expected_bytes
 
@@ -200,9 +202,9 @@ def test_segments_inserted_at_once_are_as_if_one_by_one(layout: Layout, most: in
             1, layout.segment_length + 1, int(rng.integers(1, most + 1))
         )  # 40 can be more than it holds
         segments = [lane.cut(int(length), flush=bool(rng.random() < 0.1))[0] for length in lengths]
-        together.insert(make_segment(layout, 0), *segments)
+        together.insert([make_segment(layout, 0), *segments])
         for segment in segments:
-            singly.insert(segment)
+            singly.insert([segment])
         assert (together.size, together.evicted, together.bytes) == (singly.size, singly.evicted, singly.bytes)
         assert together.mass == singly.mass
         if singly.size:
@@ -214,11 +216,11 @@ def test_segments_inserted_at_once_are_as_if_one_by_one(layout: Layout, most: in
 @pytest.mark.parametrize("alpha", [None, 0.6])
 def test_a_segment_that_does_not_fit_leaves_the_table_unchanged(alpha: float | None) -> None:
     table = make_table(VECTOR, 8, alpha)
-    table.insert(make_segment(VECTOR, 8, value=1))
+    table.insert([make_segment(VECTOR, 8, value=1)])
     before = read_everything(table)
     for wrong in (make_segment(STACKED, 4), replace(make_segment(VECTOR, 4), reward=np.zeros(3, np.float32))):
         with pytest.raises(LayoutMismatch):
-            table.insert(make_segment(VECTOR, 4), wrong, make_segment(VECTOR, 2))
+            table.insert([make_segment(VECTOR, 4), wrong, make_segment(VECTOR, 2)])
     assert (table.size, table.evicted) == (8, 0)
     after = read_everything(table)
     for name in ("observation", "reward", "ids", "probability"):
@@ -240,27 +242,27 @@ def priorities_of(table: TransitionTable) -> Array:
 def test_new_items_get_the_highest_priority_seen() -> None:
     table = make_table(VECTOR, 100, 1.0)
     assert table.highest_priority == 1.0
-    table.insert(make_segment(VECTOR, 2))
+    table.insert([make_segment(VECTOR, 2)])
     table.update_priorities(ids_of(read_everything(table)), np.array([0.5, 4.0]))
     assert table.highest_priority == 4.0
-    table.insert(make_segment(VECTOR, 1))
+    table.insert([make_segment(VECTOR, 1)])
     table.update_priorities(ids_of(read_everything(table))[1:2], np.array([2.0]))
     assert table.highest_priority == 4.0  # ever seen, not now held
-    table.insert(make_segment(VECTOR, 1))
+    table.insert([make_segment(VECTOR, 1)])
     np.testing.assert_allclose(priorities_of(table), np.array([0.5, 2.0, 4.0, 4.0]) / 10.5, rtol=1e-12)
 
 
 def test_the_highest_priority_of_an_earlier_table_can_be_carried_over() -> None:
     table = make_table(VECTOR, 100, 0.5)
     table.highest_priority = 9.0
-    table.insert(make_segment(VECTOR, 2))
+    table.insert([make_segment(VECTOR, 2)])
     table.update_priorities(ids_of(read_everything(table))[:1], np.array([4.0]))
     np.testing.assert_allclose(priorities_of(table), [2 / 5, 3 / 5], rtol=1e-12)
 
 
 def test_of_an_id_named_twice_the_last_priority_wins() -> None:
     table = make_table(VECTOR, 100, 1.0)
-    table.insert(make_segment(VECTOR, 3))
+    table.insert([make_segment(VECTOR, 3)])
     a, b, c = ids_of(read_everything(table))
     assert table.update_priorities(np.array([a, b, a, c, a]), np.array([9.0, 2.0, 7.0, 5.0, 3.0])) == 0
     np.testing.assert_allclose(priorities_of(table), np.array([3.0, 2.0, 5.0]) / 10.0, rtol=1e-12)
@@ -268,7 +270,7 @@ def test_of_an_id_named_twice_the_last_priority_wins() -> None:
 
 def test_updates_take_the_shape_of_a_batch() -> None:
     table = make_table(VECTOR, 100, 1.0)
-    table.insert(make_segment(VECTOR, 8))
+    table.insert([make_segment(VECTOR, 8)])
     batch = table.sample(3, 4)
     assert table.update_priorities(batch.ids, np.full((3, 4), 2.0)) == 0
     assert table.update_priorities(np.array([], np.int64), np.array([])) == 0
@@ -277,11 +279,11 @@ def test_updates_take_the_shape_of_a_batch() -> None:
 
 def test_an_update_of_an_evicted_item_is_ignored_and_counted() -> None:
     table = make_table(VECTOR, 8, 1.0)
-    table.insert(make_segment(VECTOR, 5))
+    table.insert([make_segment(VECTOR, 5)])
     old = ids_of(read_everything(table))
-    table.insert(make_segment(VECTOR, 3))
+    table.insert([make_segment(VECTOR, 3)])
     live = ids_of(read_everything(table))
-    table.insert(make_segment(VECTOR, 4))  # evicts the first five; their slots are taken again
+    table.insert([make_segment(VECTOR, 4)])  # evicts the first five; their slots are taken again
     assert table.evicted == 5
     before = priorities_of(table)
     assert table.update_priorities(old, np.full(5, 50.0)) == 5
@@ -299,7 +301,7 @@ def test_an_update_of_an_evicted_item_is_ignored_and_counted() -> None:
 def test_an_update_from_another_shard_or_incarnation_is_ignored_and_counted(other: dict[str, int]) -> None:
     here, there = make_table(VECTOR, 8, 1.0), make_table(VECTOR, 8, 1.0, **other)
     for table in (here, there):
-        table.insert(make_segment(VECTOR, 8))
+        table.insert([make_segment(VECTOR, 8)])
     mine, foreign = ids_of(read_everything(here)), ids_of(read_everything(there))
     assert (foreign >= 0).all()
     assert not set(mine.tolist()) & set(foreign.tolist())
@@ -313,7 +315,7 @@ def test_an_update_from_another_shard_or_incarnation_is_ignored_and_counted(othe
 @pytest.mark.parametrize("bad_id", [-1, 2**63 - 1, -(2**63), 8])
 def test_an_id_that_was_never_given_out_is_stale(bad_id: int) -> None:
     table = make_table(VECTOR, 8, 1.0)
-    table.insert(make_segment(VECTOR, 8))
+    table.insert([make_segment(VECTOR, 8)])
     assert table.update_priorities(np.array([bad_id]), np.array([5.0])) == 1
 
 
@@ -321,7 +323,7 @@ def test_ids_are_unique_over_the_life_of_a_table_and_survive_a_float_free_journe
     table = make_table(VECTOR, 8, shard=255, incarnation=4095)
     seen: set[int] = set()
     for _ in range(50):
-        table.insert(make_segment(VECTOR, 8))
+        table.insert([make_segment(VECTOR, 8)])
         ids = set(ids_of(read_everything(table)).tolist())
         assert not ids & seen
         seen |= ids
@@ -335,7 +337,7 @@ def test_priorities_change_nothing_but_priorities() -> None:
     rng = np.random.default_rng(1)
     for _ in range(100):
         segment, transitions = lane.cut(int(rng.integers(1, 9)))
-        table.insert(segment)
+        table.insert([segment])
         naive.insert(transitions, len(segment.frames))
         if table.size:
             batch = table.sample(2, 8)
@@ -346,7 +348,7 @@ def test_priorities_change_nothing_but_priorities() -> None:
 @pytest.mark.parametrize("priority", [0.0, -1.0, np.nan, np.inf])
 def test_refuses_a_priority_that_is_not_positive_and_finite(priority: float) -> None:
     table = make_table(VECTOR, 8, 1.0)
-    table.insert(make_segment(VECTOR, 2))
+    table.insert([make_segment(VECTOR, 2)])
     before = priorities_of(table)
     with pytest.raises(ValueError, match="positive and finite"):
         table.update_priorities(ids_of(read_everything(table)), np.array([2.0, priority]))
@@ -392,7 +394,7 @@ def test_refuses_a_shard_or_incarnation_that_fits_no_id(shard: int, incarnation:
 @pytest.mark.parametrize(("k", "batch_size"), [(0, 1), (1, 0), (-1, 4)])
 def test_refuses_to_sample_nothing(k: int, batch_size: int) -> None:
     table = make_table(VECTOR, 8)
-    table.insert(make_segment(VECTOR, 8))
+    table.insert([make_segment(VECTOR, 8)])
     with pytest.raises(ValueError, match=f"must be positive, got {k} and {batch_size}"):
         table.sample(k, batch_size)
 

@@ -53,7 +53,7 @@ def test_full_segments_fill_a_table_to_its_capacity(layout: Layout, n_steps: int
     layout = replace(layout, n_steps=n_steps)
     table = TransitionTable(TableSpec(layout, 3 * layout.segment_length + 5), seed=np.random.SeedSequence(0))
     for _ in range(10):
-        table.insert(make_segment(layout, layout.segment_length))
+        table.insert([make_segment(layout, layout.segment_length)])
     assert table.size == 3 * layout.segment_length
 
 

@@ -30,7 +30,7 @@ class Filled:
         self.highest = 1.0
 
     def insert(self, steps: int) -> None:
-        self.table.insert(make_segment(LAYOUT, steps))
+        self.table.insert([make_segment(LAYOUT, steps)])
         self.segments.append(steps)
         self.priorities += [self.highest] * steps
         while sum(self.segments) > CAPACITY:
@@ -179,7 +179,7 @@ def test_each_batch_of_a_call_is_stratified_by_itself() -> None:
 def test_by_hand_equal_priorities_and_as_many_strata_give_every_item_once_a_batch() -> None:
     table = TransitionTable(TableSpec(LAYOUT, 32, 0.5), seed=np.random.SeedSequence(0))
     for _ in range(4):
-        table.insert(make_segment(LAYOUT, 8))
+        table.insert([make_segment(LAYOUT, 8)])
     ids = read_everything(table).ids[0].tolist()
     for batch in table.sample(100, 32).ids.tolist():
         assert sorted(batch) == ids

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import FrozenInstanceError, replace
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replay.types import (
+    Array,
     ConfigurationError,
     DeadlineExceeded,
     EpisodeResult,
@@ -22,10 +24,12 @@ from replay.types import (
     Permit,
     Push,
     Segment,
+    Segments,
     SquallError,
     Trajectory,
+    join_segments,
 )
-from tests.replay.naive import Lane, make_segment
+from tests.replay.naive import Lane, assert_same_bits, make_segment
 
 ATARI = Layout((84, 84), "uint8", 4, (), "int64", 64, 3)
 VECTOR = Layout((3,), "float32", 1, (2,), "float32", 8, 3)
@@ -184,6 +188,74 @@ def test_a_push_counts_the_steps_in_it() -> None:
     half_valid = replace(trajectory(VECTOR, 4), valid=np.array([True, True, False, False]))
     assert Push(0, 0, 0, trajectories=((Permit(0, 0, 3), half_valid),)).steps == 2
     assert Push(0, 0, 0).steps == 0
+
+
+def assert_same_segment(one: Segment, other: Segment) -> None:
+    for field in fields(Segment):
+        assert_same_bits(getattr(one, field.name), getattr(other, field.name))
+
+
+def several(layout: Layout) -> tuple[list[Segment], Segments]:
+    """Return segments of a lane, and the same end to end."""
+    lane = Lane(layout, np.random.default_rng(0), 0.2)
+    segments = [lane.cut(length, flush=length == 5)[0] for length in (8, 1, 8, 5, 3, 8)]
+    return segments, join_segments([make_segment(layout, 0), *segments], layout)
+
+
+@pytest.mark.parametrize("layout", [VECTOR, STACKED])
+def test_segments_end_to_end_are_the_segments_that_have_steps(layout: Layout) -> None:
+    segments, joined = several(layout)
+    expected = [segment for segment in segments if segment.steps]
+    assert len(joined) == len(expected) > 4
+    assert joined.steps == sum(segment.steps for segment in expected)
+    assert joined.bytes == sum(segment.bytes for segment in expected) + 2 * 8 * len(joined)
+    assert join_segments(joined, layout) is joined
+    for whole in (joined, pickle.loads(pickle.dumps(joined)), join_segments(list(joined), layout)):
+        for one, other in zip(whole, expected, strict=True):
+            assert_same_segment(one, other)
+    assert_same_segment(joined[-1], expected[-1])
+    part = joined[1:3]
+    assert part.steps == expected[1].steps + expected[2].steps
+    for one, other in zip(part, expected[1:3], strict=True):
+        assert_same_segment(one, other)
+    assert not joined[2:2]
+    assert Push(0, 0, 0, joined).steps == Push(0, 0, 0, tuple(expected)).steps == joined.steps
+    assert Push(0, 0, 0, joined).bytes == joined.bytes
+    with pytest.raises(IndexError):
+        joined[len(joined)]
+    with pytest.raises(ValueError, match="got a stride of 2"):
+        joined[::2]
+
+
+def counts(*numbers: int) -> Array:
+    return np.array(numbers, np.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {"frames": s.frames[:-1]}, "frames must have shape"),
+        (lambda s: {"frames": s.frames.astype(np.float64)}, "frames must have shape"),
+        (lambda s: {"action": s.action[1:]}, "action must have shape"),
+        (lambda s: {"reward": s.reward.astype(np.float64)}, "reward must have shape"),
+        (lambda s: {"row": s.row - 3 - 1}, r"^row must lie in \[0, 14\), got -1"),
+        (lambda s: {"bootstrap_row": s.bootstrap_row + 1}, r"bootstrap_row must lie in \[0, 14\), got 14"),
+        (lambda s: {"age": s.age + np.uint8(1)}, "^age must be at most 3, got 4"),
+        (lambda s: {"row": np.where(s.row == 3, 2, s.row).astype(np.int32)}, "^age points before"),
+        (lambda s: {"step_counts": counts(8, 8, 7)}, "row must have shape"),
+        (lambda s: {"step_counts": counts(9, 7, 8)}, "at most 8 steps, got 9"),
+        (lambda s: {"frame_counts": counts(15, 13, 14)}, "at most 14 frames, got 15"),
+        (lambda s: {"frame_counts": counts(14, 28)}, "frame_counts must have shape"),
+        (lambda s: {"step_counts": counts(8, 0, 8, 8), "frame_counts": counts(14, 0, 14, 14)}, "at least one step"),
+        (lambda s: {"step_counts": counts(8, 8, 8).astype(np.int8)}, "step_counts must have shape"),
+    ],
+)
+def test_segments_end_to_end_that_do_not_fit_are_named(
+    change: Callable[[Segments], dict[str, Array]], message: str
+) -> None:
+    joined = join_segments([make_segment(STACKED, 8)] * 3, STACKED)
+    with pytest.raises(LayoutMismatch, match=message):
+        join_segments(replace(joined, **change(joined)), STACKED)
 
 
 def assert_moments(moments: Moments, numbers: list[float]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from items import LENGTH, STACK, VECTOR_LENGTH, frames_of
 
-from replay.types import Layout, Segment
+from replay.types import Layout, Segment, Segments, join_segments
 
 LANES = 4
 
@@ -17,7 +17,7 @@ def layout_of(kind: str) -> Layout:
     return Layout((4,), "float32", 1, (), "int64", VECTOR_LENGTH, 1)
 
 
-def pushes_of(kind: str, frames: int) -> list[tuple[Segment, ...]]:
+def pushes_of(kind: str, frames: int) -> list[Segments]:
     """Return pushes of `LANES` segments each, cut from a run of so many frames."""
     layout, run = layout_of(kind), frames_of(kind, frames)
     rows, length, stack = layout.max_segment_frames, layout.segment_length, layout.stack
@@ -29,4 +29,4 @@ def pushes_of(kind: str, frames: int) -> list[tuple[Segment, ...]]:
         return Segment(run[at : at + rows].copy(), row, age, row + 1, age, np.zeros(length, np.int64), zero, one)
 
     cut = [segment(at) for at in range(0, len(run) - rows, length)]
-    return [tuple(cut[i : i + LANES]) for i in range(0, len(cut) - LANES, LANES)]
+    return [join_segments(cut[i : i + LANES], layout) for i in range(0, len(cut) - LANES, LANES)]

@@ -69,7 +69,7 @@ class Crowd:
 
     def _work(self, worker: int, seconds: float) -> None:
         replay, begun = client(), time.perf_counter()
-        every = sum(len(segment.action) for segment in self.pushes[0]) / RATE
+        every = self.pushes[0].steps / RATE
         at = begun + every * np.random.default_rng(worker).random()  # not all at once
         while (now := time.perf_counter()) < begun + seconds:
             if now < at:

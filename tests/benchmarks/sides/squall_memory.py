@@ -24,5 +24,5 @@ segment = Segment(
 before = resident()
 table = TransitionTable(TableSpec(layout, TRANSITIONS), seed=spawn_seed(0, "bench"))
 while table.evicted == 0:
-    table.insert(segment)
+    table.insert([segment])
 report((resident() - before) / table.size, transitions=TRANSITIONS, held=table.size)

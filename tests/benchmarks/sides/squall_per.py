@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from learner.value_learning import importance_weights  # noqa: E402
 from replay.seeds import spawn_seed  # noqa: E402
 from replay.table import TableSpec, TransitionTable  # noqa: E402
-from replay.types import Layout, Segment  # noqa: E402
+from replay.types import Layout, Segment, join_segments  # noqa: E402
 
 ITEMS, LENGTH = 2**20, 16
 batch, inserts = int(parsed.batch), int(parsed.inserts)
@@ -35,9 +35,9 @@ def segment() -> Segment:
 
 
 for _ in range(ITEMS // LENGTH):
-    table.insert(segment())
+    table.insert([segment()])
 assert table.size == ITEMS
-fresh = [segment() for _ in range(inserts // LENGTH)]
+fresh = join_segments([segment() for _ in range(inserts // LENGTH)], layout)  # as a worker sends them
 priorities = rng.random((64, batch)) + 0.01
 turn = 0
 
@@ -46,7 +46,7 @@ def cycle() -> None:
     """Insert, draw, weigh, set priorities."""
     global turn
     if fresh:
-        table.insert(*fresh)
+        table.insert(fresh)
     drawn = table.sample(1, batch)
     importance_weights(torch.from_numpy(drawn.probability[0]).float(), drawn.size, 0.4)
     table.update_priorities(drawn.ids, priorities[turn % 64][None])
