@@ -118,15 +118,18 @@ class VectorTorso(nn.Module):
         """Return observations `[B, ...]` as float vectors `[B, inputs]`."""
         if self.one_hot is not None:
             observation = nn.functional.one_hot(observation, self.one_hot)
-        return observation.reshape(len(observation), -1).float()
+        if observation.ndim != 2:
+            observation = observation.reshape(len(observation), -1)
+        return observation.float()
 
     def forward(self, observation: Tensor) -> Tensor:
         """Map observations `[B, ...]` to features `[B, features]`."""
         vector = self.flat(observation)
         if self.norm is not None:
             vector = self.norm(vector)
-        features: Tensor = self.layers(vector)
-        return features
+        for layer in self.layers:
+            vector = layer(vector)
+        return vector
 
     def observe(self, observation: Tensor) -> None:
         """Take observations `[B, ...]` into the running statistics, if there are any."""

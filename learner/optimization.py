@@ -39,6 +39,18 @@ def make_optimizer(
     return OPTIMIZERS[name](made, **fused, **(options or {}))
 
 
+def clip_gradient(parameters: Iterable[nn.Parameter], longest: float) -> None:
+    """Scale the gradients of parameters, which are on one device, together to a length of at most `longest`, in place.
+
+    It is `torch.nn.utils.clip_grad_norm_` without what that does for several devices, layouts and norms: for small
+    networks more than the arithmetic.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, (length + 1e-6).reciprocal_().mul_(longest).clamp_(max=1.0))
+
+
 def set_learning_rate(optimizer: Any, schedule: str, step: int, last_frame: int) -> None:
     """Set every group's learning rate to its first one times the schedule's factor at an environment step.
 

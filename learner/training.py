@@ -22,6 +22,9 @@ from typing import Any
 import pytorch_lightning as pl
 import ray
 import torch
+from pytorch_lightning.plugins import Precision
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from actors.weights import Weights, pack
 from learner.algorithms import ALGORITHMS
@@ -40,6 +43,7 @@ _SECONDS_BETWEEN_CHECKPOINTS = 30.0
 _SECONDS_BEFORE_PUBLISHING_AGAIN = 0.5
 # glibc's M_ARENA_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, the last at its largest; see mallopt(3).
 _KEEP = ((-8, 1), (-1, 2**30), (-3, 2**25))
+_HOOKS_OF_PRECISION = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
 _FAST_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # of torch.cpu, private: they may go
 
 
@@ -185,10 +189,8 @@ class Learner:
             enable_model_summary=False,
             accelerator="gpu" if self.spec.gpu else "cpu",
             devices=1,
-            precision=choose_precision(
-                self.spec.precision, images=self._module.environment.is_image, gpu=self.spec.gpu
-            ),
             callbacks=[_LearnerCallback(self)],
+            **trainer_precision(self.spec.precision, self._module, gpu=self.spec.gpu),
         )
         try:
             self._trainer.fit(self._module, self._experience, ckpt_path=resume, weights_only=True)
@@ -402,6 +404,40 @@ def choose_precision(name: str, *, images: bool, gpu: bool | None = None) -> Any
     else:
         fast = any(getattr(torch.cpu, asks, bool)() for asks in _FAST_BFLOAT16)
     return "bf16-mixed" if images and fast else "32-true"
+
+
+def trainer_precision(name: str, module: Algorithm, *, gpu: bool | None = None) -> dict[str, Any]:
+    """Return the Trainer's arguments that set a precision, of which `choose_precision` takes the name.
+
+    In single precision, where nothing is left for a plugin to do, they are a plugin that does only that, unless the
+    module listens to a hook that Lightning's calls.
+    """
+    chosen = choose_precision(name, images=module.environment.is_image, gpu=gpu)
+    heard = any(is_overridden(hook, module) for hook in _HOOKS_OF_PRECISION)
+    return {"precision": chosen} if heard or chosen != "32-true" else {"plugins": [BarePrecision()]}
+
+
+class BarePrecision(Precision):
+    """Single precision, and none of the hooks around `backward` and the optimizer's step.
+
+    Callbacks are not told of them either. In a learner nobody listens, and for small networks telling nobody takes
+    a twentieth of an update.
+    """
+
+    def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
+        """Return the loss."""
+        return tensor
+
+    def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
+        """Return the loss, without its graph."""
+        return tensor.detach()
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Call the closure, then the optimizer."""
+        closure()
+        return optimizer.step(**kwargs)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def q_learning(q_tm1: Tensor, a_tm1: Tensor, r_t: Tensor, discount_t: Tensor, q_
 
 
 def _of_action(values: Tensor, action: Tensor) -> Tensor:
-    return values.gather(1, action[:, None])[:, 0]
+    return values.gather(1, action[:, None]).squeeze(1)
 
 
 def _expect_shapes(q_tm1: Tensor, a_tm1: Tensor, r_t: Tensor, discount_t: Tensor, *q_t: Tensor) -> None:

@@ -26,7 +26,7 @@ from actors.networks import ACTIVATIONS, VectorTorso
 from actors.policies import Policy, PolicySpec
 from actors.rollout import RolloutSpec
 from learner.experience import Experience, LocalExperience, RemoteExperience, TrajectoryBatch, TransitionBatch
-from learner.optimization import OPTIMIZERS, SCHEDULES, make_optimizer, set_learning_rate
+from learner.optimization import OPTIMIZERS, SCHEDULES, clip_gradient, make_optimizer, set_learning_rate
 from learner.presets import load_preset
 from replay.seeds import integer_seed, spawn_seed
 from replay.server import ReplaySpec
@@ -224,7 +224,7 @@ class Algorithm(pl.LightningModule):
             if scaler is not None:
                 scaler.unscale_(optimizer.optimizer)  # with float16 gradients come scaled
             for group in optimizer.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], self.hparams["max_grad_norm"])
+                clip_gradient(group["params"], self.hparams["max_grad_norm"])
         optimizer.step()
 
     def make_optimizer(self, *groups: tuple[Iterable[nn.Parameter], float]) -> torch.optim.Optimizer:

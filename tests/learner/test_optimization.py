@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from learner.optimization import OPTIMIZERS, SCHEDULES, make_optimizer, set_learning_rate
+from learner.optimization import OPTIMIZERS, SCHEDULES, clip_gradient, make_optimizer, set_learning_rate
 from tests.learner.toys import copies
 
 PLAIN: dict[str, Any] = {
@@ -44,6 +44,28 @@ def test_it_steps_as_the_plain_one_does(name: str) -> None:
             optimizer.step()
     for mine, theirs in zip(copies(ours), copies(plain), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("longest", [1e-3, 0.5, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e6, float("inf"), float("nan")])
+def test_a_gradient_is_clipped_bit_for_bit_as_pytorch_clips_it(longest: float, scale: float) -> None:
+    ours, plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    plain.load_state_dict(ours.state_dict())
+    for module in (ours, plain):
+        module(torch.arange(6.0).view(2, 3)).square().mean().backward()
+        for parameter in module.parameters():
+            parameter.grad.mul_(scale)  # type: ignore[union-attr]
+        module[1].bias.grad = None
+    clip_gradient(ours.parameters(), longest)
+    nn.utils.clip_grad_norm_(plain.parameters(), longest)
+    assert ours[1].bias.grad is None
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        if mine is not ours[1].bias:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_there_may_be_no_gradient_to_clip() -> None:
+    clip_gradient(nn.Linear(2, 2).parameters(), 1.0)
 
 
 def test_a_name_that_is_none_raises() -> None:

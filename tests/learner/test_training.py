@@ -25,6 +25,7 @@ from actors.weights import Weights, WeightStore, WeightStoreActor, unpack
 from learner import DQN
 from learner.training import (
     LAST,
+    BarePrecision,
     Learner,
     LearnerActor,
     LearnerReport,
@@ -33,6 +34,7 @@ from learner.training import (
     load_algorithm,
     make_algorithm,
     read_checkpoint,
+    trainer_precision,
 )
 from replay.remote import RemoteActor
 from replay.server import ReplayActor, ReplayClient, ReplayServer
@@ -636,6 +638,27 @@ def test_precision_is_chosen_for_the_hardware(
     assert choose_precision("auto", images=True) == chosen
     assert choose_precision("auto", images=False) == "32-true"
     assert choose_precision("16-mixed", images=False) == "16-mixed"
+
+
+def test_single_precision_without_hooks_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare, hooked = Room(tmp_path / "bare", max_grad_norm=0.1), Room(tmp_path / "hooked", max_grad_norm=0.1)
+    assert isinstance(trainer_precision("auto", bare.module, gpu=False)["plugins"][0], BarePrecision)
+    bare.fit()
+    monkeypatch.setattr("learner.training.trainer_precision", lambda *_, **__: {"precision": "32-true"})
+    hooked.fit()
+    assert bare.global_step(LAST) == hooked.global_step(LAST) == 104
+    assert same(*(list(room.module.policy.parameters()) for room in (bare, hooked)))
+    assert not same(*(list(module.policy.parameters()) for module in (bare.module, DQN(**HYPERPARAMETERS))))
+
+
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step"])
+def test_a_module_that_listens_to_a_hook_hears_of_every_update(
+    hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(DQN, hook, lambda self, *_: told.append(self.global_step), raising=False)
+    Room(tmp_path, updates=24).fit()
+    assert told == list(range(24))
 
 
 def test_bfloat16_learns_too(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def update() -> int:
     """Make one update, with the gradient clipped as the other side's is."""
     with torch.no_grad():
         wanted = reward + discount * target(following).max(1).values
-    chosen = online(observation).gather(1, action[:, None])[:, 0]
+    chosen = online(observation).gather(1, action[:, None]).squeeze(1)
     loss = nn.functional.huber_loss(chosen, wanted)
     optimizer.zero_grad()
     loss.backward()

@@ -14,6 +14,7 @@ import torch  # noqa: E402
 
 from learner import DQN  # noqa: E402
 from learner.experience import TransitionBatch  # noqa: E402
+from learner.training import trainer_precision  # noqa: E402
 
 K, B = int(parsed.k), 64
 torch.set_num_threads(parsed.threads)
@@ -59,7 +60,7 @@ module = DQN("CartPole-v1", batch_size=B, hidden_sizes=(256, 256), max_grad_norm
 window = Window()
 pl.Trainer(
     max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    accelerator="cpu", devices=1, callbacks=[window],
+    accelerator="cpu", devices=1, callbacks=[window], **trainer_precision("auto", module, gpu=False),
 ).fit(module, Ready())  # fmt: skip
 parameters = sum(p.numel() for p in module.policy.parameters())
 report(window.updates / (window.ended - window.begun), parameters=parameters, batch_size=B)  # type: ignore[operator]
