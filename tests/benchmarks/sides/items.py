@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-STACK, LENGTH, BATCH, K = 4, 64, 32, 8
-VECTOR_LENGTH = 16
+STACK = 4
 CAPACITY = {"atari": 20_000, "vector": 100_000}
+# Lanes of a worker as in the preset for Pong and in the row `collect`; batches as in the presets for Pong and CartPole.
+LANES = {"atari": 4, "vector": 64}
+LENGTH = {"atari": 64, "vector": 16}
+K = {"atari": 8, "vector": 32}
+BATCH = {"atari": 32, "vector": 64}
 
 
 def frames_of(kind: str, rows: int) -> Any:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-from items import LENGTH, STACK, VECTOR_LENGTH, frames_of
+from items import LENGTH, STACK, frames_of
 
 from replay.types import Layout, Segment, Segments, join_segments
-
-LANES = 4
 
 
 def layout_of(kind: str) -> Layout:
     """Return the layout of `atari` or `vector` items."""
     if kind == "atari":
-        return Layout((84, 84), "uint8", STACK, (), "int64", LENGTH, 1)
-    return Layout((4,), "float32", 1, (), "int64", VECTOR_LENGTH, 1)
+        return Layout((84, 84), "uint8", STACK, (), "int64", LENGTH[kind], 1)
+    return Layout((4,), "float32", 1, (), "int64", LENGTH[kind], 1)
 
 
-def pushes_of(kind: str, frames: int) -> list[Segments]:
-    """Return pushes of `LANES` segments each, cut from a run of so many frames."""
+def pushes_of(kind: str, frames: int, lanes: int) -> list[Segments]:
+    """Return pushes of a segment of each lane, cut from a run of so many frames."""
     layout, run = layout_of(kind), frames_of(kind, frames)
     rows, length, stack = layout.max_segment_frames, layout.segment_length, layout.stack
     row = np.arange(length, dtype=np.int32) + stack - 1
@@ -29,4 +27,4 @@ def pushes_of(kind: str, frames: int) -> list[Segments]:
         return Segment(run[at : at + rows].copy(), row, age, row + 1, age, np.zeros(length, np.int64), zero, one)
 
     cut = [segment(at) for at in range(0, len(run) - rows, length)]
-    return [join_segments(cut[i : i + LANES], layout) for i in range(0, len(cut) - LANES, LANES)]
+    return [join_segments(cut[i : i + lanes], layout) for i in range(0, len(cut) - lanes, lanes)]

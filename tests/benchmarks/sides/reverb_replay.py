@@ -47,7 +47,7 @@ if __name__ == "__main__":
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(parsed.threads)
-    atari = parsed.kind == "atari"
+    atari, at_once = parsed.kind == "atari", BATCH[parsed.kind] * K[parsed.kind]
     stack = STACK if atari else 1
     frame = tf.TensorSpec((stack + 1, 84, 84) if atari else (stack + 1, 4), tf.uint8 if atari else tf.float32)
     columns = {
@@ -74,9 +74,9 @@ if __name__ == "__main__":
         parsed.table,
         dtypes={name: spec.dtype for name, spec in columns.items()},
         shapes={name: spec.shape for name, spec in columns.items()},
-        max_in_flight_samples_per_worker=2 * BATCH * K,
+        max_in_flight_samples_per_worker=2 * at_once,
     )
-    batches = iter(dataset.batch(BATCH * K).prefetch(2))
+    batches = iter(dataset.batch(at_once).prefetch(2))
     end = time.perf_counter() + parsed.warm_up
     while time.perf_counter() < end:
         next(batches)
@@ -85,7 +85,7 @@ if __name__ == "__main__":
         at = time.perf_counter()
         next(batches)
         taken.append(time.perf_counter() - at)
-        drawn += BATCH * K
+        drawn += at_once
     seconds = time.perf_counter() - begun
     inserted, sampled = (told.value - first) / seconds, drawn / seconds
     going.value = 0

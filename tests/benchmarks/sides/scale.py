@@ -23,7 +23,7 @@ os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import ray  # noqa: E402
-from pushes import LANES, layout_of, pushes_of  # noqa: E402
+from pushes import layout_of, pushes_of  # noqa: E402
 
 from replay.remote import NAMESPACE, RemoteActor  # noqa: E402
 from replay.server import ReplayActor, ReplayClient, ReplaySpec  # noqa: E402
@@ -34,7 +34,7 @@ from replay.types import Push  # noqa: E402
 
 WORKERS, IN_A_PROCESS = (8, 16, 32, 64, 128, 256), 64
 RATE = 400.0  # transitions a second of one worker: Pong in 8 lanes, between flat out and held back by the limiter
-CAPACITY, BATCH = 20_000, 512
+CAPACITY, BATCH, LANES = 20_000, 512, 4
 PERIOD_SECONDS, SHARE = 0.1, 0.15
 NAME, SHARDS = "bench", int(parsed.shards)
 
@@ -51,7 +51,7 @@ class Crowd:
     """Emulated workers of one process."""
 
     def __init__(self) -> None:
-        self.pushes = pushes_of("atari", 2_000)
+        self.pushes = pushes_of("atari", 2_000, LANES)
         self.done: dict[int, int] = {}
         self.sequence: dict[int, int] = {}
 

@@ -1,18 +1,18 @@
-"""Squall's replay service in Ray: a writer process pushes segments, this process samples batches of 8 x 32."""
+"""Squall's replay service in Ray: a writer process pushes segments, this process samples k batches."""
 
 from __future__ import annotations
 
 import os
 import time
 
-from items import BATCH, CAPACITY, K, item_bytes
+from items import BATCH, CAPACITY, LANES, K, item_bytes
 from measure import arguments, quantile, report
 
 parsed = arguments("kind", "table")
 os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
 
 import ray  # noqa: E402
-from pushes import LANES, layout_of, pushes_of  # noqa: E402
+from pushes import layout_of, pushes_of  # noqa: E402
 
 from learner.experience import RemoteTransitions  # noqa: E402
 from replay.remote import NAMESPACE, RemoteActor  # noqa: E402
@@ -27,7 +27,7 @@ class Writer:
 
     def run(self, seconds: float) -> float:
         """Return items inserted a second."""
-        client, pushes = ReplayClient(RemoteActor("bench")), pushes_of(parsed.kind, 2_000)
+        client, pushes = ReplayClient(RemoteActor("bench")), pushes_of(parsed.kind, 4_000, LANES[parsed.kind])
         self.sequence = getattr(self, "sequence", 0)
         begun, done = time.perf_counter(), 0
         while time.perf_counter() - begun < seconds:
@@ -42,9 +42,9 @@ ray.init(
     address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False,
     object_store_memory=512 * 2**20,
 )  # fmt: skip
-layout = layout_of(parsed.kind)
+layout, k, batch_size = layout_of(parsed.kind), K[parsed.kind], BATCH[parsed.kind]
 table = TableSpec(layout, CAPACITY[parsed.kind], 0.6 if parsed.table == "prioritized" else None)
-spec = ReplaySpec(table, float("inf"), 1, LANES * layout.segment_length, BATCH, K)
+spec = ReplaySpec(table, float("inf"), 1, LANES[parsed.kind] * layout.segment_length, batch_size, k)
 server = ReplayActor.options(name=RemoteActor("bench").name, namespace=NAMESPACE).remote(spec, run_seed=0)
 writer, client = Writer.remote(), ReplayClient(RemoteActor("bench"))
 filled = 0
@@ -56,7 +56,9 @@ taken: list[float] = []
 drawn, end = 0, time.perf_counter() + parsed.warm_up
 begun = None
 last = time.perf_counter()
-experience = RemoteTransitions(client, k=K, batch_size=BATCH, length=2**40)  # as the learner does, tensors included
+experience = RemoteTransitions(
+    client, k=k, batch_size=batch_size, length=2**40
+)  # as the learner does, tensors included
 for batch in experience:
     batch.reward.sum()
     now = time.perf_counter()
@@ -65,7 +67,7 @@ for batch in experience:
             begun = now
     else:
         taken.append(now - last)
-        drawn += K * BATCH
+        drawn += k * batch_size
         if now - begun >= parsed.seconds:
             break
     last = now
