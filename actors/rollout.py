@@ -370,7 +370,7 @@ class RolloutWorker:
             episodes += (result for _, result in row.episodes)
             self._count(row)
             segments = builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
-            if segments:  # after rows that all followed an episode's end there may be none
+            if segments:
                 self._send(segments=segments, episodes=episodes)
                 episodes = []
             rows += 1

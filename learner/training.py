@@ -420,8 +420,8 @@ def trainer_precision(name: str, module: Algorithm, *, gpu: bool | None = None) 
 class BarePrecision(Precision):
     """Single precision, and none of the hooks around `backward` and the optimizer's step.
 
-    Callbacks are not told of them either. In a learner nobody listens, and for small networks telling nobody takes
-    a twentieth of an update.
+    Callbacks are not told of them either, and gradients are not clipped: in manual optimization Lightning does not. In
+    a learner nobody listens, and for small networks telling nobody takes a twentieth of an update.
     """
 
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]

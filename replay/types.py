@@ -133,7 +133,7 @@ class Segments(Sequence[Segment]):
     As a sequence it gives `Segment`s, whose arrays are views of these. Every one of them has steps.
 
     Attributes:
-        frames: `[sum of F, *frame_shape]`; this and the following are the fields of `Segment`.
+        frames: `[sum of F, *frame_shape]`; up to `discount` the fields are those of `Segment`.
         row: `[sum of S]` int32, counted from each segment's own first frame, as `bootstrap_row` is.
         age: `[sum of S]` uint8.
         bootstrap_row: `[sum of S]` int32.
@@ -196,7 +196,7 @@ _PER_STEP = tuple(field.name for field in fields(Segment))[1:]
 
 
 def join_segments(segments: Sequence[Segment], layout: Layout) -> Segments:
-    """Return segments end to end, those that have steps, once all of them are found to fit.
+    """Return segments end to end, those that have steps, once they are found to fit.
 
     Raises:
         LayoutMismatch: a segment does not fit `layout`; the text names both sides.
@@ -369,7 +369,7 @@ class Push:
         worker: index of the sending worker.
         incarnation: how often that worker was recreated.
         sequence: 0, 1, 2, ... within one incarnation.
-        segments: off-policy experience; a worker's are `Segments`.
+        segments: off-policy experience; what a worker cuts at once are `Segments`.
         episodes: episodes that ended since the last push.
         trajectories: on-policy experience, each with the permit it was produced under.
         returns: of the discounted returns of the steps since the last push, see `Lanes`.

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from pytorch_lightning.plugins import Precision
 from ray.exceptions import ActorDiedError, RayTaskError
 
 import learner.training
@@ -34,7 +35,6 @@ from learner.training import (
     load_algorithm,
     make_algorithm,
     read_checkpoint,
-    trainer_precision,
 )
 from replay.remote import RemoteActor
 from replay.server import ReplayActor, ReplayClient, ReplayServer
@@ -642,10 +642,10 @@ def test_precision_is_chosen_for_the_hardware(
 
 def test_single_precision_without_hooks_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare, hooked = Room(tmp_path / "bare", max_grad_norm=0.1), Room(tmp_path / "hooked", max_grad_norm=0.1)
-    assert isinstance(trainer_precision("auto", bare.module, gpu=False)["plugins"][0], BarePrecision)
     bare.fit()
     monkeypatch.setattr("learner.training.trainer_precision", lambda *_, **__: {"precision": "32-true"})
     hooked.fit()
+    assert [type(room.learner._trainer.precision_plugin) for room in (bare, hooked)] == [BarePrecision, Precision]  # type: ignore[union-attr]
     assert bare.global_step(LAST) == hooked.global_step(LAST) == 104
     assert same(*(list(room.module.policy.parameters()) for room in (bare, hooked)))
     assert not same(*(list(module.policy.parameters()) for module in (bare.module, DQN(**HYPERPARAMETERS))))

@@ -11,6 +11,8 @@ parsed = arguments()
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from learner.optimization import clip_gradient  # noqa: E402
+
 B = 64
 torch.set_num_threads(parsed.threads)
 online = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
@@ -28,7 +30,7 @@ def update() -> int:
     loss = nn.functional.huber_loss(chosen, wanted)
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(online.parameters(), 10.0)
+    clip_gradient(online.parameters(), 10.0)
     optimizer.step()
     return 1
 

@@ -19,6 +19,7 @@ parsed = arguments("case")
 import torch  # noqa: E402
 
 from actors.environments import seeds_for, specify  # noqa: E402
+from learner.optimization import clip_gradient  # noqa: E402
 from learner.training import choose_precision, keep_freed_memory, make_algorithm  # noqa: E402
 from replay.seeds import spawn_seed  # noqa: E402
 
@@ -72,7 +73,7 @@ def make_update(module: Any, work: Work, losses: list[float]) -> Any:
         optimizer.zero_grad()
         loss.backward()
         if work.algorithm == "dqn":
-            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+            clip_gradient(parameters, 10.0)
         optimizer.step()
         losses.append(float(loss.detach()))
 

@@ -9,11 +9,12 @@ def recorded(count: int, seed: int = 0) -> Any:
     """Return `[count, 84, 84]` uint8: screens of Pong under random play, every fourth frame, shrunk to 84x84."""
     import ale_py
     import numpy as np
+    from ale_py import roms  # not imported by ale_py itself where there is no gymnasium
 
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     game = ale_py.ALEInterface()
     game.setInt("random_seed", seed)
-    game.loadROM(ale_py.roms.get_rom_path("pong"))
+    game.loadROM(roms.get_rom_path("pong"))
     actions, rng = game.getMinimalActionSet(), np.random.default_rng(seed)
     rows, columns = np.linspace(0, 209, 84).astype(int), np.linspace(0, 159, 84).astype(int)
     frames = np.empty((count, 84, 84), np.uint8)

@@ -6,7 +6,7 @@ from typing import Any
 
 STACK = 4
 CAPACITY = {"atari": 20_000, "vector": 100_000}
-# Lanes of a worker as in the preset for Pong and in the row `collect`; batches as in the presets for Pong and CartPole.
+# Lanes as in Pong's preset, and for vectors as in the row `collect`; batches as in the presets for Pong and CartPole.
 LANES = {"atari": 4, "vector": 64}
 LENGTH = {"atari": 64, "vector": 16}
 K = {"atari": 8, "vector": 32}
