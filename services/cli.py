@@ -90,6 +90,17 @@ def _clean_stdout() -> Iterator[TextIO]:
         out.close()
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """Says itself what it does not know, which argparse leaves to the parser of all commands and its usage."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse all arguments, or end the program with this command's usage."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="squall",
@@ -98,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"squall {version('squall')}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_CommandParser)
     common = _common()
 
     def add(name: str, command: _Command, summary: str, description: str) -> argparse.ArgumentParser:
@@ -290,9 +301,9 @@ def _count_or_auto(text: str) -> int | str:
     return text if text == "auto" else _count(text)
 
 
-def _common() -> argparse.ArgumentParser:
+def _common() -> _CommandParser:
     """Return the parent of all commands, with what each of them takes."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _CommandParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument(
         "--store",
@@ -415,9 +426,12 @@ def _watch(parsed: argparse.Namespace, out: TextIO) -> int:
 
 
 def _scale(parsed: argparse.Namespace, out: TextIO) -> int:
+    from replay.types import ConfigurationError
     from services import control
     from services.home import open_home_store
 
+    if parsed.actors != "auto" and parsed.actors < 0:
+        raise ConfigurationError(f"actors must not be negative, got {parsed.actors}")
     with open_home_store(parsed.store) as store:
         answer = control.command(store, parsed.run, "scale", {"actors": parsed.actors})
     now = "as many as the learner needs" if answer.get("auto") else answer["actors"]

@@ -35,3 +35,10 @@ def local_ray() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ray_before_grpc(request: pytest.FixtureRequest) -> None:
+    """Start Ray before the first test if any test needs it: beside the threads that gRPC leaves it does not start."""
+    if any("local_ray" in item.fixturenames for item in request.session.items if isinstance(item, pytest.Function)):
+        request.getfixturevalue("local_ray")

@@ -126,6 +126,27 @@ def test_a_run_that_does_not_exist(capfd: pytest.CaptureFixture[str], home: Path
     assert not home.exists()
 
 
+def test_a_number_of_workers_that_cannot_be_is_refused_before_the_run_is_looked_for(
+    capfd: pytest.CaptureFixture[str], home: Path
+) -> None:
+    assert "actors must not be negative, got -3" in refused(capfd, "scale", "nosuch", "--actors", "-3")
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["serve", "run"], ["train", "dqn", "CartPole-v1"], ["scale", "run", "--actors", "2"]]
+)
+def test_an_option_that_a_command_does_not_know_is_answered_with_that_commands_usage(
+    command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--typo", "3"])
+    words = capfd.readouterr().err
+    assert end.value.code == 2
+    assert words.startswith(f"usage: squall {command[0]} ")
+    assert f"squall {command[0]}: error: unrecognized arguments: --typo" in words
+
+
 def test_a_name_in_use(capfd: pytest.CaptureFixture[str], home: Path) -> None:
     (home / "mine").mkdir(parents=True)
     (home / "mine" / "config.yaml").write_text("{}")
