@@ -32,7 +32,11 @@ Item = TypeVar("Item", "TransitionBatch", "TrajectoryBatch")
 
 
 class TransitionBatch(NamedTuple):
-    """A `Batch` as tensors, `[k, B, ...]` or `[B, ...]`; see there for the fields, which may share memory."""
+    """A `Batch` as tensors, `[k, B, ...]` or `[B, ...]`; see there for the fields, which may share memory.
+
+    `next_values` `[k, B, A]` is None, or what a target network makes of the next observations: `Algorithm.look_ahead`
+    found it when that network had been copied `copies` times.
+    """
 
     observation: Tensor
     action: Tensor
@@ -42,6 +46,8 @@ class TransitionBatch(NamedTuple):
     ids: Tensor
     probability: Tensor
     size: int
+    next_values: Tensor | None = None
+    copies: int = 0
 
     @classmethod
     def of(cls, batch: Batch) -> TransitionBatch:
@@ -66,13 +72,13 @@ class TransitionBatch(NamedTuple):
         """Return the k batches in here, each `[B, ...]`."""
         if self.reward.ndim == 1:
             return [self]
-        parts = zip(*(tensor.unbind() for tensor in self[:-1]), strict=True)
-        return [TransitionBatch._make((*part, self.size)) for part in parts]
+        k = len(self.reward)
+        columns = (value.unbind() if isinstance(value, Tensor) else (value,) * k for value in self)
+        return [TransitionBatch._make(part) for part in zip(*columns, strict=True)]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TransitionBatch:
         """Return a batch with `function` applied to every tensor in it."""
-        changed: dict[str, Any] = {k: v if k == "size" else function(v) for k, v in self._asdict().items()}
-        return TransitionBatch(**changed)
+        return TransitionBatch._make(function(value) if isinstance(value, Tensor) else value for value in self)
 
 
 def _tensor(array: Array) -> Tensor:
@@ -320,6 +326,7 @@ class RemoteExperience(Experience[Item]):
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.while_waiting: Callable[[], None] = lambda: None
+        self.look_ahead: Callable[[Item], Item] = lambda item: item  # called by the thread, on what it fetched
         self.for_gpu = False  # whether items are put where a GPU can fetch them by itself
         self.seconds_waited = 0.0
         self.finished = False
@@ -363,6 +370,7 @@ class RemoteExperience(Experience[Item]):
 
     def _fetch_all(self) -> None:
         item: Item | BaseException | None = None
+        torch.set_num_threads(1)  # of this thread; the others are for the updates
         try:
             while not self._stop.is_set():
                 if not self._wanted.acquire(timeout=0.1):
@@ -370,7 +378,7 @@ class RemoteExperience(Experience[Item]):
                 item = self._fetch()
                 if item is None:
                     break
-                self._fetched.put(item.map(_pinned) if self.for_gpu else item)
+                self._fetched.put(item.map(_pinned) if self.for_gpu else self.look_ahead(item))
             item = None
         except BaseException as error:
             item = error

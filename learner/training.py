@@ -155,6 +155,7 @@ class Learner:
         self._experience = self._module.make_remote_experience(replay)
         self._experience.while_waiting = self._serve
         self._experience.for_gpu = spec.gpu
+        self._experience.look_ahead = self._module.look_ahead
         self._module.experience = self._experience
         self._requests: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._trainer: pl.Trainer | None = None

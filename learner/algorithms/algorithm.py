@@ -207,6 +207,10 @@ class Algorithm(pl.LightningModule):
         clip: bool | None = self.hparams["clip_rewards"]
         return self.environment.frame_stack > 1 if clip is None else clip
 
+    def look_ahead(self, batch: Any) -> Any:
+        """Add to k batches what their updates need and do not change; called in another thread, beside updates."""
+        return batch
+
     def update(self, batch: Any) -> dict[str, Tensor]:
         """Make exactly one counted optimizer step on one batch; return what to log."""
         raise NotImplementedError

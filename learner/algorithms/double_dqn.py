@@ -26,5 +26,5 @@ class DoubleDQN(DQN):
         q_tm1 = self.q_network(batch.observation)
         with torch.no_grad():
             q_t_selector = self.q_network(batch.next_observation)
-            q_t_value = self.target_network(batch.next_observation)
+        q_t_value = self.target_values(batch)
         return double_q_learning(q_tm1, batch.action, batch.reward, batch.discount, q_t_value, q_t_selector)

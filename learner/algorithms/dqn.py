@@ -94,6 +94,7 @@ class DQN(OffPolicyAlgorithm):
         self.policy = EpsilonGreedyPolicy(PolicySpec("epsilon_greedy", self.environment, **self.policy_options()))
         self.policy.begin(spawn_seed(seed, "policy"))
         self.target_network = copy.deepcopy(self.policy.q_network).requires_grad_(False)
+        self._copies = 0  # of the online network to the target network
         self.experience_spec()  # refuses sizes that do not fit each other
 
     def policy_options(self, default_sizes: tuple[int, ...] = (256, 256)) -> dict[str, Any]:
@@ -116,9 +117,28 @@ class DQN(OffPolicyAlgorithm):
     def td_error(self, batch: TransitionBatch) -> Tensor:
         """Return the TD errors `[B]` of a batch; the idea that a variant of DQN changes."""
         q_tm1 = self.q_network(batch.observation)
+        return q_learning(q_tm1, batch.action, batch.reward, batch.discount, self.target_values(batch))
+
+    def target_values(self, batch: TransitionBatch) -> Tensor:
+        """Return the target network's values `[B, A]` of the next observations, those found ahead while they hold."""
+        if batch.next_values is not None and batch.copies == self._copies:
+            return batch.next_values
         with torch.no_grad():
-            q_t = self.target_network(batch.next_observation)
-        return q_learning(q_tm1, batch.action, batch.reward, batch.discount, q_t)
+            values: Tensor = self.target_network(batch.next_observation)
+        return values
+
+    def look_ahead(self, batch: TransitionBatch) -> TransitionBatch:
+        """Add the target network's values, on a core that does no updates; see `Algorithm.look_ahead`.
+
+        Not where each update draws noise of its own, or changes the statistics that normalise observations.
+        """
+        if self.policy_spec.noise is not None or self.policy_spec.normalize:
+            return batch
+        # Read before the network is, and raised after it was copied: values of a half-copied network are old ones.
+        copies = self._copies
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            values = self.target_network(batch.next_observation.flatten(0, 1))
+        return batch._replace(next_values=values.unflatten(0, batch.reward.shape), copies=copies)
 
     def loss(self, batch: TransitionBatch) -> Tensor:
         """Return the scalar loss of a batch."""
@@ -130,6 +150,7 @@ class DQN(OffPolicyAlgorithm):
         self.minimize(loss)
         if self.trainer.global_step % self.hparams["sync_rate"] == 0:
             self.target_network.load_state_dict(self.q_network.state_dict())
+            self._copies += 1
         return {"loss": loss.detach()}
 
     def run_n_episodes(  # type: ignore[override]  # as on the reference page

@@ -78,10 +78,20 @@ def test_split_gives_the_k_batches_in_order() -> None:
     assert len(parts) == 3
     for i, part in enumerate(parts):
         assert part.size == 77
-        for name in whole._fields[:-1]:
+        for name in whole._fields[:7]:
             assert torch.equal(getattr(part, name), getattr(whole, name)[i])
+        assert part[7:] == (77, None, 0)
     (again,) = parts[1].split()
     assert again is parts[1]
+
+
+def test_values_found_ahead_are_divided_and_moved_with_their_batches() -> None:
+    whole = TransitionBatch.of(a_batch())
+    values = torch.randn(*whole.reward.shape, 2)
+    for i, part in enumerate(whole._replace(next_values=values, copies=5).map(lambda tensor: 2 * tensor).split()):
+        assert part.next_values is not None
+        assert torch.equal(part.next_values, 2 * values[i])
+        assert (part.size, part.copies) == (77, 5)
 
 
 def test_trajectories_as_tensors_are_filled_up_behind_their_ends() -> None:

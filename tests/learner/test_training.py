@@ -651,6 +651,27 @@ def test_single_precision_without_hooks_learns_the_same(tmp_path: Path, monkeypa
     assert not same(*(list(module.policy.parameters()) for module in (bare.module, DQN(**HYPERPARAMETERS))))
 
 
+def test_a_learner_that_looks_ahead_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead, plain = Room(tmp_path / "ahead"), Room(tmp_path / "plain")
+    plain.learner._experience.look_ahead = lambda batch: batch
+    found: dict[str, list[bool]] = {"ahead": [], "plain": []}
+    for name, room in (("ahead", ahead), ("plain", plain)):
+        values = room.module.target_values
+
+        def counted(batch: Any, name: str = name, values: Any = values, module: Any = room.module) -> Any:
+            found[name].append(batch.next_values is not None and batch.copies == module._copies)
+            return values(batch)
+
+        monkeypatch.setattr(room.module, "target_values", counted)
+        room.fit()
+    assert len(found["ahead"]) == len(found["plain"]) == 104
+    # Copied every 30 updates: what was fetched before a copy, at most two more calls of 4, is found anew after it.
+    assert sum(found["ahead"]) >= 104 - 3 * 12
+    assert not any(found["plain"])
+    for mine, theirs in zip(ahead.module.policy.parameters(), plain.module.policy.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step"])
 def test_a_module_that_listens_to_a_hook_hears_of_every_update(
     hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

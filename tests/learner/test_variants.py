@@ -122,6 +122,68 @@ def test_double_dqn_selects_online_and_evaluates_with_the_target() -> None:
     assert not torch.allclose(error, q_learning(*rest, target))
 
 
+# Values found ahead.
+
+
+def changed_target(module: DQN) -> DQN:
+    with torch.no_grad():
+        for parameter in module.target_network.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    module.trainer = quiet_trainer()  # who is asked for the precision
+    return module
+
+
+@pytest.mark.parametrize("kind", [DQN, DoubleDQN, DuelingDQN, PERDQN, NStepDQN])
+def test_values_found_ahead_are_those_an_update_would_find(kind: type[DQN]) -> None:
+    module, batch = changed_target(kind(CARTPOLE, **SMALL)), random_batch(3, 16)
+    ahead = module.look_ahead(batch)
+    assert ahead.next_values is not None
+    assert not ahead.next_values.requires_grad
+    assert torch.equal(ahead.observation, batch.observation)
+    for with_values, without in zip(ahead.split(), batch.split(), strict=True):
+        torch.testing.assert_close(with_values.next_values, module.target_network(without.next_observation))
+        torch.testing.assert_close(module.td_error(with_values), module.td_error(without))
+
+
+@pytest.mark.parametrize("kind", [DQN, DoubleDQN])
+def test_values_found_ahead_are_used_until_the_target_network_is_copied_again(kind: type[DQN]) -> None:
+    module = changed_target(kind(CARTPOLE, **SMALL))
+    [batch] = module.look_ahead(random_batch(1, 16)).split()
+    truth = module.td_error(batch)
+    assert batch.next_values is not None
+    other = batch._replace(next_values=batch.next_values + 3.0)
+    assert not torch.allclose(module.td_error(other), truth)
+    module._copies += 1
+    torch.testing.assert_close(module.td_error(other), truth)
+
+
+def test_a_copy_is_counted_once_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted before, a look-ahead in the midst of it would pass for one of the new network."""
+    module, counts = DQN(CARTPOLE, **{**SMALL, "sync_rate": 2}), []
+    copy = module.target_network.load_state_dict
+
+    def watched(state: Any) -> Any:
+        counts.append(module._copies)
+        done = copy(state)
+        counts.append(module._copies)
+        return done
+
+    monkeypatch.setattr(module.target_network, "load_state_dict", watched)
+    quiet_trainer(max_steps=5).fit(module, Batches([random_batch(5, 8)]))
+    assert counts == [0, 0, 1, 1]
+    assert module._copies == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(NoisyDQN, {}), (NonDistributionalRainbow, {}), (DQN, {"normalize_observations": True})]
+)
+def test_nothing_is_found_ahead_where_every_update_has_a_target_network_of_its_own(
+    kind: type[DQN], options: dict[str, Any]
+) -> None:
+    batch = random_batch(2, 8)
+    assert kind(CARTPOLE, **SMALL, **options).look_ahead(batch) is batch
+
+
 # Prioritized.
 
 
