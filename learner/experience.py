@@ -370,7 +370,6 @@ class RemoteExperience(Experience[Item]):
 
     def _fetch_all(self) -> None:
         item: Item | BaseException | None = None
-        torch.set_num_threads(1)  # of this thread; the others are for the updates
         try:
             while not self._stop.is_set():
                 if not self._wanted.acquire(timeout=0.1):

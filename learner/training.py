@@ -155,7 +155,8 @@ class Learner:
         self._experience = self._module.make_remote_experience(replay)
         self._experience.while_waiting = self._serve
         self._experience.for_gpu = spec.gpu
-        self._experience.look_ahead = self._module.look_ahead
+        if self._threads == 1:  # with more, they and the workers have the cores
+            self._experience.look_ahead = self._module.look_ahead
         self._module.experience = self._experience
         self._requests: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
         self._trainer: pl.Trainer | None = None

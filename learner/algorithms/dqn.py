@@ -31,6 +31,8 @@ from learner.value_learning import huber, q_learning
 from replay.seeds import spawn_seed
 from replay.types import Array
 
+_CALLS_A_COPY = 4  # fetched between copies of the target network, that looking ahead is worth it
+
 
 class DQN(OffPolicyAlgorithm):
     """Deep Q-network.
@@ -130,15 +132,20 @@ class DQN(OffPolicyAlgorithm):
     def look_ahead(self, batch: TransitionBatch) -> TransitionBatch:
         """Add the target network's values, on a core that does no updates; see `Algorithm.look_ahead`.
 
-        Not where each update draws noise of its own, or changes the statistics that normalise observations.
+        Not where each update draws noise of its own or changes the statistics that normalise observations, and not
+        where the network is copied so often that most values would be found in vain. Whatever else changes the target
+        network must raise `_copies` afterwards.
         """
-        if self.policy_spec.noise is not None or self.policy_spec.normalize:
+        hparams, spec = self.hparams, self.policy_spec
+        often = hparams["sync_rate"] < _CALLS_A_COPY * hparams["updates_per_training_step"]
+        if spec.noise is not None or spec.normalize or often:
             return batch
         # Read before the network is, and raised after it was copied: values of a half-copied network are old ones.
         copies = self._copies
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            values = self.target_network(batch.next_observation.flatten(0, 1))
-        return batch._replace(next_values=values.unflatten(0, batch.reward.shape), copies=copies)
+            # One batch after the other, as updates do: the bits are the same however far ahead they are found.
+            values = torch.stack([self.target_network(observation) for observation in batch.next_observation])
+        return batch._replace(next_values=values, copies=copies)
 
     def loss(self, batch: TransitionBatch) -> Tensor:
         """Return the scalar loss of a batch."""

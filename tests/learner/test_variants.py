@@ -141,8 +141,9 @@ def test_values_found_ahead_are_those_an_update_would_find(kind: type[DQN]) -> N
     assert not ahead.next_values.requires_grad
     assert torch.equal(ahead.observation, batch.observation)
     for with_values, without in zip(ahead.split(), batch.split(), strict=True):
-        torch.testing.assert_close(with_values.next_values, module.target_network(without.next_observation))
-        torch.testing.assert_close(module.td_error(with_values), module.td_error(without))
+        assert with_values.next_values is not None
+        assert torch.equal(with_values.next_values, module.target_network(without.next_observation))
+        assert torch.equal(module.td_error(with_values), module.td_error(without))
 
 
 @pytest.mark.parametrize("kind", [DQN, DoubleDQN])
@@ -175,9 +176,13 @@ def test_a_copy_is_counted_once_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(NoisyDQN, {}), (NonDistributionalRainbow, {}), (DQN, {"normalize_observations": True})]
-)
-def test_nothing_is_found_ahead_where_every_update_has_a_target_network_of_its_own(
+    ("kind", "options"),
+    [
+        (NoisyDQN, {}), (NonDistributionalRainbow, {}), (DQN, {"normalize_observations": True}),
+        (DQN, {"sync_rate": 31, "updates_per_training_step": 8}),
+    ],
+)  # fmt: skip
+def test_nothing_is_found_ahead_where_the_target_network_would_soon_be_another(
     kind: type[DQN], options: dict[str, Any]
 ) -> None:
     batch = random_batch(2, 8)
