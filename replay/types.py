@@ -8,7 +8,7 @@ steps it is the product. Bootstrapping stops at termination only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, overload
 
@@ -85,7 +85,31 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Segment:
+class _Rows:
+    """The arrays that one segment consists of, and several end to end; `Segment` says what they are."""
+
+    frames: Array
+    row: Array
+    age: Array
+    bootstrap_row: Array
+    bootstrap_age: Array
+    action: Array
+    reward: Array
+    discount: Array
+
+    @property
+    def steps(self) -> int:
+        """Environment steps in here: each is a start of exactly one segment."""
+        return len(self.row)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its arrays."""
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Segment(_Rows):
     """A contiguous run of rows of one environment lane, self-contained and immutable once made.
 
     Every row's observation is here once; S start positions point at the rows they start and bootstrap from.
@@ -102,69 +126,25 @@ class Segment:
         discount: `[S]` float32, the product of up to n discounts.
     """
 
-    frames: Array
-    row: Array
-    age: Array
-    bootstrap_row: Array
-    bootstrap_age: Array
-    action: Array
-    reward: Array
-    discount: Array
-
-    @property
-    def steps(self) -> int:
-        """Environment steps in here: each step is a start of exactly one segment."""
-        return len(self.row)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of its arrays."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
-
     def check(self, layout: Layout) -> None:
         """Raise `LayoutMismatch`, naming both sides, unless this segment fits `layout`."""
         join_segments((self,), layout)
 
 
 @dataclass(frozen=True, eq=False)
-class Segments(Sequence[Segment]):
+class Segments(_Rows, Sequence[Segment]):
     """N segments end to end, one array a field: a push has many short ones, and each array costs calls on its way.
 
-    As a sequence it gives `Segment`s, whose arrays are views of these. Every one of them has steps.
+    As a sequence it gives `Segment`s, whose arrays are views of these. Every one of them has steps. Rows are counted
+    from each segment's own first frame.
 
     Attributes:
-        frames: `[sum of F, *frame_shape]`; up to `discount` the fields are those of `Segment`.
-        row: `[sum of S]` int32, counted from each segment's own first frame, as `bootstrap_row` is.
-        age: `[sum of S]` uint8.
-        bootstrap_row: `[sum of S]` int32.
-        bootstrap_age: `[sum of S]` uint8.
-        action: `[sum of S, *action_shape]`.
-        reward: `[sum of S]` float32.
-        discount: `[sum of S]` float32.
         frame_counts: `[N]` int64, F of each segment.
         step_counts: `[N]` int64, S of each segment.
     """
 
-    frames: Array
-    row: Array
-    age: Array
-    bootstrap_row: Array
-    bootstrap_age: Array
-    action: Array
-    reward: Array
-    discount: Array
     frame_counts: Array
     step_counts: Array
-
-    @property
-    def steps(self) -> int:
-        """Environment steps in here."""
-        return len(self.row)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of its arrays."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
 
     def __len__(self) -> int:
         """Return N."""
@@ -192,7 +172,7 @@ class Segments(Sequence[Segment]):
 
 
 _COUNT = np.dtype(np.int64)
-_PER_STEP = tuple(field.name for field in fields(Segment))[1:]
+_PER_STEP = tuple(field.name for field in fields(_Rows))[1:]
 
 
 def join_segments(segments: Sequence[Segment], layout: Layout) -> Segments:
@@ -386,16 +366,17 @@ class Push:
     @property
     def steps(self) -> int:
         """Environment steps in here."""
-        return self._of_segments("steps") + sum(trajectory.steps for _, trajectory in self.trajectories)
+        return sum(part.steps for part in self._parts)
 
     @property
     def bytes(self) -> int:
         """Memory of its experience."""
-        return self._of_segments("bytes") + sum(trajectory.bytes for _, trajectory in self.trajectories)
+        return sum(part.bytes for part in self._parts)
 
-    def _of_segments(self, name: str) -> int:
-        whole = (self.segments,) if isinstance(self.segments, Segments) else self.segments
-        return sum(getattr(part, name) for part in whole)
+    @property
+    def _parts(self) -> Iterator[_Rows | Trajectory]:
+        yield from (self.segments,) if isinstance(self.segments, Segments) else self.segments
+        yield from (trajectory for _, trajectory in self.trajectories)
 
 
 @dataclass(frozen=True)

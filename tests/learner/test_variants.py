@@ -146,6 +146,19 @@ def test_values_found_ahead_are_those_an_update_would_find(kind: type[DQN]) -> N
         assert torch.equal(module.td_error(with_values), module.td_error(without))
 
 
+def test_values_are_found_ahead_in_the_precision_of_the_updates() -> None:
+    module, batch = changed_target(DQN(CARTPOLE, **SMALL)), random_batch(2, 16)
+    exact = module.look_ahead(batch).next_values
+    module.trainer = quiet_trainer(precision="bf16-mixed")
+    rounded = module.look_ahead(batch).next_values
+    assert exact is not None
+    assert rounded is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rounded[0], module.target_network(batch.next_observation[0]))
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("kind", [DQN, DoubleDQN])
 def test_values_found_ahead_are_used_until_the_target_network_is_copied_again(kind: type[DQN]) -> None:
     module = changed_target(kind(CARTPOLE, **SMALL))

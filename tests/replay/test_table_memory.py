@@ -130,7 +130,7 @@ segment = make_segment(layout, 64, value=1)
 before = psutil.Process().memory_info().rss
 table = TransitionTable(TableSpec(layout, count), seed=np.random.SeedSequence(0))
 for _ in range(2 * count // 64):
-    table.insert(segment)
+    table.insert([segment])
 assert count - 64 < table.size <= count
 print((psutil.Process().memory_info().rss - before) / table.size, table.bytes / table.size)
 """
