@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import ray
 import torch
 from pytorch_lightning.plugins import Precision
@@ -652,6 +653,18 @@ def test_single_precision_without_hooks_learns_the_same(tmp_path: Path, monkeypa
     assert bare.global_step(LAST) == hooked.global_step(LAST) == 104
     assert same(*(list(room.module.policy.parameters()) for room in (bare, hooked)))
     assert not same(*(list(module.policy.parameters()) for module in (bare.module, DQN(**HYPERPARAMETERS))))
+
+
+def test_single_precision_without_hooks_calls_a_closure_before_the_optimizer() -> None:
+    called: list[str] = []
+
+    class Optimizer:
+        def step(self, **options: Any) -> str:
+            called.append(f"step {options}")
+            return "done"
+
+    done = BarePrecision().optimizer_step(Optimizer(), pl.LightningModule(), lambda: called.append("closure"), lr=2)
+    assert (done, called) == ("done", ["closure", "step {'lr': 2}"])
 
 
 def test_a_learner_that_looks_ahead_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
