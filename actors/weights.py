@@ -6,10 +6,12 @@ travels along, so that weights of another network are refused instead of loaded.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,9 @@ from torch import nn
 
 from replay.remote import RemoteActor, actor_class, is_ready
 from replay.types import Array, LayoutMismatch
+
+SECONDS_HELD = 10.0
+_MOST_ASKS = 100_000  # held at once; they are no threads
 
 
 @dataclass(frozen=True)
@@ -73,28 +78,40 @@ def unpack(weights: Weights, module: nn.Module) -> None:
 
 
 class WeightStore:
-    """Keeps the newest published weights and hands them out.
+    """Keeps the newest published weights and hands them out, to each asker as soon as there are newer ones than it has.
 
-    It puts each version into the object store itself, once: an object lives only as long as the process that
-    put it there, and the weights must outlive the learner.
+    It puts a version into the object store itself, once, when the first one asks for it: an object lives only as long
+    as the process that put it there, and the weights must outlive the learner. All methods run on one event loop.
     """
 
     def __init__(self, put: Callable[[Weights], Any] = lambda weights: weights) -> None:
         """Start empty; `put` stores weights and returns what stands for them (`ray.put` in a Ray actor)."""
         self._put = put
         self._version = -1
+        self._weights: Weights | None = None
         self._held: Any = None
+        self._published = asyncio.Event()
 
     def publish(self, weights: Weights) -> int:
         """Keep `weights` if they are newer than what is held; return the version held afterwards."""
         if weights.version > self._version:
-            self._held = [self._put(weights)]
-            self._version = weights.version
+            self._version, self._weights, self._held = weights.version, weights, None
+            self._published.set()
+            self._published = asyncio.Event()
         return self._version
 
-    def newer_than(self, version: int) -> Any:
-        """Return `[stored weights]` if they are newer than `version`, else None."""
-        return self._held if self._version > version else None
+    async def newer_than(self, version: int, within: float = SECONDS_HELD) -> Any:
+        """Return `[stored weights]` once they are newer than `version`; None if none came `within` seconds."""
+        try:
+            async with asyncio.timeout(within):
+                while self._version <= version:
+                    await self._published.wait()
+        except TimeoutError:
+            return None
+        if self._held is None:
+            assert self._weights is not None
+            self._held = [self._put(self._weights)]
+        return self._held
 
     def report(self) -> dict[str, Any]:
         """Return the version held, this process's pid and its node."""
@@ -102,12 +119,16 @@ class WeightStore:
 
 
 class WeightClient:
-    """Fetches weights without ever making the caller wait; a failed fetch keeps the old ones."""
+    """Fetches weights without ever making the caller wait; a failed fetch keeps the old ones.
+
+    The store holds an ask back until it has newer weights, so one ask a version is made and a `poll` in between only
+    looks at a flag.
+    """
 
     def __init__(self, actor: RemoteActor) -> None:
         """Hold `actor`, the name of a `WeightStore`."""
         self._actor = actor
-        self._asked: Any = None
+        self._asked: Future[Any] | None = None
         self._fetching: Any = None
         self.version = -1
         self.failed_fetches = 0
@@ -122,10 +143,10 @@ class WeightClient:
         try:
             if self._fetching is None:
                 if self._asked is None:
-                    self._asked = self._actor.later("newer_than", self.version)
-                if not is_ready(self._asked):
+                    self._asked = self._actor.later("newer_than", self.version).future()
+                if not self._asked.done():
                     return None
-                held, self._asked = ray.get(self._asked), None
+                held, self._asked = self._asked.result(), None
                 if held is None:
                     return None
                 self._fetching = held[0]
@@ -142,4 +163,4 @@ class WeightClient:
         return weights
 
 
-WeightStoreActor = actor_class(WeightStore)
+WeightStoreActor = actor_class(WeightStore, max_concurrency=_MOST_ASKS)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -112,31 +113,78 @@ def weights_of(version: int, value: int = 0) -> Weights:
     return Weights(version, "layout", np.full(1000, value, np.uint8))
 
 
-def test_a_store_hands_out_newer_weights_only() -> None:
+Ask = Callable[..., Any]
+
+
+@pytest.fixture
+def ask() -> Iterator[Ask]:
+    """Returns what a store answers, on one event loop."""
+    with asyncio.Runner() as runner:
+        yield lambda store, version, within=0.0: runner.run(store.newer_than(version, within))
+
+
+def test_a_store_hands_out_newer_weights_only(ask: Ask) -> None:
     store = WeightStore()
-    assert store.newer_than(-1) is None
+    assert ask(store, -1) is None
     assert store.publish(weights_of(4)) == 4
-    [held] = store.newer_than(3)
+    [held] = ask(store, 3)
     assert held.version == 4
-    assert store.newer_than(4) is None
-    assert store.newer_than(9) is None
+    assert ask(store, 4) is None
+    assert ask(store, 9) is None
     assert store.report() == {"version": 4, "pid": os.getpid(), "node": socket.gethostname()}
 
 
-def test_a_store_ignores_older_weights_and_puts_each_version_once() -> None:
-    put: list[int] = []
+class Puts(list[int]):
+    """What a store put away: versions."""
 
-    def remember(weights: Weights) -> Weights:
-        put.append(weights.version)
+    def __call__(self, weights: Weights) -> Weights:
+        self.append(weights.version)
         return weights
 
-    store = WeightStore(remember)
-    answers = [store.publish(weights_of(version)) for version in (2, 1, 2, 3, 0)]
-    assert answers == [2, 2, 2, 3, 3]
-    assert put == [2, 3]
-    assert store.newer_than(-1)[0].version == 3
-    assert store.newer_than(-1)[0].version == 3
-    assert put == [2, 3]
+
+def test_a_store_ignores_older_weights_and_puts_a_version_once_if_it_is_wanted(ask: Ask) -> None:
+    put = Puts()
+    store = WeightStore(put)
+    assert [store.publish(weights_of(version)) for version in (2, 1, 2)] == [2, 2, 2]
+    assert put == []
+    assert ask(store, -1)[0].version == 2
+    assert [store.publish(weights_of(version)) for version in (3, 5, 0)] == [3, 5, 5]
+    assert ask(store, -1)[0].version == 5
+    assert ask(store, 2)[0].version == 5
+    assert put == [2, 5]
+
+
+def test_an_ask_is_held_until_there_is_something_newer() -> None:
+    put = Puts()
+    store = WeightStore(put)
+    store.publish(weights_of(4))
+
+    async def scene() -> None:
+        asked = [asyncio.create_task(store.newer_than(version)) for version in (4, 4, 6)]
+        await asyncio.sleep(0.05)
+        assert not any(ask.done() for ask in asked)
+        store.publish(weights_of(4))
+        await asyncio.sleep(0.05)
+        assert not any(ask.done() for ask in asked)
+        store.publish(weights_of(5))
+        answers = await asyncio.wait_for(asyncio.gather(*asked[:2]), 5)
+        assert [answer[0].version for answer in answers] == [5, 5]
+        # A store that was recreated may hold less than an asker has: 6 is not newer than 6.
+        store.publish(weights_of(6))
+        await asyncio.sleep(0.05)
+        assert not asked[2].done()
+        store.publish(weights_of(7))
+        assert (await asyncio.wait_for(asked[2], 5))[0].version == 7
+
+    asyncio.run(scene())
+    assert put == [5, 7]
+
+
+def test_an_ask_is_not_held_for_ever(ask: Ask) -> None:
+    store = WeightStore()
+    begun = time.monotonic()
+    assert ask(store, -1, within=0.2) is None
+    assert 0.2 <= time.monotonic() - begun < 5.0
 
 
 class RemoteStore:
@@ -213,6 +261,57 @@ def test_a_client_fetches_each_version_once(store: RemoteStore, client: WeightCl
         assert (weights.data == value).all()
         poll_in_vain(client, 0.2)
     assert client.failed_fetches == 0
+
+
+class Counted(RemoteActor):
+    """A store that counts what it is asked, and holds an ask for `held` seconds."""
+
+    held: float | None = None
+    asks = 0
+
+    def later(self, method: str, *arguments: Any) -> Any:
+        self.asks += 1
+        return super().later(method, *arguments, *([] if self.held is None else [self.held]))
+
+
+@pytest.mark.ray
+def test_a_client_asks_once_a_version(store: RemoteStore) -> None:
+    counted = Counted("weights-under-test")
+    client = WeightClient(counted)
+    version = store.publish()
+    assert next_weights(client).version == version
+    assert not client.pending
+    poll_in_vain(client, 0.5)
+    assert client.pending
+    store.publish()
+    assert next_weights(client).version == version + 1
+    assert counted.asks == 2
+
+
+@pytest.mark.ray
+def test_a_client_asks_again_when_its_ask_was_held_long_enough(store: RemoteStore) -> None:
+    version = store.publish()
+    counted = Counted("weights-under-test")
+    counted.held = 0.1
+    client = WeightClient(counted)
+    assert next_weights(client).version == version
+    poll_in_vain(client, 1.0)
+    assert 3 <= counted.asks <= 12
+    store.publish()
+    assert next_weights(client).version == version + 1
+    assert client.failed_fetches == 0
+
+
+@pytest.mark.ray
+def test_held_asks_keep_nobody_from_publishing(store: RemoteStore) -> None:
+    """More asks than an actor's usual thousand at once: one for each of many workers."""
+    version = store.publish()
+    asked = [store.actor.newer_than.remote(version) for _ in range(1_500)]
+    assert not ray.wait(asked, timeout=0.5)[0]
+    assert store.publish() == version + 1
+    answers = ray.get(asked, timeout=20.0)
+    assert len({answer[0] for answer in answers}) == 1
+    assert ray.get(answers[0][0]).version == version + 1
 
 
 @pytest.mark.ray
