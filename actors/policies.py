@@ -165,11 +165,12 @@ class EpsilonGreedyPolicy(Policy):
         lanes = len(observation)
         epsilon = 0.0 if greedy else self.spec.exploration.at(step, self.worker, self.workers)
         explore = self.rng.random(lanes) < epsilon if epsilon else np.zeros(lanes, np.bool_)
-        if explore.all():
+        explorers = np.count_nonzero(explore)
+        if explorers == lanes:
             return Action(self.rng.integers(self.actions, size=lanes))
         with torch.inference_mode(), acting_on_means(self, greedy):
             action: Array = self(torch.from_numpy(observation).to(self.device)).argmax(1).cpu().numpy()
-        if explore.any():
+        if explorers:
             action = np.where(explore, self.rng.integers(self.actions, size=lanes), action)
         return Action(action)
 

@@ -110,6 +110,8 @@ class Lanes:
         self._returns = np.zeros(lanes)
         self._lengths = np.zeros(lanes, np.int64)
         self._after_end = np.zeros(lanes, np.bool_)
+        self._no_lane = np.zeros(lanes, np.bool_)
+        self._no_lane.flags.writeable = False
 
     def reset(self) -> Array:
         """Reset every lane, each time with other seeds, and return the observations."""
@@ -132,22 +134,28 @@ class Lanes:
         chosen = policy.act(self._observation, step=step, greedy=greedy)
         observation, reward, terminated, truncated, info = self.env.step(self.environment.to_environment(chosen.action))
         reward, density = np.asarray(reward, np.float64), chosen.log_probability
-        was_step = ~self._after_end
-        rebuilt = np.asarray(info.get(f"_{FAILURE}", np.zeros(self.lanes, np.bool_)), np.bool_)
-        failed = rebuilt & was_step
-        self._returns += np.where(was_step, reward, 0.0)
-        self._lengths += was_step
-        ended = (terminated | truncated) & was_step
-        episodes = tuple(
-            (int(lane), EpisodeResult(float(self._returns[lane]), int(self._lengths[lane])))
-            for lane in np.flatnonzero(ended & ~failed)
-        )
+        is_step, failed = ~self._after_end, self._no_lane
+        failures: tuple[str, ...] = ()
+        if FAILURE in info:
+            rebuilt = np.asarray(info[f"_{FAILURE}"], np.bool_)
+            failures = tuple(str(info[FAILURE][lane]) for lane in np.flatnonzero(rebuilt))
+            failed = rebuilt & is_step
+        np.add(self._returns, reward, out=self._returns, where=is_step)
+        self._lengths += is_step
+        ended = (terminated | truncated) & is_step
+        if failures:
+            is_step = is_step & ~failed
         learned = np.clip(reward, -1.0, 1.0) if self._clip else reward
         if self._measure:
             self._discounted = self._gamma * self._discounted + learned
-            self.returns = self.returns.merged(Moments.of(self._discounted[was_step & ~failed]))
+            self.returns = self.returns.merged(Moments.of(self._discounted[is_step]))
             # The row after an end is no step, and its reward none.
-            self._discounted[ended | ~was_step] = 0.0
+            self._discounted[ended | self._after_end] = 0.0
+        episodes: tuple[tuple[int, EpisodeResult], ...] = ()
+        whole = np.flatnonzero(ended & is_step)
+        if len(whole):
+            results = map(EpisodeResult, self._returns[whole].tolist(), self._lengths[whole].tolist())
+            episodes = tuple(zip(whole.tolist(), results, strict=True))
         self._returns[ended] = 0.0
         self._lengths[ended] = 0
         self._after_end = ended
@@ -160,8 +168,8 @@ class Lanes:
             truncated=truncated,
             observation=self._observation,
             failed=failed,
-            failures=tuple(str(info[FAILURE][lane]) for lane in np.flatnonzero(rebuilt)),
-            steps=int((was_step & ~failed).sum()),
+            failures=failures,
+            steps=int(np.count_nonzero(is_step)),
             episodes=episodes,
         )
 

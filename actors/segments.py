@@ -71,10 +71,12 @@ class SegmentBuilder:
         self._terminated[row] = terminated
         self._after_end = self._ended[row] = (terminated | truncated) & ~after_end
         self._is_step[row] = ~after_end
-        # A frame's age is that of the one before and one more, up to all that a stack needs.
-        age = np.minimum(self._age[row], self._lead - 1) + 1 if self._lead else self._age[row]
-        self._append(observation, np.where(after_end, 0, age))
-        if failed is not None:
+        age = self._age[row]
+        if self._lead:
+            # A frame's age is that of the one before and one more, up to all that a stack needs.
+            age = np.where(after_end, 0, np.minimum(age, self._lead - 1) + 1)
+        self._append(observation, age)
+        if failed is not None and failed.any():
             # Before anything is cut: the failing step bootstraps from an episode that is not its own.
             self._is_step[:, failed] = False
         if self._rows < self.layout.max_segment_frames:
