@@ -85,7 +85,7 @@ def main() -> None:
                 stdin=subprocess.DEVNULL,
             )
         try:
-            began, _ = wait(home, process, 0.0, log)
+            began, at_work = wait(home, process, 0.0, log)
             began, first = wait(home, process, began + parsed.warm_up, log)
             ended, last = wait(home, process, began + parsed.seconds, log)
             with SQLiteRunStore(home / "squall.db", create=False) as store:
@@ -96,12 +96,13 @@ def main() -> None:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
-    steps, updates = last["env_steps"] - first["env_steps"], last["updates"] - first["updates"]
+    # Steps are counted by pushes, which for Pong have 256: over a window alone, updates a step would be too coarse.
+    steps, updates = (last[counted] - at_work[counted] for counted in ("env_steps", "updates"))
     hyperparameters = {"env": work.env, **({"hidden_sizes": list(work.hidden)} if work.hidden else {})}
     module = make_algorithm(work.algorithm, hyperparameters)
     learned = module.policy if work.algorithm == "dqn" else module
     report(
-        steps / (ended - began),
+        (last["env_steps"] - first["env_steps"]) / (ended - began),
         parameters=sum(p.numel() for p in learned.parameters() if p.requires_grad),
         batch_size=work.batch_size,
         updates_per_step=updates / max(steps, 1),
