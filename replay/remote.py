@@ -6,9 +6,11 @@ looks the name up again when the actor it knew is gone.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -21,6 +23,7 @@ GONE = (ActorDiedError, ActorUnavailableError, OwnerDiedError)
 _LOOK_AT_STOP_EVERY = 0.2
 _ASK_AGAIN_AFTER = 0.2
 _MOST_BYTES_IN_A_CALL = 64 * 1024
+_NICE = 15
 
 
 class RemoteActor:
@@ -100,6 +103,27 @@ def actor_class(cls: type, *, max_concurrency: int = 1) -> Any:
     remote: Any = ray.remote
     options = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0, "enable_task_events": False}
     return remote(**options, max_concurrency=max_concurrency)(cls)
+
+
+def give_way(handle: Any) -> Any:
+    """Let the learner go before an actor's process where both want a core; return the actor's handle.
+
+    The process gets the niceness that Ray gives its workers by itself. Where there are cores enough it changes nothing.
+    """
+    handle.__ray_call__.remote(_be_nice)
+    return handle
+
+
+def _be_nice(_: Any) -> None:
+    # Linux keeps a niceness for each thread; a new thread has that of the one that starts it, which may be of those yet
+    # to be told, so look again until none is new.
+    told: set[str] = set()
+    while new := set(os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else ["0"]) - told:
+        for thread in new:
+            with suppress(OSError):  # it has ended meanwhile
+                nice = max(os.getpriority(os.PRIO_PROCESS, int(thread)), _NICE)
+                os.setpriority(os.PRIO_PROCESS, int(thread), nice)
+        told |= new
 
 
 def argument(push: Push) -> Any:

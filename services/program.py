@@ -25,7 +25,7 @@ from actors.policies import PolicySpec
 from actors.rollout import RolloutActor, RolloutSpec
 from actors.weights import WeightClient, WeightStoreActor
 from learner.training import LearnerActor, LearnerSpec, make_algorithm
-from replay.remote import NAMESPACE, RemoteActor
+from replay.remote import NAMESPACE, RemoteActor, give_way
 from replay.server import Counters, ReplayActor, ReplayClient, ReplaySpec
 from replay.sharded_client import ShardedReplayClient, Teller
 from replay.shards import ReplayDeskActor, ReplayShardActor
@@ -104,7 +104,7 @@ class Program:
 
     def start_weight_store(self) -> Any:
         """Start the weight store and return its handle."""
-        return WeightStoreActor.options(**self._central("weights")).remote(put=ray.put)
+        return give_way(WeightStoreActor.options(**self._central("weights")).remote(put=ray.put))
 
     def start_replay(self, incarnation: int, carried: Counters, highest_priority: float, version: int) -> Any:
         """Start a replay or trajectory server that goes on from the run's totals, and return its handle.
@@ -117,18 +117,17 @@ class Program:
         """
         common: dict[str, Any] = {"carried": carried, "max_env_steps": self.steps}
         if isinstance(self.replay, QueueSpec):
-            return TrajectoryActor.options(**self._central("replay")).remote(
-                self.replay, version=max(version, 0), **common
-            )
-        return ReplayActor.options(**self._central("replay")).remote(
-            self.replay, run_seed=self.seed, incarnation=incarnation, highest_priority=highest_priority, **common
-        )
+            queue = TrajectoryActor.options(**self._central("replay"))
+            return give_way(queue.remote(self.replay, version=max(version, 0), **common))
+        server = ReplayActor.options(**self._central("replay"))
+        carried_over: dict[str, Any] = {"incarnation": incarnation, "highest_priority": highest_priority, **common}
+        return give_way(server.remote(self.replay, run_seed=self.seed, **carried_over))
 
     def start_desk(
         self, incarnation: int, carried: Counters, highest_priority: float, counted: tuple[tuple[int, int, int], ...]
     ) -> Any:
         """Start the desk of a replay in shards and return its handle; see `start_replay` and `ReplayDesk`."""
-        return ReplayDeskActor.options(**self._central("replay")).remote(
+        desk = ReplayDeskActor.options(**self._central("replay")).remote(
             self.replay,
             shards=self.replay_shards,
             run_seed=self.seed,
@@ -138,10 +137,11 @@ class Program:
             max_env_steps=self.steps,
             counted=counted,
         )
+        return give_way(desk)
 
     def start_shard(self, shard: int, incarnation: int, *, with_others: bool) -> Any:
         """Start one of the replay's shards, perhaps together with all others, and return its handle."""
-        return ReplayShardActor.options(**self._central(f"replay-{shard}")).remote(
+        started = ReplayShardActor.options(**self._central(f"replay-{shard}")).remote(
             self.replay,
             shard=shard,
             shards=self.replay_shards,
@@ -150,6 +150,7 @@ class Program:
             incarnation=incarnation,
             with_others=with_others,
         )
+        return give_way(started)
 
     def start_learner(self) -> Any:
         """Start the learner and return its handle."""
@@ -174,12 +175,12 @@ class Program:
             # A lane without a share in the batch would step for nothing.
             share = math.ceil(self.replay.units_per_batch / workers)
             rollout = replace(self.rollout, num_envs=min(self.rollout.num_envs, share))
-            return OnPolicyActor.options(**options).remote(rollout, queue=self._replay_client(), **process)
-        return RolloutActor.options(**options).remote(self.rollout, replay=self._replay_client(), **process)
+            return give_way(OnPolicyActor.options(**options).remote(rollout, queue=self._replay_client(), **process))
+        return give_way(RolloutActor.options(**options).remote(self.rollout, replay=self._replay_client(), **process))
 
     def start_evaluator(self) -> Any:
         """Start the evaluator and return its handle."""
-        return EvaluatorActor.remote(self.policy, run_seed=self.seed, threads=1)
+        return give_way(EvaluatorActor.remote(self.policy, run_seed=self.seed, threads=1))
 
     def start_endpoint(self, incarnation: int, port_before: int | None = None) -> Any:
         """Start the endpoint, on the driver's node, and return its handle; `port_before` see `Endpoint.listen`."""

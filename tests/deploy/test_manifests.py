@@ -16,6 +16,8 @@ import pytest
 import ray
 import yaml
 
+from services import ray_environment
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 SECRETS = {"REDIS_PASSWORD", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "SQUALL_GRPC_TOKEN", "GRAFANA_PASSWORD"}
@@ -61,6 +63,21 @@ def test_make_env_does_not_write_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "env").symlink_to(tmp_path / "elsewhere")
     assert _make_env(tmp_path / "env").returncode == 1
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """How Ray's processes are set where Squall starts them itself."""
+    wanted = ("RAY_worker_niceness", "RAY_max_direct_call_object_size")
+    for name in list(os.environ):
+        if name.startswith("RAY_"):
+            monkeypatch.delenv(name)
+    before = dict(os.environ)
+    ray_environment.settle()
+    found = {name: os.environ[name] for name in wanted}
+    for name in os.environ.keys() - before.keys():
+        monkeypatch.delenv(name)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +130,18 @@ def test_the_board_shows_all_metrics_and_its_source_is_provisioned(compose: dict
     for service in job["dns_sd_configs"][0]["names"]:
         port = job["dns_sd_configs"][0]["port"]
         assert f"--metrics-export-port={port}" in compose["services"][service]["command"]
+
+
+def test_a_cluster_of_containers_is_set_as_one_of_our_own(compose: dict[str, Any], settled: dict[str, str]) -> None:
+    for service in ("ray-head", "ray-worker"):
+        environment = compose["services"][service]["environment"]
+        assert {name: environment.get(name) for name in settled} == settled, service
+    options = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())["docker"]["run_options"]
+    assert {f"--env {name}={value}" for name, value in settled.items()} <= set(options)
+    for manifest in MANIFESTS:
+        for group, pod in _groups(_specification(manifest)):
+            environment = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+            assert {name: environment.get(name) for name in settled} == settled, (manifest, group)
 
 
 def test_the_launcher_file_fits_rays_schema() -> None:

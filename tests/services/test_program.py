@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
+from replay.server import Counters
 from services.config import resolve
 from services.program import Program, plan
 
 
-def program() -> Program:
-    config, _ = resolve("dqn", "CartPole-v1", overrides={"replay_shards": 2})
+def program(algorithm: str = "dqn", replay_shards: int = 2) -> Program:
+    config, _ = resolve(algorithm, "CartPole-v1", overrides={"replay_shards": replay_shards})
     return plan(config, "mine", Path("checkpoints"))
 
 
@@ -43,3 +50,55 @@ def test_two_runs_of_one_name_do_not_meet_in_a_cluster() -> None:
     finally:
         for handle in handles:
             ray.kill(handle)
+
+
+def niceness(handle: Any) -> dict[int, int]:
+    """Return the niceness of each thread of an actor's process that there still is, of which Ray has some."""
+    pid, found = ray.get(handle.__ray_call__.remote(lambda _: os.getpid()), timeout=120.0), {}
+    for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+        try:
+            found[thread] = os.getpriority(os.PRIO_PROCESS, thread)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+BESIDE: dict[str, Callable[[], Any]] = {
+    "weights": lambda: program().start_weight_store(),
+    "replay": lambda: program(replay_shards=1).start_replay(0, Counters(), 1.0, 0),
+    "queue": lambda: program("a2c", replay_shards=1).start_replay(0, Counters(), 1.0, 0),
+    "desk": lambda: program().start_desk(0, Counters(), 1.0, ()),
+    "shard": lambda: program().start_shard(0, 0, with_others=False),
+    "worker": lambda: program().start_worker(0, 0, 1),
+    "on-policy worker": lambda: program("a2c", replay_shards=1).start_worker(0, 0, 1),
+    "evaluator": lambda: program().start_evaluator(),
+}
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("start", BESIDE.values(), ids=BESIDE.keys())
+def test_what_runs_beside_the_learner_gives_way(start: Callable[[], Any]) -> None:
+    handle = start()
+    try:
+        end = time.monotonic() + 20.0  # an actor may do two calls at once, and this is one of them
+        while set(niceness(handle).values()) != {15}:
+            assert time.monotonic() < end, niceness(handle)
+            time.sleep(0.05)
+        # A thread that comes later, as a worker's that sends.
+        ray.get(handle.__ray_call__.remote(lambda _: threading.Thread(target=time.sleep, args=(5.0,)).start()))
+        assert set(niceness(handle).values()) == {15}
+    finally:
+        ray.kill(handle)
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.usefixtures("local_ray")
+def test_the_learner_does_not_give_way() -> None:
+    handle = program().start_learner()
+    try:
+        assert set(niceness(handle).values()) == {os.getpriority(os.PRIO_PROCESS, 0)}
+    finally:
+        ray.kill(handle)
