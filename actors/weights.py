@@ -110,7 +110,8 @@ class WeightStore:
             return None
         if self._held is None:
             assert self._weights is not None
-            self._held = [self._put(self._weights)]
+            # Let go of what came: it may be a view into an object of the learner's.
+            self._held, self._weights = [self._put(self._weights)], None
         return self._held
 
     def report(self) -> dict[str, Any]:
@@ -121,8 +122,7 @@ class WeightStore:
 class WeightClient:
     """Fetches weights without ever making the caller wait; a failed fetch keeps the old ones.
 
-    The store holds an ask back until it has newer weights, so one ask a version is made and a `poll` in between only
-    looks at a flag.
+    The store holds an ask back until it has newer weights, so a `poll` meanwhile only looks at a flag.
     """
 
     def __init__(self, actor: RemoteActor) -> None:
@@ -139,7 +139,11 @@ class WeightClient:
         return self._asked is not None or self._fetching is not None
 
     def poll(self) -> Weights | None:
-        """Return newer weights if they have arrived, and ask for the next; None otherwise."""
+        """Return newer weights if they have arrived, and ask for the next; None otherwise.
+
+        Raises:
+            RayTaskError: the store cannot hand out what it has; its reason is the text.
+        """
         try:
             if self._fetching is None:
                 if self._asked is None:
@@ -153,6 +157,8 @@ class WeightClient:
             if not is_ready(self._fetching):
                 return None
             weights: Weights = ray.get(self._fetching)
+        except ray.exceptions.RayTaskError:
+            raise
         except (ray.exceptions.RayError, ValueError):
             self._asked = self._fetching = None
             self._actor.forget()

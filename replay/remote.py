@@ -108,7 +108,8 @@ def actor_class(cls: type, *, max_concurrency: int = 1) -> Any:
 def give_way(handle: Any) -> Any:
     """Let the learner go before an actor's process where both want a core; return the actor's handle.
 
-    The process gets the niceness that Ray gives its workers by itself. Where there are cores enough it changes nothing.
+    Its threads get the niceness that Ray gives its workers by itself, once the actor is made. Where there are cores
+    enough that changes nothing.
     """
     handle.__ray_call__.remote(_be_nice)
     return handle
@@ -127,7 +128,7 @@ def _be_nice(_: Any) -> None:
 
 
 def argument(push: Push) -> Any:
-    """Return what to send for a push: itself while Ray carries it in the call, else its one copy in the object store.
+    """Return what to send for a push: itself up to 64 KB, else a reference to its one copy in the object store.
 
     A reference costs the node's raylet a look at it in every call; a copy in every call is more only for large ones.
     """

@@ -10,9 +10,9 @@ def settle() -> None:
     """Set what the user has not set; call this before anything imports ray.
 
     Workers run at the priority of the driver instead of nice 15, since the learner is one of them; those beside it
-    give way by themselves. What is small travels within calls and answers, up to a megabyte instead of 100 KB: batches
-    and weights of small networks cost a node's raylet more through the object store. A cluster of our own gets a token
-    of its own; without one Ray leaves a file with a token in the home directory.
+    give way by themselves. Arguments and answers up to a megabyte instead of 100 KB travel within the call: batches,
+    and weights on their way to the store, cost a node's raylet more through the object store. A cluster of our own gets
+    a token of its own; without one Ray leaves a file with a token in the home directory.
     """
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_max_direct_call_object_size", str(2**20))

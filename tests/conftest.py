@@ -21,6 +21,7 @@ def local_ray() -> Iterator[None]:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_max_direct_call_object_size", str(2**20))
         patch.setenv("PYTHONPATH", str(ROOT))
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # of a command line that was tried in this process before
             patch.delenv(name, raising=False)

@@ -70,7 +70,9 @@ class Case:
         return f"{self.row}/{self.name}" if self.name else self.row
 
 
-def _end_to_end(row: str, title: str, peers: Sequence[str], targets: dict[str, float], quick: bool = False) -> Case:
+def _end_to_end(
+    row: str, title: str, peers: Sequence[str], targets: dict[str, float], quick: bool = False, tolerance: float = 0.06
+) -> Case:
     scripts = {"stable-baselines3": "sb3_train.py", "tianshou": "tianshou_train.py", "rllib": "rllib_train.py"}
     return Case(
         row,
@@ -84,7 +86,7 @@ def _end_to_end(row: str, title: str, peers: Sequence[str], targets: dict[str, f
         ),
         targets,
         same=("parameters", "batch_size", "updates_per_step"),
-        tolerance=0.06,
+        tolerance=tolerance,
         quick=quick,
     )
 
@@ -176,6 +178,7 @@ CASES: tuple[Case, ...] = (
         "DQN on PongNoFrameskip-v4: Nature CNN, batch 32, one update per 4 steps, 8 environments",
         ("stable-baselines3", "rllib"),
         {"stable-baselines3": 3.0, LIMIT: 0.85, "rllib": 10.0},
+        tolerance=0.1,  # Squall counts steps by pushes of 256, so it may be off by two of them
     ),
     _end_to_end(
         "cartpole",

@@ -76,7 +76,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     ray_environment.settle()
     found = {name: os.environ[name] for name in wanted}
     for name in os.environ.keys() - before.keys():
-        monkeypatch.delenv(name)
+        del os.environ[name]
     return found
 
 

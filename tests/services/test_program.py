@@ -82,13 +82,14 @@ BESIDE: dict[str, Callable[[], Any]] = {
 def test_what_runs_beside_the_learner_gives_way(start: Callable[[], Any]) -> None:
     handle = start()
     try:
+        wanted = max(15, os.getpriority(os.PRIO_PROCESS, 0))
         end = time.monotonic() + 20.0  # an actor may do two calls at once, and this is one of them
-        while set(niceness(handle).values()) != {15}:
+        while set(niceness(handle).values()) != {wanted}:
             assert time.monotonic() < end, niceness(handle)
             time.sleep(0.05)
         # A thread that comes later, as a worker's that sends.
         ray.get(handle.__ray_call__.remote(lambda _: threading.Thread(target=time.sleep, args=(5.0,)).start()))
-        assert set(niceness(handle).values()) == {15}
+        assert set(niceness(handle).values()) == {wanted}
     finally:
         ray.kill(handle)
 
@@ -99,6 +100,8 @@ def test_what_runs_beside_the_learner_gives_way(start: Callable[[], Any]) -> Non
 def test_the_learner_does_not_give_way() -> None:
     handle = program().start_learner()
     try:
+        niceness(handle)
+        time.sleep(0.5)  # an actor may do two calls at once: one that made it nice has ended by now
         assert set(niceness(handle).values()) == {os.getpriority(os.PRIO_PROCESS, 0)}
     finally:
         ray.kill(handle)
