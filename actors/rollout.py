@@ -382,7 +382,7 @@ class RolloutWorker:
                 self._send(segments=segments, episodes=episodes)
                 episodes = []
             rows += 1
-            # Begun to ask for after a push, not before it: while a push waits, an answer that came at once grows old.
+            # Asked for after a push, not before it: an answer that comes at once would grow old while the push waits.
             after_a_while = segments or rows % _ROWS_BETWEEN_REFRESHES == 0
             if self._weights.pending or (after_a_while and time.monotonic() >= refresh_at):
                 refresh_at = time.monotonic() + _SECONDS_BETWEEN_REFRESHES

@@ -80,22 +80,22 @@ def unpack(weights: Weights, module: nn.Module) -> None:
 class WeightStore:
     """Keeps the newest published weights and hands them out, to each asker as soon as there are newer ones than it has.
 
-    It puts a version into the object store itself, once, when the first one asks for it: an object lives only as long
-    as the process that put it there, and the weights must outlive the learner. All methods run on one event loop.
+    It puts each version into the object store itself, once: an object lives only as long as the process that put it
+    there, and the weights must outlive the learner. All methods run on one event loop.
     """
 
     def __init__(self, put: Callable[[Weights], Any] = lambda weights: weights) -> None:
         """Start empty; `put` stores weights and returns what stands for them (`ray.put` in a Ray actor)."""
         self._put = put
         self._version = -1
-        self._weights: Weights | None = None
         self._held: Any = None
         self._published = asyncio.Event()
 
     def publish(self, weights: Weights) -> int:
         """Keep `weights` if they are newer than what is held; return the version held afterwards."""
         if weights.version > self._version:
-            self._version, self._weights, self._held = weights.version, weights, None
+            self._held = [self._put(weights)]
+            self._version = weights.version
             self._published.set()
             self._published = asyncio.Event()
         return self._version
@@ -108,10 +108,6 @@ class WeightStore:
                     await self._published.wait()
         except TimeoutError:
             return None
-        if self._held is None:
-            assert self._weights is not None
-            # Let go of what came: it may be a view into an object of the learner's.
-            self._held, self._weights = [self._put(self._weights)], None
         return self._held
 
     def report(self) -> dict[str, Any]:
@@ -139,11 +135,7 @@ class WeightClient:
         return self._asked is not None or self._fetching is not None
 
     def poll(self) -> Weights | None:
-        """Return newer weights if they have arrived, and ask for the next; None otherwise.
-
-        Raises:
-            RayTaskError: the store cannot hand out what it has; its reason is the text.
-        """
+        """Return newer weights if they have arrived, and ask for the next; None otherwise."""
         try:
             if self._fetching is None:
                 if self._asked is None:
@@ -157,8 +149,6 @@ class WeightClient:
             if not is_ready(self._fetching):
                 return None
             weights: Weights = ray.get(self._fetching)
-        except ray.exceptions.RayTaskError:
-            raise
         except (ray.exceptions.RayError, ValueError):
             self._asked = self._fetching = None
             self._actor.forget()

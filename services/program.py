@@ -117,17 +117,20 @@ class Program:
         """
         common: dict[str, Any] = {"carried": carried, "max_env_steps": self.steps}
         if isinstance(self.replay, QueueSpec):
-            queue = TrajectoryActor.options(**self._central("replay"))
-            return give_way(queue.remote(self.replay, version=max(version, 0), **common))
-        server = ReplayActor.options(**self._central("replay"))
-        carried_over: dict[str, Any] = {"incarnation": incarnation, "highest_priority": highest_priority, **common}
-        return give_way(server.remote(self.replay, run_seed=self.seed, **carried_over))
+            made = TrajectoryActor.options(**self._central("replay")).remote(
+                self.replay, version=max(version, 0), **common
+            )
+        else:
+            made = ReplayActor.options(**self._central("replay")).remote(
+                self.replay, run_seed=self.seed, incarnation=incarnation, highest_priority=highest_priority, **common
+            )
+        return give_way(made)
 
     def start_desk(
         self, incarnation: int, carried: Counters, highest_priority: float, counted: tuple[tuple[int, int, int], ...]
     ) -> Any:
         """Start the desk of a replay in shards and return its handle; see `start_replay` and `ReplayDesk`."""
-        desk = ReplayDeskActor.options(**self._central("replay")).remote(
+        made = ReplayDeskActor.options(**self._central("replay")).remote(
             self.replay,
             shards=self.replay_shards,
             run_seed=self.seed,
@@ -137,11 +140,11 @@ class Program:
             max_env_steps=self.steps,
             counted=counted,
         )
-        return give_way(desk)
+        return give_way(made)
 
     def start_shard(self, shard: int, incarnation: int, *, with_others: bool) -> Any:
         """Start one of the replay's shards, perhaps together with all others, and return its handle."""
-        started = ReplayShardActor.options(**self._central(f"replay-{shard}")).remote(
+        made = ReplayShardActor.options(**self._central(f"replay-{shard}")).remote(
             self.replay,
             shard=shard,
             shards=self.replay_shards,
@@ -150,7 +153,7 @@ class Program:
             incarnation=incarnation,
             with_others=with_others,
         )
-        return give_way(started)
+        return give_way(made)
 
     def start_learner(self) -> Any:
         """Start the learner and return its handle."""
