@@ -145,7 +145,8 @@ def test_a_report_asked_for_anew_is_none_that_was_on_its_way(started: list[Proce
             process.poll()
             time.sleep(0.01)
         process.ask_for_report()
-        process.handle.grow.remote()
+        ray.wait([process._reporting], timeout=30.0)  # the actor has two threads: its calls keep no order
+        ray.get(process.handle.grow.remote(), timeout=30.0)
         before = process.report
         process.ask_for_report(anew=anew)
         end = time.monotonic() + 30.0
