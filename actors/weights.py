@@ -13,15 +13,16 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-import torch
-from torch import nn
 
 from replay.remote import RemoteActor, actor_class, is_ready
 from replay.types import Array, LayoutMismatch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SECONDS_HELD = 10.0
 _MOST_ASKS = 100_000  # held at once; they are no threads
@@ -50,6 +51,8 @@ def layout_hash(module: nn.Module) -> str:
 
 def pack(module: nn.Module, version: int) -> Weights:
     """Copy a module's state into one array."""
+    import torch  # here, for the store's process needs none and takes a second less to start without
+
     parts = [value.detach().cpu().contiguous().view(-1).view(torch.uint8) for value in module.state_dict().values()]
     data = torch.cat(parts).numpy() if parts else np.empty(0, np.uint8)
     return Weights(version, layout_hash(module), data)
@@ -61,6 +64,8 @@ def unpack(weights: Weights, module: nn.Module) -> None:
     Raises:
         LayoutMismatch: they are of a module with other names, shapes or dtypes; the module is unchanged.
     """
+    import torch
+
     if weights.layout != layout_hash(module):
         raise LayoutMismatch(
             f"the weights (layout {weights.layout}) are not of this network (layout {layout_hash(module)})"

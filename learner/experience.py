@@ -35,7 +35,8 @@ class TransitionBatch(NamedTuple):
     """A `Batch` as tensors, `[k, B, ...]` or `[B, ...]`; see there for the fields, which may share memory.
 
     `next_values` `[k, B, A]` is None, or what a target network makes of the next observations: `Algorithm.look_ahead`
-    found it when that network had been copied `copies` times.
+    found it when that network had been copied `copies` times. `weight` `[B]` is what each transition counts in the
+    loss; None counts all alike.
     """
 
     observation: Tensor
@@ -48,6 +49,7 @@ class TransitionBatch(NamedTuple):
     size: int
     next_values: Tensor | None = None
     copies: int = 0
+    weight: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> TransitionBatch:

@@ -217,12 +217,16 @@ class Algorithm(pl.LightningModule):
 
     def minimize(self, loss: Tensor) -> None:
         """Make one counted optimizer step, with the learning rate and the longest gradient that are due."""
+        self.optimizers().zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(loss)
+        self.step_by_gradients()
+
+    def step_by_gradients(self) -> None:
+        """Make one counted optimizer step by the gradients that the parameters hold; see `minimize`."""
         optimizer: Any = self.optimizers()
         last_frame = self.hparams["learning_rate_last_frame"]
         if last_frame is not None:
             set_learning_rate(optimizer, self.hparams["learning_rate_schedule"], self.env_steps, last_frame)
-        optimizer.zero_grad()
-        self.manual_backward(loss)
         if self.hparams["max_grad_norm"] is not None:
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             if scaler is not None:

@@ -134,11 +134,11 @@ class DQN(OffPolicyAlgorithm):
 
         Not where each update draws noise of its own or changes the statistics that normalise observations, and not
         where the network is copied so often that most values would be found in vain. Whatever else changes the target
-        network must raise `_copies` afterwards.
+        network must raise `_copies` afterwards. A compiled update finds the values itself, or there would be two.
         """
         hparams, spec = self.hparams, self.policy_spec
         often = hparams["sync_rate"] < _CALLS_A_COPY * hparams["updates_per_training_step"]
-        if spec.noise is not None or spec.normalize or often:
+        if spec.noise is not None or spec.normalize or often or hparams["compile_updates"]:
             return batch
         # Read before the network is, and raised after it was copied: values of a half-copied network are old ones.
         copies = self._copies
@@ -147,18 +147,19 @@ class DQN(OffPolicyAlgorithm):
             values = torch.stack([self.target_network(observation) for observation in batch.next_observation])
         return batch._replace(next_values=values, copies=copies)
 
-    def loss(self, batch: TransitionBatch) -> Tensor:
-        """Return the scalar loss of a batch."""
-        return huber(self.td_error(batch)).mean()
+    def objective(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """See `OffPolicyAlgorithm.objective`; tells `td_error`, `[B]`."""
+        error = self.td_error(batch)
+        each = huber(error) if batch.weight is None else batch.weight * huber(error)
+        return {"loss": each.mean(), "td_error": error}
 
     def update(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""
-        loss = self.loss(batch)
-        self.minimize(loss)
+        loss = self.descend(batch)["loss"]
         if self.trainer.global_step % self.hparams["sync_rate"] == 0:
             self.target_network.load_state_dict(self.q_network.state_dict())
             self._copies += 1
-        return {"loss": loss.detach()}
+        return {"loss": loss}
 
     def run_n_episodes(  # type: ignore[override]  # as on the reference page
         self, env: OneLane, n_epsiodes: int = 1, epsilon: float = 1.0, n_episodes: int | None = None

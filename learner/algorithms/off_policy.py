@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from actors.environments import EnvironmentSpec
 from actors.rollout import RolloutSpec
 from learner.algorithms.algorithm import Algorithm
-from learner.experience import LocalTransitions, RemoteTransitions
+from learner.compilation import Gradients, compile_gradients
+from learner.experience import LocalTransitions, RemoteTransitions, TransitionBatch
 from replay.server import ReplayClient, ReplaySpec
 from replay.table import TableSpec
+from replay.types import ConfigurationError
 
 
 class OffPolicyAlgorithm(Algorithm):
@@ -23,6 +27,7 @@ class OffPolicyAlgorithm(Algorithm):
         updates_per_step: float = 1.0,
         updates_per_training_step: int = 1,
         segment_length: int | None = None,
+        compile_updates: bool = False,
         **kwargs: Any,
     ) -> None:
         """Set up what every such algorithm has.
@@ -33,9 +38,39 @@ class OffPolicyAlgorithm(Algorithm):
             updates_per_training_step: k, the updates made in one Lightning `training_step`.
             segment_length: rows a worker collects in each environment before it sends them; None gives 64 for
                 images and 16 otherwise.
+            compile_updates: compile the loss and its gradients, on a GPU as a CUDA graph; see `compile_gradients`.
             kwargs: see `Algorithm`.
         """
         super().__init__(env, **kwargs)
+        self._gradients_of: Gradients | None = None
+
+    def objective(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """Return `loss`, the scalar that an update lessens, and what else an update tells; it changes nothing."""
+        raise NotImplementedError
+
+    def loss(self, batch: TransitionBatch) -> Tensor:
+        """Return the scalar loss of a batch."""
+        return self.objective(batch)["loss"]
+
+    def descend(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """Make one counted optimizer step on `objective`; return what it found, without gradients."""
+        if not self.hparams["compile_updates"]:
+            found = self.objective(batch)
+            self.minimize(found["loss"])
+            return {name: tensor.detach() for name, tensor in found.items()}
+        optimizer: Any = self.optimizers()
+        learned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if self._gradients_of is None:
+            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                raise ConfigurationError("compile_updates works in 32-true and bf16-mixed, not in 16-mixed")
+            self._gradients_of = compile_gradients(self.objective, learned)
+        optimizer.zero_grad()
+        # A number in the batch that differs from call to call would be a reason to compile anew.
+        gradients, found = self._gradients_of(batch._replace(size=0))
+        for parameter, gradient in zip(learned, gradients, strict=True):
+            parameter.grad = gradient
+        self.step_by_gradients()
+        return found
 
     def rollout_spec(self) -> RolloutSpec:
         """See `Algorithm.rollout_spec`."""

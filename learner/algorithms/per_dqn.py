@@ -22,7 +22,7 @@ from torch import Tensor
 from actors.environments import EnvironmentSpec
 from learner.algorithms.dqn import DQN
 from learner.experience import TransitionBatch
-from learner.value_learning import huber, importance_weights
+from learner.value_learning import importance_weights
 from replay.server import ReplaySpec
 from replay.types import ConfigurationError
 
@@ -74,10 +74,17 @@ class PERDQN(DQN):
         done: float = min(self.env_steps / self.hparams["beta_last_frame"], 1.0)
         return start + done * (1.0 - start)
 
+    def _weighed(self, batch: TransitionBatch) -> TransitionBatch:
+        return batch._replace(weight=importance_weights(batch.probability, batch.size, self.beta))
+
     def loss(self, batch: TransitionBatch) -> Tensor:
-        """See `DQN.loss`; sends the batch's new priorities to the replay."""
-        error = self.td_error(batch)
+        """Return the scalar loss of a batch, whose transitions count by importance."""
+        return super().loss(self._weighed(batch))
+
+    def descend(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """See `OffPolicyAlgorithm.descend`; counts by importance, and sends new priorities to the replay."""
+        found = super().descend(self._weighed(batch))
         assert self.experience is not None
-        priorities = error.detach().abs() + PRIORITY_EPSILON
+        priorities = found["td_error"].abs() + PRIORITY_EPSILON
         self.experience.update_priorities(batch.ids.cpu().numpy(), priorities.cpu().numpy())
-        return (importance_weights(batch.probability, batch.size, self.beta) * huber(error)).mean()
+        return found

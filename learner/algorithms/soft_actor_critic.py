@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from actors.environments import ContinuousActions, EnvironmentSpec
 from actors.networks import Critics
@@ -139,9 +140,8 @@ class SAC(OffPolicyAlgorithm):
         q_tm1 = self.critics(batch.observation, self.policy.to_unit(batch.action))
         unit, density = self._draw(batch.observation)
         # The actor learns through the critics, they do not learn from it.
-        self.critics.requires_grad_(False)
-        q = self.critics(batch.observation, unit)
-        self.critics.requires_grad_(True)
+        fixed = {name: parameter.detach() for name, parameter in self.critics.named_parameters()}
+        q = functional_call(self.critics, fixed, (batch.observation, unit))
         return (
             actor_loss(q, density, alpha),
             critic_loss(q_tm1, target),
@@ -152,9 +152,15 @@ class SAC(OffPolicyAlgorithm):
         output = self.policy(observation)
         return self.policy.draw(output, torch.randn_like(output[:, : self.policy.size]))
 
-    def loss(self, batch: TransitionBatch) -> Tensor:
-        """Return the sum of the three losses of a batch, each of which reaches its own parameters alone."""
-        return torch.stack(self.losses(batch)).sum()
+    def objective(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """See `OffPolicyAlgorithm.objective`: the sum of three losses, each of which reaches its own parameters alone.
+
+        It tells the `actor_loss` and the `critic_loss`.
+        """
+        of_actor, of_critics, of_temperature = self.losses(batch)
+        loss = of_actor + of_critics
+        loss = loss + of_temperature if self.log_alpha.requires_grad else loss
+        return {"loss": loss, "actor_loss": of_actor, "critic_loss": of_critics}
 
     def soft_update_target(self, q_net: nn.Module, target_net: nn.Module) -> None:
         """Move the target network a part of the way: `w_target = (1 - a) w_target + a w_q`, a = `target_alpha`."""
@@ -162,10 +168,8 @@ class SAC(OffPolicyAlgorithm):
 
     def update(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""
-        of_actor, of_critics, of_temperature = self.losses(batch)
-        loss = of_actor + of_critics
-        self.minimize(loss + of_temperature if self.log_alpha.requires_grad else loss)
+        found = self.descend(batch)
         if self.trainer.global_step % self.hparams["sync_rate"] == 0:
             self.soft_update_target(self.critics, self.target_critics)
         alpha = self.log_alpha.detach().exp()
-        return {"loss": of_critics.detach(), "actor_loss": of_actor.detach(), "alpha": alpha}
+        return {"loss": found["critic_loss"], "actor_loss": found["actor_loss"], "alpha": alpha}

@@ -80,7 +80,7 @@ def test_split_gives_the_k_batches_in_order() -> None:
         assert part.size == 77
         for name in whole._fields[:7]:
             assert torch.equal(getattr(part, name), getattr(whole, name)[i])
-        assert part[7:] == (77, None, 0)
+        assert part[7:] == (77, None, 0, None)
     (again,) = parts[1].split()
     assert again is parts[1]
 

@@ -225,6 +225,7 @@ def test_priorities_are_absolute_errors_and_the_loss_is_weighted() -> None:
     loss = module.loss(batch)
     weights = importance_weights(batch.probability, batch.size, 0.7)
     torch.testing.assert_close(loss, (weights * huber(error)).mean())
+    quiet_trainer(max_epochs=1).fit(module, Batches([batch]))
     ((ids, priorities),) = ledger.sent
     assert ids.tolist() == list(range(16))
     np.testing.assert_allclose(priorities, error.abs().numpy() + 1e-6, rtol=1e-6)

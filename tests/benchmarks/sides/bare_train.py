@@ -19,6 +19,7 @@ parsed = arguments("case")
 import torch  # noqa: E402
 
 from actors.environments import seeds_for, specify  # noqa: E402
+from learner.compilation import compile_gradients  # noqa: E402
 from learner.optimization import clip_gradient  # noqa: E402
 from learner.training import choose_precision, keep_freed_memory, make_algorithm  # noqa: E402
 from replay.seeds import spawn_seed  # noqa: E402
@@ -66,12 +67,21 @@ def make_update(module: Any, work: Work, losses: list[float]) -> Any:
     batch = make_batch(module, work)
     optimizer = module.configure_optimizers()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients_of = compile_gradients(module.objective, parameters) if work.compiled else None
 
     def update() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
-            loss = module.loss(batch) if work.algorithm == "dqn" else torch.stack(module.losses(batch)).sum()
         optimizer.zero_grad()
-        loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
+            if gradients_of is None:
+                loss = module.objective(batch)["loss"]
+            else:
+                gradients, found = gradients_of(batch)
+                loss = found["loss"]
+        if gradients_of is None:
+            loss.backward()
+        else:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
         if work.algorithm == "dqn":
             clip_gradient(parameters, 10.0)
         optimizer.step()

@@ -21,6 +21,8 @@ class Work:
         replay_size: transitions held.
         warm_start: steps before the first update.
         sync_rate: updates between copies of the target network.
+        epsilon: probability of a random action, DQN's.
+        compiled: whether ours and the limit compile their updates.
     """
 
     algorithm: str
@@ -35,6 +37,7 @@ class Work:
     warm_start: int = 1_000
     sync_rate: int = 500
     epsilon: float = 0.05
+    compiled: bool = False
 
     @property
     def updates_per_vector_step(self) -> int:
@@ -44,8 +47,8 @@ class Work:
 
 WORK = {
     "pong": Work("dqn", "PongNoFrameskip-v4", 8, 2, 32, 0.25, 1e-4, (), replay_size=20_000),
-    "cartpole": Work("dqn", "CartPole-v1", 4, 1, 64, 0.5, 5e-4, (256, 256)),
-    "pendulum": Work("sac", "Pendulum-v1", 2, 1, 256, 1.0, 1e-3, (256, 256)),
+    "cartpole": Work("dqn", "CartPole-v1", 4, 1, 64, 0.5, 5e-4, (256, 256), compiled=True),
+    "pendulum": Work("sac", "Pendulum-v1", 2, 1, 256, 1.0, 1e-3, (256, 256), compiled=True),
 }
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 from items import BATCH, CAPACITY, LANES, K, item_bytes
 from measure import arguments, quantile, report
 
 parsed = arguments("kind", "table")
-os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
+from services.ray_environment import settle  # noqa: E402
+
+settle()
 
 import ray  # noqa: E402
 from pushes import layout_of, pushes_of  # noqa: E402

@@ -34,6 +34,7 @@ def command(work: Work) -> list[str]:
         "updates_per_step": work.updates_per_step,
         "eval_every": 0,
         "learner_threads": parsed.threads,
+        "compile_updates": work.compiled,
         "num_envs": work.envs // work.actors,
     }
     if work.algorithm == "dqn":

@@ -6,14 +6,15 @@ receiver is a process of its own, which looks for new weights every few millisec
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
 from measure import arguments, quantile, report
 
 parsed = arguments("way", "receivers")
-os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
+from services.ray_environment import settle  # noqa: E402
+
+settle()
 
 import ray  # noqa: E402
 import torch  # noqa: E402
