@@ -5,57 +5,83 @@ On a CPU that saves calls and passes over memory, on a GPU it is a CUDA graph: o
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from learner.experience import TransitionBatch
 from replay.types import ConfigurationError
 
-Objective = Callable[..., dict[str, Tensor]]
-Gradients = Callable[..., tuple[tuple[Tensor, ...], dict[str, Tensor]]]
+Objective = Callable[[TransitionBatch], dict[str, Tensor]]
+NOT_SCALED = "compile_updates works in the precisions 32-true and bf16-mixed, not in 16-mixed"
+_ADVICE = "It needs a C++ compiler and Python's headers there, such as Debian's g++ and python3-dev."
 
 
-def compile_gradients(objective: Objective, parameters: Sequence[nn.Parameter]) -> Gradients:
-    """Return a function of `objective`'s arguments that returns the loss's gradients, and all that `objective` found.
+def find_compiler() -> None:
+    """Look for the C++ compiler that a CPU's programs are compiled by.
+
+    Raises:
+        ConfigurationError: there is none on this machine.
+    """
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(name) is None:
+        raise ConfigurationError(f"compile_updates: there is no {name} on this machine. {_ADVICE}")
+
+
+def compile_backward(objective: Objective, parameters: Sequence[nn.Parameter]) -> Objective:
+    """Return a function of a batch that leaves the loss's gradients in `parameters`, and returns what was found.
 
     It is compiled at its first call, which takes 3 to 30 seconds; PyTorch keeps what it compiled on disk. Random
     numbers are drawn from another sequence than uncompiled, and results agree up to rounding.
 
     Args:
-        objective: returns tensors by name, among them `loss`, a scalar. It may read tensors in its arguments and in
-            modules, and must change nothing.
-        parameters: those that the loss depends on, on one device.
+        objective: returns tensors by name, among them `loss`, a scalar. It may read tensors, in the batch and in
+            modules, and must change nothing; a number that it reads is a reason to compile anew when it changes.
+        parameters: the loss depends on each of them; they are on one device. What gradients they hold is lost.
 
     Raises:
         ConfigurationError: from the returned function, if PyTorch cannot compile on this machine.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # the compiler takes a second to import
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler, TritonMissing
 
-    torch._dynamo.config.trace_autograd_ops = True  # or `autograd.grad` ends the program
-    torch._inductor.config.compile_threads = 1  # a few kernels are not worth processes that stay behind
     on_gpu = parameters[0].is_cuda
+    torch._dynamo.config.trace_autograd_ops = True  # or `autograd.grad` ends the program
+    if not on_gpu:
+        torch._inductor.config.compile_threads = 1  # a few kernels are not worth processes that stay behind
 
-    def differentiate(*arguments: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        found = objective(*arguments)
-        gradients = torch.autograd.grad(found["loss"], parameters)
+    def differentiate(batch: TransitionBatch) -> tuple[list[Tensor], dict[str, Tensor]]:
+        found = objective(batch)
+        # Fused optimizers read a gradient as its parameter lies; `backward` would see to that.
+        gradients = [
+            gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+            for gradient, parameter in zip(torch.autograd.grad(found["loss"], parameters), parameters, strict=True)
+        ]
         return gradients, {name: tensor.detach() for name, tensor in found.items()}
 
     program = torch.compile(differentiate, fullgraph=True, mode="reduce-overhead" if on_gpu else "default")
 
-    def gradients_of(*arguments: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        if on_gpu:
+    def backward(batch: TransitionBatch) -> dict[str, Tensor]:
+        if on_gpu:  # what the last update's graph returned is overwritten by this one's
+            for parameter in parameters:
+                parameter.grad = None
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
-            gradients, found = program(*arguments)
-        except BackendCompilerFailed as error:
-            reason = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+            gradients, found = program(batch)
+        except (BackendCompilerFailed, TritonMissing) as error:
+            cause = getattr(error, "inner_exception", error)
+            lines = str(cause).strip().splitlines()
+            reason = next((line for line in lines if "error:" in line), lines[0])
+            advice = f" {_ADVICE}" if isinstance(cause, CppCompileError | InvalidCxxCompiler) else ""
             raise ConfigurationError(
-                "compile_updates: PyTorch cannot compile here. It needs a C++ compiler and Python's headers, such as "
-                f"Debian's g++ and python3-dev, where the learner runs. It says: {reason}"
+                f"compile_updates: PyTorch cannot compile where the learner runs: {reason.strip()}{advice}"
             ) from error
-        # The next update overwrites what a CUDA graph returned; gradients are used up by then.
-        return gradients, {name: tensor.clone() for name, tensor in found.items()} if on_gpu else found
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return {name: tensor.clone() for name, tensor in found.items()} if on_gpu else found
 
-    return gradients_of
+    return backward

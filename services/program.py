@@ -24,6 +24,7 @@ from actors.on_policy import OnPolicyActor
 from actors.policies import PolicySpec
 from actors.rollout import RolloutActor, RolloutSpec
 from actors.weights import WeightClient, WeightStoreActor
+from learner.compilation import NOT_SCALED, find_compiler
 from learner.training import LearnerActor, LearnerSpec, make_algorithm
 from replay.remote import NAMESPACE, RemoteActor, give_way
 from replay.server import Counters, ReplayActor, ReplayClient, ReplaySpec
@@ -267,6 +268,11 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Program:
         module = make_algorithm(config.algorithm, hyperparameters)
     except TypeError as error:
         raise ConfigurationError(str(error)) from error
+    if config.hyperparameters.get("compile_updates"):
+        if config.precision == "16-mixed":
+            raise ConfigurationError(NOT_SCALED)
+        if "RAY_ADDRESS" not in os.environ:  # elsewhere the learner finds out
+            find_compiler()
     rollout, replay = module.rollout_spec(), module.experience_spec()
     if config.actors == 0:
         _check_outside(config, on_policy=isinstance(replay, QueueSpec))

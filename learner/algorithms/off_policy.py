@@ -10,7 +10,7 @@ from torch import Tensor
 from actors.environments import EnvironmentSpec
 from actors.rollout import RolloutSpec
 from learner.algorithms.algorithm import Algorithm
-from learner.compilation import Gradients, compile_gradients
+from learner.compilation import NOT_SCALED, Objective, compile_backward
 from learner.experience import LocalTransitions, RemoteTransitions, TransitionBatch
 from replay.server import ReplayClient, ReplaySpec
 from replay.table import TableSpec
@@ -38,37 +38,53 @@ class OffPolicyAlgorithm(Algorithm):
             updates_per_training_step: k, the updates made in one Lightning `training_step`.
             segment_length: rows a worker collects in each environment before it sends them; None gives 64 for
                 images and 16 otherwise.
-            compile_updates: compile the loss and its gradients, on a GPU as a CUDA graph; see `compile_gradients`.
+            compile_updates: compile the loss and its gradients, on a GPU as a CUDA graph; see `compile_backward`.
             kwargs: see `Algorithm`.
         """
         super().__init__(env, **kwargs)
-        self._gradients_of: Gradients | None = None
+        self._compiled: Objective | None = None
 
     def objective(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """Return `loss`, the scalar that an update lessens, and what else an update tells; it changes nothing."""
         raise NotImplementedError
 
+    def prepared(self, batch: TransitionBatch) -> TransitionBatch:
+        """Return a batch with what `objective` needs of numbers that change, as tensors."""
+        return batch
+
     def loss(self, batch: TransitionBatch) -> Tensor:
-        """Return the scalar loss of a batch."""
-        return self.objective(batch)["loss"]
+        """Return the scalar loss of a batch. An update takes it from `objective`: that is the one to override."""
+        return self.objective(self.prepared(batch))["loss"]
+
+    def on_fit_start(self) -> None:
+        """Forget what was compiled for another fit.
+
+        Raises:
+            ConfigurationError: updates are to be compiled, and cannot be for this Trainer.
+        """
+        self._compiled = None
+        if self.hparams["compile_updates"]:
+            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                raise ConfigurationError(NOT_SCALED)
+            if self.trainer.world_size > 1:
+                raise ConfigurationError(f"compile_updates works on one device, not on {self.trainer.world_size}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is compiled: it is of this module's parameters."""
+        return {**super().__getstate__(), "_compiled": None}
 
     def descend(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """Make one counted optimizer step on `objective`; return what it found, without gradients."""
+        batch = self.prepared(batch)
         if not self.hparams["compile_updates"]:
             found = self.objective(batch)
             self.minimize(found["loss"])
             return {name: tensor.detach() for name, tensor in found.items()}
-        optimizer: Any = self.optimizers()
-        learned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        if self._gradients_of is None:
-            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-                raise ConfigurationError("compile_updates works in 32-true and bf16-mixed, not in 16-mixed")
-            self._gradients_of = compile_gradients(self.objective, learned)
-        optimizer.zero_grad()
-        # A number in the batch that differs from call to call would be a reason to compile anew.
-        gradients, found = self._gradients_of(batch._replace(size=0))
-        for parameter, gradient in zip(learned, gradients, strict=True):
-            parameter.grad = gradient
+        if self._compiled is None:
+            optimizer: Any = self.optimizers()
+            learned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            self._compiled = compile_backward(self.objective, learned)
+        found = self._compiled(batch)
         self.step_by_gradients()
         return found
 

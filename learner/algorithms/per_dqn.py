@@ -74,16 +74,13 @@ class PERDQN(DQN):
         done: float = min(self.env_steps / self.hparams["beta_last_frame"], 1.0)
         return start + done * (1.0 - start)
 
-    def _weighed(self, batch: TransitionBatch) -> TransitionBatch:
+    def prepared(self, batch: TransitionBatch) -> TransitionBatch:
+        """See `OffPolicyAlgorithm.prepared`; adds what each transition counts."""
         return batch._replace(weight=importance_weights(batch.probability, batch.size, self.beta))
 
-    def loss(self, batch: TransitionBatch) -> Tensor:
-        """Return the scalar loss of a batch, whose transitions count by importance."""
-        return super().loss(self._weighed(batch))
-
     def descend(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """See `OffPolicyAlgorithm.descend`; counts by importance, and sends new priorities to the replay."""
-        found = super().descend(self._weighed(batch))
+        """See `OffPolicyAlgorithm.descend`; sends the batch's new priorities to the replay."""
+        found = super().descend(batch)
         assert self.experience is not None
         priorities = found["td_error"].abs() + PRIORITY_EPSILON
         self.experience.update_priorities(batch.ids.cpu().numpy(), priorities.cpu().numpy())

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -389,3 +391,8 @@ def test_a_killed_store_costs_nothing_and_its_successor_is_found(store: RemoteSt
     store.publish(7)
     assert (next_weights(client).data == 7).all()
     assert client.version == version + 1
+
+
+def test_the_stores_process_starts_without_pytorch() -> None:
+    loaded = "import actors.weights, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0

@@ -2,136 +2,266 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from learner import DQN, PERDQN, SAC, DoubleDQN, NoisyDQN, NonDistributionalRainbow
+from learner import DQN, PERDQN, SAC, DoubleDQN, DuelingDQN, NoisyDQN, NonDistributionalRainbow
 from learner.algorithms.off_policy import OffPolicyAlgorithm
-from learner.compilation import compile_gradients
+from learner.compilation import compile_backward, find_compiler
 from learner.experience import TransitionBatch
 from replay.types import ConfigurationError
-from tests.learner.toys import CARTPOLE, PENDULUM, Batches, box_batch, copies, quiet_trainer, random_batch
+from tests.learner.toys import CARTPOLE, PENDULUM, Batches, box_batch, copies, quiet_trainer, random_batch, small, toy
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch to `torch.compile`:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch to `torch.compile`:DeprecationWarning"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"),
+]
 
-SMALL: dict[str, Any] = {"batch_size": 8, "replay_size": 1_000, "warm_start_size": 16, "hidden_sizes": [8]}
 
+class Ledger:
+    """An experience that remembers the priorities it is sent."""
 
-class Deaf:
-    """An experience that takes priorities and keeps none."""
+    def __init__(self) -> None:
+        self.sent: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
 
     def update_priorities(self, ids: Any, priorities: Any) -> None:
-        assert len(ids) == len(priorities)
+        self.sent.append((ids, priorities))
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(trace_autograd_ops=False), torch._inductor.config.patch(compile_threads=2):
+        yield  # what it sets does not stay
     torch._dynamo.reset()
 
 
-def fitted(kind: type[OffPolicyAlgorithm], batches: list[TransitionBatch], **options: Any) -> OffPolicyAlgorithm:
-    """Return the algorithm after an update with each of the batches."""
-    module = kind(PENDULUM if kind is SAC else CARTPOLE, **{**SMALL, **options})
-    module.experience = Deaf()  # type: ignore[assignment]
-    quiet_trainer(max_epochs=1).fit(module, Batches(batches))
+def drawn(*shape: int, seed: int = 0) -> TransitionBatch:
+    """Return a batch as a table would: of some size, drawn with some probabilities."""
+    rng = torch.Generator().manual_seed(seed)
+    batch = random_batch(*shape, seed=seed)
+    probability = torch.rand(*shape, generator=rng) / 100 + 1e-3
+    return batch._replace(size=100 + seed, copies=seed, probability=probability, ids=torch.arange(shape[-1]) + seed)
+
+
+def fitted(
+    module: OffPolicyAlgorithm, batches: list[TransitionBatch], look: Callable[[], None] | None = None, **trainer: Any
+) -> Ledger:
+    """Make an update with each of the batches; return the priorities that were sent."""
+    module.experience = ledger = Ledger()  # type: ignore[assignment]
+
+    def count() -> None:
+        module.env_steps += 10
+        if look is not None:
+            look()
+
+    module.on_update_end = count  # type: ignore[method-assign]
+    quiet_trainer(max_epochs=1, **trainer).fit(module, Batches(batches))
     assert module.trainer.global_step == len(batches)
-    return module
+    return ledger
 
 
-@pytest.mark.parametrize("kind", [DQN, DoubleDQN, PERDQN])
+@pytest.mark.parametrize("kind", [DQN, DoubleDQN, DuelingDQN, PERDQN])
 def test_compiled_updates_are_those_of_the_same_program_uncompiled(kind: type[DQN]) -> None:
-    batches = [random_batch(8, seed=seed)._replace(size=100 + seed) for seed in range(6)]
-    options = {"sync_rate": 2, "learning_rate": 0.01, "max_grad_norm": 0.1}
-    plain = fitted(kind, batches, **options)
-    compiled = fitted(kind, batches, **options, compile_updates=True)
-    for one, other in zip(copies(plain), copies(compiled), strict=True):
+    batches = [drawn(8, seed=seed) for seed in range(6)]
+    options = {"sync_rate": 2, "learning_rate": 0.1, "max_grad_norm": 0.5, "optimizer": "sgd"}
+    if kind is PERDQN:
+        options["beta_last_frame"] = 50
+    plain, compiled = (small(kind, CARTPOLE, compile_updates=yes, **options) for yes in (False, True))
+    began = copies(plain)
+    expected, sent = fitted(plain, batches).sent, fitted(compiled, batches).sent
+    for first, one, other in zip(began, copies(plain), copies(compiled), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    began = kind(CARTPOLE, **SMALL)
-    assert not torch.allclose(copies(compiled)[0], copies(began)[0]), "it has learned"
+        assert not torch.allclose(first, other), "it has learned"
+    assert len(expected) == (6 if kind is PERDQN else 0)
+    for (ids, priorities), (same_ids, same_priorities) in zip(expected, sent, strict=True):
+        assert ids.tolist() == same_ids.tolist()
+        np.testing.assert_allclose(priorities, same_priorities, rtol=1e-4)
 
 
-def test_it_is_compiled_once() -> None:
-    module = DQN(CARTPOLE, **SMALL, sync_rate=2, compile_updates=True)
+@pytest.mark.parametrize("kind", [DQN, NonDistributionalRainbow, SAC])
+def test_it_is_compiled_once(kind: type[OffPolicyAlgorithm]) -> None:
+    """Neither counters in the batch, nor beta, nor an evaluation between two updates is a reason to compile anew."""
+    box = kind is SAC
+    module = small(kind, PENDULUM if box else CARTPOLE, sync_rate=2, compile_updates=True)
+    batches = [(box_batch if box else random_batch)(8, seed=seed)._replace(size=seed, copies=seed) for seed in range(6)]
     counted: list[int] = []
 
-    def look(*_: Any) -> None:
+    def look() -> None:
         counted.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        module.greedy_action(np.zeros(module.environment.observation_shape, np.float32))
 
-    module.on_update_end = look  # type: ignore[method-assign]
     torch._dynamo.utils.counters.clear()
-    batches = [random_batch(8, seed=seed)._replace(size=100 + seed, copies=seed) for seed in range(6)]
-    quiet_trainer(max_epochs=1).fit(module, Batches(batches))
+    fitted(module, batches, look)
     assert counted == [1] * 6
 
 
-def test_soft_actor_critic_compiled_moves_every_network_and_the_temperature() -> None:
-    batches = [box_batch(8, seed=seed) for seed in range(4)]
-    module = fitted(SAC, batches, compile_updates=True, policy_learning_rate=0.01, q_learning_rate=0.01)
-    began = SAC(PENDULUM, **SMALL)
-    for name, parameter in module.named_parameters():
-        assert not torch.equal(parameter, dict(began.named_parameters())[name]), name
-    fixed = fitted(SAC, batches, compile_updates=True, learn_alpha=False, init_alpha=0.3)
-    assert isinstance(fixed, SAC)
-    assert fixed.log_alpha.exp().item() == pytest.approx(0.3)
+def test_many_modules_of_a_process_do_not_use_up_each_others_compilations() -> None:
+    kept = [small(DQN, CARTPOLE, compile_updates=True) for _ in range(torch._dynamo.config.recompile_limit + 1)]
+    for module in kept:
+        fitted(module, [random_batch(8)])
+
+
+@pytest.mark.parametrize("learn_alpha", [True, False])
+def test_soft_actor_critic_compiled_moves_what_it_trains(learn_alpha: bool) -> None:
+    module = small(SAC, PENDULUM, compile_updates=True, learn_alpha=learn_alpha)
+    began = dict(copy.deepcopy(module).named_parameters())
+    fitted(module, [box_batch(8, seed=seed) for seed in range(4)])
+    moved = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, began[name])}
+    assert moved == set(began) - (set() if learn_alpha else {"log_alpha"})
 
 
 def test_a_compiled_gradient_of_soft_actor_critic_is_the_uncompiled_one() -> None:
     """Their noise is drawn from other sequences, so it is silenced here."""
-    module = SAC(PENDULUM, **SMALL)
+    module, batch = small(SAC, PENDULUM), box_batch(8)
     module._draw = lambda observation: module.policy.draw(  # type: ignore[method-assign]
         module.policy(observation), torch.zeros(len(observation), 1)
     )
     learned = [p for group in module.configure_optimizers().param_groups for p in group["params"]]
-    gradients, found = compile_gradients(module.objective, learned)(box_batch(8))
-    expected = torch.autograd.grad(module.objective(box_batch(8))["loss"], learned)
-    for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    expected = torch.autograd.grad(module.objective(batch)["loss"], learned)
+    found = compile_backward(module.objective, learned)(batch)
+    for parameter, gradient in zip(learned, expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
     assert set(found) == {"loss", "actor_loss", "critic_loss"}
     assert not found["loss"].requires_grad
 
 
+@pytest.mark.parametrize("observes", ["image", "discrete"])
+def test_gradients_lie_in_memory_as_their_parameters(observes: str) -> None:
+    """A fused optimizer reads both from one end to the other; of images whose channels are last they would not."""
+    environment = toy(observes=observes)
+    draw = torch.Generator().manual_seed(0)
+    shape = (4, *environment.observation_shape)
+
+    def observation() -> torch.Tensor:
+        if observes == "image":
+            return torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+        return torch.randint(0, 5, shape, generator=draw)
+
+    batch = random_batch(4)._replace(observation=observation(), next_observation=observation())
+    options = {"batch_size": 4, "learning_rate": 0.1, "optimizer": "sgd"}
+    plain, compiled = (small(DQN, environment, compile_updates=yes, **options) for yes in (False, True))
+    strides: list[bool] = []
+
+    def look() -> None:
+        strides.extend(p.grad is not None and p.grad.stride() == p.stride() for p in compiled.q_network.parameters())
+
+    fitted(plain, [batch] * 2)
+    fitted(compiled, [batch] * 2, look)
+    assert strides
+    assert all(strides)
+    for one, other in zip(copies(plain), copies(compiled), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_are_taken_in_between_compiled_updates() -> None:
+    batches = [random_batch(8, seed=seed) for seed in range(4)]
+    options = {"normalize_observations": True, "learning_rate": 0.1, "optimizer": "sgd"}
+    plain, compiled = (small(DQN, CARTPOLE, compile_updates=yes, **options) for yes in (False, True))
+    fitted(plain, batches)
+    fitted(compiled, batches)
+    for name, one in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], one, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [NoisyDQN, NonDistributionalRainbow])
 def test_noise_is_drawn_anew_by_every_compiled_update(kind: type[DQN]) -> None:
-    module = kind(CARTPOLE, **SMALL, learning_rate=1e-12, compile_updates=True)
-    module.experience = Deaf()  # type: ignore[assignment]
+    module = small(kind, CARTPOLE, learning_rate=1e-12, compile_updates=True)
     losses: list[float] = []
-    module.on_update_end = lambda: losses.append(float(found[-1]["loss"]))  # type: ignore[method-assign]
-    found: list[dict[str, torch.Tensor]] = []
     descend = module.descend
-    module.descend = lambda batch: found.append(descend(batch)) or found[-1]  # type: ignore[method-assign, func-returns-value]
-    quiet_trainer(max_epochs=1).fit(module, Batches([random_batch(8)] * 4))
+
+    def watched(batch: TransitionBatch) -> dict[str, torch.Tensor]:
+        found = descend(batch)
+        losses.append(found["loss"].item())
+        return found
+
+    module.descend = watched  # type: ignore[method-assign]
+    fitted(module, [random_batch(8)] * 4)
     assert len(set(losses)) == 4
 
 
-def test_it_compiles_in_bfloat16_and_refuses_float16() -> None:
-    module = DQN(CARTPOLE, **SMALL, compile_updates=True)
-    quiet_trainer(max_epochs=1, precision="bf16-mixed").fit(module, Batches([random_batch(8)] * 2))
-    assert module.trainer.global_step == 2
+def test_bfloat16_compiled_is_bfloat16_uncompiled() -> None:
+    batches = [random_batch(8, seed=seed) for seed in range(2)]
+    options = {"learning_rate": 0.1, "optimizer": "sgd", "hidden_sizes": [64]}
+    ends = {}
+    for precision in ("32-true", "bf16-mixed"):
+        for compiled in (False, True):
+            module = small(DQN, CARTPOLE, compile_updates=compiled, **options)
+            fitted(module, batches, precision=precision)
+            ends[precision, compiled] = torch.cat([parameter.flatten() for parameter in copies(module.q_network)])
+    apart = (ends["bf16-mixed", False] - ends["32-true", False]).norm()
+    assert apart > 0
+    assert (ends["bf16-mixed", False] - ends["bf16-mixed", True]).norm() < apart
 
 
-def test_float16_whose_gradients_are_scaled_is_refused() -> None:
-    module = DQN(CARTPOLE, **SMALL, compile_updates=True)
-    trainer = quiet_trainer(max_epochs=1)
-    trainer.strategy.precision_plugin.scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
-    with pytest.raises(ConfigurationError, match="not in 16-mixed"):
-        trainer.fit(module, Batches([random_batch(8)]))
+def test_a_copy_compiles_for_itself() -> None:
+    """What is compiled leaves gradients in the parameters of the module that it was compiled for."""
+    module = small(DQN, CARTPOLE, compile_updates=True, learning_rate=0.1)
+    fitted(module, [random_batch(8)])
+    twin = copy.deepcopy(module)
+    pickle.dumps(twin.__getstate__()["_compiled"])
+    before, original = copies(twin), copies(module)
+    fitted(twin, [random_batch(8, seed=1)])
+    assert not torch.equal(before[0], copies(twin)[0])
+    assert all(torch.equal(one, other) for one, other in zip(original, copies(module), strict=True))
+
+
+def test_it_compiles_anew_for_another_fit_in_another_thread() -> None:
+    """PyTorch keeps the compiler's settings for each thread."""
+    module = small(DQN, CARTPOLE, compile_updates=True)
+    fitted(module, [random_batch(8)])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fitted, module, [random_batch(8)], precision="bf16-mixed").result()
+
+
+def test_float16_whose_gradients_are_scaled_is_refused_in_every_fit() -> None:
+    module = small(DQN, CARTPOLE, compile_updates=True)
+    for _ in range(2):
+        trainer = quiet_trainer(max_epochs=1)
+        trainer.strategy.precision_plugin.scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
+        with pytest.raises(ConfigurationError, match="not in 16-mixed"):
+            trainer.fit(module, Batches([random_batch(8)]))
+        fitted(module, [random_batch(8)])
 
 
 def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    module = DQN(CARTPOLE, **SMALL, compile_updates=True)
-    with pytest.raises(ConfigurationError, match=r"needs a C\+\+ compiler.*InvalidCxxCompiler"):
-        quiet_trainer(max_epochs=1).fit(module, Batches([random_batch(8)]))
+    refused = pytest.raises(ConfigurationError, match=r"No working C\+\+ compiler .*Debian's g\+\+")
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}), refused:
+        fitted(small(DQN, CARTPOLE, compile_updates=True), [random_batch(8)])
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *.cpp*) echo "x.cpp:1: fatal error: Python.h: No such file" >&2; exit 1;; esac\n'
+        'exec /usr/bin/g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    refused = pytest.raises(ConfigurationError, match=r"Python\.h: No such file .*Debian's g\+\+")
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}), refused:
+        fitted(small(DQN, CARTPOLE, compile_updates=True), [random_batch(8)])
+
+
+def test_a_missing_compiler_is_found_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigurationError, match="there is no no-such-compiler on this machine"):
+        find_compiler()
 
 
 def test_nothing_is_found_ahead_for_a_compiled_update() -> None:
     batch = random_batch(2, 8)
-    assert DQN(CARTPOLE, **SMALL, compile_updates=True).look_ahead(batch) is batch
+    assert small(DQN, CARTPOLE, compile_updates=True).look_ahead(batch) is batch

@@ -268,7 +268,7 @@ def test_the_combination_has_all_five_ideas() -> None:
     assert module.rollout_spec().n_steps == 4
     assert module.experience_spec().table.priority_exponent == 0.6
     assert type(module).td_error is DoubleDQN.td_error
-    assert type(module).loss is PERDQN.loss
+    assert type(module).prepared is PERDQN.prepared
     assert {"noise", "beta_start", "n_steps", "gamma"} <= set(type(module).hyperparameter_types())
     assert type(module).hyperparameter_types()["n_steps"].default == 4
 

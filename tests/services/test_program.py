@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from replay.server import Counters
+from replay.types import ConfigurationError
 from services.config import resolve
 from services.program import Program, plan
 
@@ -36,6 +37,27 @@ def test_every_driver_has_names_of_its_own() -> None:
     assert all(name.startswith("mine-") for name in names(one)), "for people"
     clients = pickle.loads(pickle.dumps(one._replay_client()))
     assert [clients._actor.name, clients._shards[1].name] == names(one)[1:], "who is told a name finds that very actor"
+
+
+@pytest.mark.parametrize(
+    ("precision", "environment", "text"),
+    [
+        ("16-mixed", {}, "not in 16-mixed"),
+        ("auto", {"CXX": "no-such-compiler"}, "there is no no-such-compiler on this machine"),
+        ("auto", {"CXX": "no-such-compiler", "RAY_ADDRESS": "elsewhere:6379"}, None),
+    ],
+)
+def test_updates_that_cannot_be_compiled_are_refused_before_anything_starts(
+    precision: str, environment: dict[str, str], text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config, _ = resolve("dqn", "CartPole-v1", overrides={"precision": precision, "compile_updates": True})
+    if text is None:
+        plan(config, "mine", Path("checkpoints"))
+    else:
+        with pytest.raises(ConfigurationError, match=text):
+            plan(config, "mine", Path("checkpoints"))
 
 
 @pytest.mark.ray

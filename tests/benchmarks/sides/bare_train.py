@@ -2,7 +2,7 @@
 
 The update runs in this process and the environments, with batched inference, in another, both at once, because cores
 may share what they compute with. Each goes no further than the other allows by the updates per step, so this is what a
-learner and a worker reach that send each other nothing.
+learner and a worker reach that send each other nothing. The update is compiled where ours is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ parsed = arguments("case")
 import torch  # noqa: E402
 
 from actors.environments import seeds_for, specify  # noqa: E402
-from learner.compilation import compile_gradients  # noqa: E402
+from learner.compilation import compile_backward  # noqa: E402
 from learner.optimization import clip_gradient  # noqa: E402
 from learner.training import choose_precision, keep_freed_memory, make_algorithm  # noqa: E402
 from replay.seeds import spawn_seed  # noqa: E402
@@ -67,21 +67,14 @@ def make_update(module: Any, work: Work, losses: list[float]) -> Any:
     batch = make_batch(module, work)
     optimizer = module.configure_optimizers()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients_of = compile_gradients(module.objective, parameters) if work.compiled else None
+    backward = compile_backward(module.objective, parameters) if work.compiled else None
 
     def update() -> None:
-        optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
-            if gradients_of is None:
-                loss = module.objective(batch)["loss"]
-            else:
-                gradients, found = gradients_of(batch)
-                loss = found["loss"]
-        if gradients_of is None:
+            loss = (backward or module.objective)(batch)["loss"]
+        if backward is None:
+            optimizer.zero_grad()
             loss.backward()
-        else:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
         if work.algorithm == "dqn":
             clip_gradient(parameters, 10.0)
         optimizer.step()
