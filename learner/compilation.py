@@ -47,7 +47,7 @@ def compile_backward(objective: Objective, parameters: Sequence[nn.Parameter]) -
         ConfigurationError: from the returned function, if PyTorch cannot compile on this machine.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # the compiler takes a second to import
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler, TritonMissing
+    from torch._inductor.exc import CppCompileError, GPUTooOldForTriton, InvalidCxxCompiler, TritonMissing
 
     on_gpu = parameters[0].is_cuda
     torch._dynamo.config.trace_autograd_ops = True  # or `autograd.grad` ends the program
@@ -72,9 +72,9 @@ def compile_backward(objective: Objective, parameters: Sequence[nn.Parameter]) -
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
             gradients, found = program(batch)
-        except (BackendCompilerFailed, TritonMissing) as error:
+        except (BackendCompilerFailed, GPUTooOldForTriton, TritonMissing) as error:
             cause = getattr(error, "inner_exception", error)
-            lines = str(cause).strip().splitlines()
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
             reason = next((line for line in lines if "error:" in line), lines[0])
             advice = f" {_ADVICE}" if isinstance(cause, CppCompileError | InvalidCxxCompiler) else ""
             raise ConfigurationError(

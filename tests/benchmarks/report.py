@@ -29,8 +29,8 @@ nothing.
 A figure counts as a ratio measured side by side: in each round ours and the other sides run in turn, every second round
 in the opposite order (ABBA), each a process of its own, with a warm-up before each window; the ratio is the median over
 the rounds, with the lowest and the highest. More than 1 means that Squall is better, also where less is better.
-Threads: each side's better of those it was tried with. `limit` is a bare loop of the same arithmetic, by hand, on the
-same machine. A pair whose sides did not do the same work (parameters, batch size, updates per step, items) is an error
+Threads: each side's better of those it was tried with. `limit` is a bare loop of the same arithmetic on the same
+machine. A pair whose sides did not do the same work (parameters, batch size, updates per step, items) is an error
 and no figure.
 """
 
