@@ -35,7 +35,7 @@ def find_compiler() -> None:
 def compile_backward(objective: Objective, parameters: Sequence[nn.Parameter]) -> Objective:
     """Return a function of a batch that leaves the loss's gradients in `parameters`, and returns what was found.
 
-    It is compiled at its first call, which takes 3 to 30 seconds; PyTorch keeps what it compiled on disk. Random
+    It is compiled at its first call, which takes 3 to 15 seconds; PyTorch keeps what it compiled on disk. Random
     numbers are drawn from another sequence than uncompiled, and results agree up to rounding.
 
     Args:

@@ -217,7 +217,8 @@ class Algorithm(pl.LightningModule):
 
     def minimize(self, loss: Tensor) -> None:
         """Make one counted optimizer step, with the learning rate and the longest gradient that are due."""
-        self.optimizers().zero_grad()  # type: ignore[union-attr]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
         self.manual_backward(loss)
         self.step_by_gradients()
 

@@ -106,12 +106,6 @@ def test_it_is_compiled_once(kind: type[OffPolicyAlgorithm]) -> None:
     assert counted == [1] * 6
 
 
-def test_many_modules_of_a_process_do_not_use_up_each_others_compilations() -> None:
-    kept = [small(DQN, CARTPOLE, compile_updates=True) for _ in range(torch._dynamo.config.recompile_limit + 1)]
-    for module in kept:
-        fitted(module, [random_batch(8)])
-
-
 @pytest.mark.parametrize("learn_alpha", [True, False])
 def test_soft_actor_critic_compiled_moves_what_it_trains(learn_alpha: bool) -> None:
     module = small(SAC, PENDULUM, compile_updates=True, learn_alpha=learn_alpha)
@@ -233,6 +227,15 @@ def test_float16_whose_gradients_are_scaled_is_refused_in_every_fit() -> None:
         with pytest.raises(ConfigurationError, match="not in 16-mixed"):
             trainer.fit(module, Batches([random_batch(8)]))
         fitted(module, [random_batch(8)])
+
+
+def test_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients that no `backward` made would not be averaged over them."""
+    module = small(DQN, CARTPOLE, compile_updates=True)
+    trainer = quiet_trainer(max_epochs=1)
+    monkeypatch.setattr(type(trainer), "world_size", 2)
+    with pytest.raises(ConfigurationError, match="one device, not on 2"):
+        trainer.fit(module, Batches([random_batch(8)]))
 
 
 def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
