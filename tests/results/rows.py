@@ -159,7 +159,17 @@ ROWS = (
     _A2C,
     *(_with_actors(row, actors) for row in (_DQN, _A2C) for actors in (1, 8)),
     *(
-        Row(f"{name}-acrobot", name, "Acrobot-v1", within, threshold=-100, quick=name == "a2c", plots=("acrobot",))
+        Row(
+            f"{name}-acrobot",
+            name,
+            "Acrobot-v1",
+            within,
+            threshold=-100,
+            # A policy of -85 plays episodes between -62 and -220: the mean of 20 is now and then below -100.
+            settings={"final_eval_episodes": 100},
+            quick=name == "a2c",
+            plots=("acrobot",),
+        )
         for name, within in (("dqn", 100_000), ("non-distributional-rainbow", 100_000), ("a2c", 500_000))
     ),
     Row(
