@@ -26,7 +26,14 @@ from actors.networks import ACTIVATIONS, VectorTorso
 from actors.policies import Policy, PolicySpec
 from actors.rollout import RolloutSpec
 from learner.experience import Experience, LocalExperience, RemoteExperience, TrajectoryBatch, TransitionBatch
-from learner.optimization import OPTIMIZERS, SCHEDULES, clip_gradient, make_optimizer, set_learning_rate
+from learner.optimization import (
+    OPTIMIZERS,
+    SCHEDULES,
+    clip_gradient,
+    forget_gradients,
+    make_optimizer,
+    set_learning_rate,
+)
 from learner.presets import load_preset
 from replay.seeds import integer_seed, spawn_seed
 from replay.server import ReplaySpec
@@ -218,7 +225,7 @@ class Algorithm(pl.LightningModule):
     def minimize(self, loss: Tensor) -> None:
         """Make one counted optimizer step, with the learning rate and the longest gradient that are due."""
         optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
+        forget_gradients(optimizer)
         self.manual_backward(loss)
         self.step_by_gradients()
 
@@ -267,7 +274,11 @@ class Algorithm(pl.LightningModule):
         return output
 
     def training_step(self, batch: TransitionBatch | TrajectoryBatch, _: int = 0) -> None:
-        """Make one update for each of the k batches in `batch`, as far as `max_steps` allows."""
+        """Make one update for each of the k batches in `batch`, as far as `max_steps` allows.
+
+        The last update's figures are logged as often as the Trainer's `log_every_n_steps` says, and once an epoch at
+        the least: Lightning's log takes half as long as a small network's update.
+        """
         logged: dict[str, Tensor] = {}
         if isinstance(self.experience, LocalExperience):
             self.env_steps = self.experience.env_steps
@@ -289,20 +300,30 @@ class Algorithm(pl.LightningModule):
                 hook(self.trainer, self)
 
     def _log(self, logged: dict[str, Tensor]) -> None:
-        rates = {f"train/{name}": value for name, value in logged.items()}
+        self.latest_metrics = {f"train/{name}": value for name, value in logged.items()}
         if isinstance(self.experience, LocalExperience):
             self.recent_returns.extend(episode.episode_return for episode in self.experience.episodes)
             self.experience.episodes.clear()
-            rate = self.policy_spec.exploration_rate(self.env_steps)
-            rates["step"] = torch.tensor(float(self.env_steps))
-            if self.mean_return is not None:
-                rates["rollout/ep_rew_mean"] = torch.tensor(float(self.mean_return))
-                self.log("return", self.mean_return, prog_bar=True, logger=False, batch_size=1)
-            if rate is not None:
-                rates["rollout/exploration_rate"] = torch.tensor(rate)
-        self.latest_metrics = rates
-        if not isinstance(self.experience, RemoteExperience):  # then the learner reports them, and nobody else listens
-            self.log_dict(rates, batch_size=1)
+        if isinstance(self.experience, RemoteExperience):
+            return  # the learner reports them, and nobody else listens
+        # The steps that the Trainer's logger takes, and the first of each epoch.
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        steps = self.trainer.fit_loop
+        if steps.batch_idx == 0 or (every and (steps.total_batch_idx + 1) % every == 0):
+            self.log_dict({**self.latest_metrics, **self._local_figures()}, batch_size=1)
+
+    def _local_figures(self) -> dict[str, Tensor]:
+        """Log the return where a progress bar shows it; return what else there is to log of experience made here."""
+        if not isinstance(self.experience, LocalExperience):
+            return {}
+        figures = {"step": torch.tensor(float(self.env_steps))}
+        rate, mean_return = self.policy_spec.exploration_rate(self.env_steps), self.mean_return
+        if mean_return is not None:
+            figures["rollout/ep_rew_mean"] = torch.tensor(float(mean_return))
+            self.log("return", mean_return, prog_bar=True, logger=False, batch_size=1)
+        if rate is not None:
+            figures["rollout/exploration_rate"] = torch.tensor(rate)
+        return figures
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch; uint8 observations stay uint8 until the network reads them."""

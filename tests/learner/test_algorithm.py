@@ -166,6 +166,32 @@ def test_logged_steps_are_environment_steps_and_returns_are_of_the_last_episodes
     assert list(module.recent_returns) == [15.0] * (module.env_steps // 3), "each episode once"
 
 
+def test_between_what_its_logger_takes_a_trainer_is_told_once_an_epoch() -> None:
+    log = Log()
+    module = small_dqn("SquallTally-v0", warm_start_size=4, batches_per_epoch=10)
+    seen: list[tuple[int, float]] = []
+
+    def look(trainer: Any, module: Any) -> None:
+        # Asked before this training step logs: what the last one that did was told.
+        seen.append((module.experience.env_steps, float(trainer.callback_metrics.get("step", -1.0))))
+
+    quiet_trainer(UpdateWatcher(look), logger=log, log_every_n_steps=7, max_steps=30).fit(module)
+    steps = [env_steps for env_steps, _ in seen]
+    assert [step for step, _ in log.rows] == [steps[6], steps[13], steps[20], steps[27]]
+    assert len({row["train/loss"] for _, row in log.rows}) == 4
+    told = [-1.0, *(float(steps[max(due for due in (0, 6, 10, 13, 20, 27) if due <= at)]) for at in range(29))]
+    assert [value for _, value in seen] == told
+
+
+def test_a_trainer_whose_logger_takes_nothing_is_told_once_an_epoch() -> None:
+    log = Log()
+    module = small_dqn("SquallTally-v0", warm_start_size=4, batches_per_epoch=10)
+    trainer = quiet_trainer(logger=log, log_every_n_steps=0, max_steps=15)
+    trainer.fit(module)
+    assert not log.rows
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
 @pytest.mark.parametrize("floor", [-21, -1.5])
 def test_before_the_first_episode_the_return_is_the_lowest_there_is(floor: float) -> None:
     log = Log()

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from actors.environments import seeds_for, specify  # noqa: E402
 from learner.compilation import compile_backward  # noqa: E402
-from learner.optimization import clip_gradient  # noqa: E402
+from learner.optimization import clip_gradient, forget_gradients  # noqa: E402
 from learner.training import choose_precision, keep_freed_memory, make_algorithm  # noqa: E402
 from replay.seeds import spawn_seed  # noqa: E402
 
@@ -73,7 +73,7 @@ def make_update(module: Any, work: Work, losses: list[float]) -> Any:
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
             loss = (backward or module.objective)(batch)["loss"]
         if backward is None:
-            optimizer.zero_grad()
+            forget_gradients(optimizer)
             loss.backward()
         if work.algorithm == "dqn":
             clip_gradient(parameters, 10.0)
