@@ -33,6 +33,8 @@ from services.grpc_server import (
 from services.home import open_home_store
 from services.store import RunIsNotLive, RunStore
 
+# What gRPC itself says of a connection that breaks, the second where it breaks while a message is on its way.
+_BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
 KNOWN_SECONDS = 1.0
 """How long an endpoint that was looked up is believed to be there."""
 _MOST_IDLE_CHANNELS = 64
@@ -118,7 +120,7 @@ class Endpoints:
                 raise ServesNothing(
                     f"the endpoint of run {run!r} wants another token than this gateway's: both take {TOKEN}"
                 ) from error
-            if error.code() is grpc.StatusCode.UNAVAILABLE and not names_itself(error):
+            if error.code() in _BROKEN and not names_itself(error):
                 self._known.pop((run, service), None)
                 raise NotReady(
                     f"the endpoint of run {run!r} at {address} does not answer; if it died it is being recreated"

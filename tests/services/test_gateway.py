@@ -114,7 +114,7 @@ def test_an_endpoint_that_wants_another_token_is_said_so(client: SquallClient, s
 
 
 class Echo(squall_pb2_grpc.ExperienceServicer, Service):
-    """Answers Open with its client's name, each Step with its number, and refuses Step 3."""
+    """Answers Open with its client's name, each Step with its number, refuses Step 3, and breaks off at Step 4."""
 
     name = "squall.v1.Experience"
 
@@ -129,6 +129,8 @@ class Echo(squall_pb2_grpc.ExperienceServicer, Service):
             async for request in requests:
                 if request.step.number == 3:
                     raise ConfigurationError("step 3 is one too many")
+                if request.step.number == 4:
+                    await context.abort(grpc.StatusCode.INTERNAL, "Internal error from Core")
                 if request.HasField("open"):
                     yield pb.PlayResponse(opened=pb.Opened(session=request.open.client))
                 else:
@@ -152,6 +154,8 @@ def test_a_session_is_passed_on_message_by_message(client: SquallClient, store: 
         assert [answer.action.number for answer in answers[1:]] == [2, 3]
         with pytest.raises(ConfigurationError, match="step 3 is one too many"), client.errors():
             list(stub.Play(iter([opening, step(3)]), timeout=30))
+        with pytest.raises(NotReady, match=r"the endpoint of run 'mine' at .* does not answer"), client.errors():
+            list(stub.Play(iter([opening, step(4)]), timeout=30))
         with pytest.raises(OutOfOrder, match="a session begins with Open"), client.errors():
             list(stub.Play(iter([step(1)]), timeout=30))
         with pytest.raises(OutOfOrder, match="a session begins with Open"), client.errors():
@@ -161,10 +165,10 @@ def test_a_session_is_passed_on_message_by_message(client: SquallClient, store: 
         # One who leaves without a word ends the session at the other end too.
         call = stub.Play(_then_wait(opening), timeout=30)
         assert next(call).opened.session == "a simulator"
-        assert echo.ended == 2
+        assert echo.ended == 3
         call.cancel()
         deadline = time.monotonic() + 30
-        while echo.ended < 3:
+        while echo.ended < 4:
             assert time.monotonic() < deadline, "the session goes on"
             time.sleep(0.01)
 
