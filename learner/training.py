@@ -7,6 +7,7 @@ after each training step and while it waits for data.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import queue
@@ -143,6 +144,7 @@ class Learner:
         Raises:
             ConfigurationError: the algorithm refuses its hyper-parameters.
         """
+        gc.freeze()  # what imports made is not looked through again while updates are made
         keep_freed_memory()
         # Threads that more than one of this process's threads asks for are more than there are cores, and OpenMP's
         # workers then sleep between kernels. So they are for `fit` alone, which Ray runs in a thread of its own.

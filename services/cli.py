@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -332,8 +333,12 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.ray_environment import settle
 
     settle()
+    from replay.imports import no_collections
     from replay.types import ConfigurationError
-    from services import runs
+
+    with no_collections():
+        from services import runs
+    gc.freeze()  # nor is it looked through while the run goes on
     from services.config import parse_assignment, resolve
     from services.display import render_summary
     from services.home import CONFIG
@@ -367,7 +372,10 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace, out: TextIO) -> int:
-    from services import runs
+    from replay.imports import no_collections
+
+    with no_collections():
+        from services import runs
     from services.display import render_summary
 
     figures = runs.evaluate(

@@ -78,6 +78,7 @@ class Coordinator:
         self._due: dict[str, float] = {}
         self._metrics_board = RunMetrics(program.run)
         self._state = "starting"
+        self._evaluator_started = False
         first = self.progress.generation * INCARNATIONS_A_GENERATION
         self.weights = Process("weights", 0, lambda _: program.start_weight_store(), first_incarnation=first)
         self.replay = ReplayGroup(
@@ -132,7 +133,7 @@ class Coordinator:
         self._begun = time.monotonic()
         try:
             for process in self.processes:
-                if process not in self.crew.joining:
+                if process not in (*self.crew.joining, self.evaluator):
                     process.start()
             self._watch_over()
             self._count_seconds()
@@ -171,16 +172,19 @@ class Coordinator:
                 self._look_whether_all_are_up(end)
 
     def _look_whether_all_are_up(self, end: float) -> None:
-        """Begin to run once all processes are up; of the workers one is enough, if the cluster lacks room for more."""
+        """Begin to run once all that learning takes is up.
+
+        Of the workers one is enough, if the cluster lacks room for more. The evaluator starts later.
+        """
         pending = [process for process in self.crew.workers if process.pending]
         if len(pending) == len(self.crew.workers):
             pending = []
-        silent = [process for process in self.processes if process.report is None and process not in pending]
+        silent = [p for p in self.processes if p.report is None and p not in (*pending, self.evaluator)]
         if not silent:
             self._state = "running"
             count = len(self.crew.workers)
             some = f"{count - len(pending)} of {count} workers are up: {pending[0].pending}" if pending else ""
-            self.watcher.event("running", some or "all processes are up")
+            self.watcher.event("running", some or "all are at work")
             for endpoint in self.reception.told() or ():
                 self.watcher.event("serve", f"serves over gRPC on {endpoint['address']}")
         elif time.monotonic() > end:
@@ -190,8 +194,10 @@ class Coordinator:
     def _tick(self) -> None:
         time.sleep(TICK_SECONDS)
         self._obey()
-        self.staffing.start_some()
+        self.staffing.start_some(learner_is_up=self.learner.report is not None)
         self._poll(self.processes)
+        if self.learner.report is not None:
+            self._start_evaluator()
         for process, word in self.crew.see_off():
             self.watcher.event("scale", f"{process.name} {word}")
             self.replay.take_back(process)
@@ -202,6 +208,12 @@ class Coordinator:
         if self._state == "running":
             self.staffing.size(self.figures.learner)
         self.scoring.tick()
+
+    def _start_evaluator(self) -> None:
+        """Start the evaluator unless it was: after the learner, whose start on few cores would take longer with it."""
+        if not self._evaluator_started:
+            self._evaluator_started = True
+            self.evaluator.start()
 
     # Commands.
 

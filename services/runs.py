@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,18 @@ class _RunWatcher(Watcher):
     """Passes word on to the store, the display and TensorBoard, and commands back from the store."""
 
     def __init__(self, run: str, folder: Path, writer: BufferedWriter, display: Display, signals: StopSignals) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._run, self._writer, self._display, self._signals = run, writer, display, signals
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._folder = folder
         self._state = "starting"
         self._next_look = 0.0
         self._taken = 0
         self._last: dict[str, Any] = {"run": run, "state": "starting", "processes": []}
+
+    @cached_property
+    def _board(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # a quarter of a second, which the start does not wait for
+
+        return SummaryWriter(str(self._folder / "tensorboard"))
 
     @contextmanager
     def still_alive(self) -> Iterator[None]:
@@ -114,7 +118,8 @@ class _RunWatcher(Watcher):
         self._writer.acknowledge(command.id, result)
 
     def close(self) -> None:
-        self._board.close()
+        if "_board" in vars(self):
+            self._board.close()
 
 
 def check(config: RunConfig) -> None:

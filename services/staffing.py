@@ -55,12 +55,16 @@ class Staffing:
         self.crew.scale(wanted)
         self._watcher.event("scale", f"scaled from {before} to {wanted} workers{why and ': '}{why}")
 
-    def start_some(self) -> None:
-        """Start a few of the workers who are yet to be started."""
+    def start_some(self, *, learner_is_up: bool) -> None:
+        """Start a few of the workers who are yet to be started; until the learner is up one CPU is left to its start.
+
+        That is the longest of all starts, and waits for the workers' on a machine of few cores.
+        """
         # Those that keep a CPU have places that Ray counts; of the others each start takes one from those at work.
         if self.crew.joining:
-            most = MOST_ACTORS if self._program.cpus_per_actor else max(LEAST_STARTING, cluster_cpus())
-            self.crew.start_some(most)
+            cpus = cluster_cpus()
+            most = max(LEAST_STARTING, cpus) if learner_is_up else max(1, cpus - 1)
+            self.crew.start_some(MOST_ACTORS if self._program.cpus_per_actor else most)
 
     def size(self, learner: Any) -> None:
         """With `--actors auto`, have as many workers as the learner, whose report this is, needs."""

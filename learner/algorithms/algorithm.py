@@ -276,8 +276,8 @@ class Algorithm(pl.LightningModule):
     def training_step(self, batch: TransitionBatch | TrajectoryBatch, _: int = 0) -> None:
         """Make one update for each of the k batches in `batch`, as far as `max_steps` allows.
 
-        The last update's figures are logged as often as the Trainer's `log_every_n_steps` says, and once an epoch at
-        the least: Lightning's log takes half as long as a small network's update.
+        The last update's figures are logged as often as the Trainer's `log_every_n_steps` says, and at both ends of an
+        epoch and at the fit's: Lightning's log takes half as long as a small network's update.
         """
         logged: dict[str, Tensor] = {}
         if isinstance(self.experience, LocalExperience):
@@ -306,11 +306,17 @@ class Algorithm(pl.LightningModule):
             self.experience.episodes.clear()
         if isinstance(self.experience, RemoteExperience):
             return  # the learner reports them, and nobody else listens
-        # The steps that the Trainer's logger takes, and the first of each epoch.
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        steps = self.trainer.fit_loop
-        if steps.batch_idx == 0 or (every and (steps.total_batch_idx + 1) % every == 0):
+        if self._log_is_due:
             self.log_dict({**self.latest_metrics, **self._local_figures()}, batch_size=1)
+
+    @property
+    def _log_is_due(self) -> bool:
+        """Whether the Trainer's logger takes this training step's figures, or somebody may look at them after it."""
+        trainer, steps = self.trainer, self.trainer.fit_loop
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        taken = every > 0 and (steps.total_batch_idx + 1) % every == 0
+        ends = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+        return taken or ends or steps.batch_idx == 0
 
     def _local_figures(self) -> dict[str, Tensor]:
         """Log the return where a progress bar shows it; return what else there is to log of experience made here."""

@@ -166,7 +166,7 @@ def test_logged_steps_are_environment_steps_and_returns_are_of_the_last_episodes
     assert list(module.recent_returns) == [15.0] * (module.env_steps // 3), "each episode once"
 
 
-def test_between_what_its_logger_takes_a_trainer_is_told_once_an_epoch() -> None:
+def test_between_what_its_logger_takes_a_trainer_is_told_at_an_epochs_ends() -> None:
     log = Log()
     module = small_dqn("SquallTally-v0", warm_start_size=4, batches_per_epoch=10)
     seen: list[tuple[int, float]] = []
@@ -175,21 +175,47 @@ def test_between_what_its_logger_takes_a_trainer_is_told_once_an_epoch() -> None
         # Asked before this training step logs: what the last one that did was told.
         seen.append((module.experience.env_steps, float(trainer.callback_metrics.get("step", -1.0))))
 
-    quiet_trainer(UpdateWatcher(look), logger=log, log_every_n_steps=7, max_steps=30).fit(module)
+    trainer = quiet_trainer(UpdateWatcher(look), logger=log, log_every_n_steps=7, max_steps=28)
+    trainer.fit(module)
     steps = [env_steps for env_steps, _ in seen]
     assert [step for step, _ in log.rows] == [steps[6], steps[13], steps[20], steps[27]]
     assert len({row["train/loss"] for _, row in log.rows}) == 4
-    told = [-1.0, *(float(steps[max(due for due in (0, 6, 10, 13, 20, 27) if due <= at)]) for at in range(29))]
+    told = [-1.0, *(float(steps[max(due for due in (0, 6, 9, 10, 13, 19, 20) if due <= at)]) for at in range(27))]
     assert [value for _, value in seen] == told
+    assert trainer.callback_metrics["step"] == module.env_steps
 
 
-def test_a_trainer_whose_logger_takes_nothing_is_told_once_an_epoch() -> None:
+def test_who_monitors_a_figure_finds_it_at_the_end_of_an_epoch_that_was_resumed(tmp_path: Path) -> None:
+    trainer = quiet_trainer(max_steps=5)
+    trainer.fit(small_dqn("SquallTally-v0", warm_start_size=4, batches_per_epoch=10))
+    trainer.save_checkpoint(tmp_path / "middle.ckpt")
+    stopping = pl.callbacks.EarlyStopping("return", mode="max", stopping_threshold=10.0, check_on_train_epoch_end=True)
+    module = small_dqn("SquallTally-v0", warm_start_size=4, batches_per_epoch=10)
+    resumed = quiet_trainer(stopping, max_steps=1000)
+    resumed.fit(module, ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    assert resumed.global_step == 10
+    assert resumed.callback_metrics["step"] == module.env_steps
+
+
+def test_where_a_fit_is_stopped_the_last_figures_are_logged() -> None:
+    log = Log()
+    module = small_dqn("SquallTally-v0", warm_start_size=4, batches_per_epoch=100)
+
+    def stop(trainer: Any, module: Any) -> None:
+        trainer.should_stop = trainer.global_step == 17
+
+    quiet_trainer(UpdateWatcher(stop), logger=log, log_every_n_steps=5).fit(module)
+    assert len(log.rows) == 4
+    assert log.rows[-1][0] == module.env_steps
+
+
+def test_a_trainer_whose_logger_takes_nothing_is_told_at_the_end() -> None:
     log = Log()
     module = small_dqn("SquallTally-v0", warm_start_size=4, batches_per_epoch=10)
     trainer = quiet_trainer(logger=log, log_every_n_steps=0, max_steps=15)
     trainer.fit(module)
     assert not log.rows
-    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    assert trainer.callback_metrics["step"] == module.env_steps
 
 
 @pytest.mark.parametrize("floor", [-21, -1.5])

@@ -136,5 +136,56 @@ def test_workers_start_a_few_a_tick(watched: Coordinator, monkeypatch: pytest.Mo
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     watched.staffing.scale_as_told(20)
     for left in (16, 12, 8, 4, 0, 0):
-        watched.staffing.start_some()
+        watched.staffing.start_some(learner_is_up=True)
         assert len(watched.crew.joining) == left
+
+
+@pytest.mark.parametrize(("cpus", "at_once"), [(1.0, 1), (2.0, 1), (4.0, 3), (64.0, 4)])
+def test_until_the_learner_is_up_workers_leave_it_a_cpu(
+    watched: Coordinator, monkeypatch: pytest.MonkeyPatch, cpus: float, at_once: int
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus})
+    monkeypatch.setattr(Process, "start", lambda self, pause=0.0: setattr(self, "handle", Actor([], self.name)))
+    watched.staffing.scale_as_told(8)
+
+    def started() -> int:
+        watched.staffing.start_some(learner_is_up=False)
+        return 8 - len(watched.crew.joining)
+
+    assert started() == at_once
+    if cpus < 64.0:
+        assert started() == at_once, "the next starts when one is up"
+        watched.crew.workers[0].report = object()
+        assert started() == at_once + 1
+
+
+def test_the_evaluator_starts_once_the_learner_is_up_and_holds_nothing_up(
+    watched: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    told: list[bool] = []
+    monkeypatch.setattr(Process, "start", lambda self, pause=0.0: started.append(self.name))
+    for unasked in ("_obey", "_poll", "_read_replay", "_every"):
+        monkeypatch.setattr(watched, unasked, lambda *_: None)
+    monkeypatch.setattr(watched.staffing, "start_some", lambda *, learner_is_up: told.append(learner_is_up))
+    monkeypatch.setattr(watched.scoring, "finish", lambda tick: started.append("scored"))
+
+    def watch_over() -> None:
+        assert {"learner", "weights"} < set(started)
+        watched._tick()
+        assert "evaluator" not in started
+        watched.learner.report = SimpleNamespace(waiting_for=None)
+        watched._tick()
+        watched._tick()
+        assert told == [False, True, True]
+        for process in watched.processes:
+            process.report = None if process is watched.evaluator else watched.learner.report
+        watched._look_whether_all_are_up(0.0)
+        assert watched._state == "running"
+        watched.learner.done = True
+
+    monkeypatch.setattr(watched, "_watch_over", watch_over)
+    monkeypatch.setattr(watched.reception, "told", lambda: [])
+    watched.run()
+    assert started[-2:] == ["evaluator", "scored"]
+    assert started.count("evaluator") == 1

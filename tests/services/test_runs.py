@@ -418,7 +418,7 @@ def test_an_interrupt_while_starting_is_obeyed(start: Start) -> None:
         time.sleep(0.05)
     store.close()
     run.process.send_signal(signal.SIGINT)
-    run.process.wait(30)
+    run.process.wait(60)
     assert run.process.returncode != 0
     assert run.leftovers() == []
     assert run.status()["state"] in ("finished", "failed")
