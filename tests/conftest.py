@@ -1,7 +1,8 @@
-"""A local Ray, started once, for the tests that are marked `ray`."""
+"""A local Ray, started once, for the tests that are marked `ray`; and an interrupt that interrupts."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import ray
 from replay.remote import NAMESPACE
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# What a shell starts in the background ignores this signal, and so would the runs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
