@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 
@@ -10,7 +11,7 @@ from replay.imports import no_collections
 
 
 @pytest.fixture
-def collections() -> list[int]:
+def collections() -> Iterator[list[int]]:
     """Generations that are collected while a test runs."""
     seen: list[int] = []
 
@@ -19,7 +20,7 @@ def collections() -> list[int]:
             seen.append(info["generation"])
 
     gc.callbacks.append(note)
-    yield seen  # type: ignore[misc]
+    yield seen
     gc.callbacks.remove(note)
 
 
