@@ -31,7 +31,8 @@ class Desk:
     def accept(self, push: Push) -> None:
         """Remember that a push was accepted, and the episodes and returns in it."""
         self.returns = self.returns.merged(push.returns)
-        self._last[push.worker] = (push.incarnation, push.sequence)
+        # One of two shards may tell late of the first of two pushes.
+        self._last[push.worker] = max((push.incarnation, push.sequence), self._last.get(push.worker, (-1, -1)))
         self._episodes.extend(push.episodes)
 
     def drain_episodes(self) -> tuple[EpisodeResult, ...]:

@@ -230,6 +230,65 @@ def test_a_push_counts_once_whatever_is_said_twice() -> None:
     assert whole.desk.drain_episodes() == ()
 
 
+class Slow:
+    """Stands between shards and their desk, and keeps what they say until it is asked to pass it on."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[object, ...]] = []
+
+    def settle(self, *word: object) -> None:
+        self.kept.append(word)
+
+
+def slowed(spec: ReplaySpec) -> tuple[Whole, list[Slow]]:
+    """Two shards of whose pushes the desk hears late."""
+    whole, slow = Whole(spec, 2), [Slow(), Slow()]
+    for table, between in zip(whole.tables, slow, strict=True):
+        table._to = between
+    return whole, slow
+
+
+def test_the_word_of_a_push_may_be_overtaken_by_that_of_the_next_from_another_shard() -> None:
+    whole, slow = slowed(SPEC)
+    for number, shard in enumerate((0, 1, 0)):
+        episodes, returns = (EpisodeResult(float(number), 8),), Moments.of(np.full(8, float(number)))
+        assert whole.insert(whole.push(episodes=episodes, returns=returns), shard) is None
+    assert whole.desk.stats().counters.env_steps == 16
+    for word in (slow[1].kept[0], *slow[0].kept, slow[1].kept[0]):
+        whole.settle(*word)
+    stats = whole.desk.stats()
+    assert stats.counters == Counters(env_steps=24, counted_inserts=8)
+    assert stats.repeated_pushes == 1
+    assert whole.desk.admit(0, 0, 2, 8).repeated
+    assert whole.desk._desk.returns.count == 24
+    assert sorted(episode.episode_return for episode in whole.desk.drain_episodes()) == [0.0, 1.0, 2.0]
+
+
+def test_a_push_of_which_no_word_came_counts_when_its_worker_asks_to_send_the_next() -> None:
+    whole, slow = slowed(replace(SPEC, **FREE))  # type: ignore[arg-type]
+    for shard in (0, 1):
+        assert whole.insert(whole.push(), shard) is None
+    whole.settle(*slow[0].kept[0])
+    whole.desk.lost(1, 0)  # with the word of the second push
+    assert whole.desk.stats().counters.env_steps == 8
+    assert whole.insert(whole.push(), 0) is None
+    assert whole.desk.stats().counters.env_steps == 16
+    whole.settle(*slow[0].kept[1])
+    assert whole.desk.stats().counters.env_steps == 24
+    # Another incarnation of the worker says nothing of what the one before it sent.
+    assert whole.desk.admit(0, 0, 3, 8).wait is None
+    assert whole.desk.admit(0, 1, 0, 8).wait is None
+    assert whole.desk.stats().counters.env_steps == 24
+
+
+def test_pushes_of_which_no_word_came_yet_keep_to_the_limit() -> None:
+    whole, _ = slowed(SPEC)
+    for _ in range(2):
+        assert whole.insert(whole.push(), 0) is None
+    assert whole.desk.admit(0, 0, 2, 8).wait is None
+    assert "of 8 would leave 32 samples due" in (whole.desk.admit(1, 0, 0, 8).wait or "")
+
+
 def test_what_a_dead_worker_was_admitted_with_is_given_back() -> None:
     whole = Whole(SPEC)
     for _ in range(2):

@@ -243,8 +243,8 @@ def test_no_step_is_lost_or_counted_twice_from_2_workers_to_5_to_1_with_a_shard_
     sent = [int(steps.removesuffix(" steps").replace(",", "")) for _, steps in left]
     assert min(sent) > 0
     total = sum(sent) + next(p["steps_sent"] for p in status["processes"] if p["name"] == "worker-0")
-    # The last worker may not have heard of its last push.
-    assert total <= summary["env_steps"] <= total + 2 * 16, (status["processes"], status["events"])
+    # The last worker may not have heard of its last push, 16 rows of 4 environments.
+    assert total <= summary["env_steps"] <= total + 4 * 16, [event["text"] for event in status["events"]]
     assert run.leftovers() == []
 
 
