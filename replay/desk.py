@@ -9,6 +9,7 @@ from replay.types import EpisodeResult, Moments, Push
 
 _WAITING_EXPIRES = 5.0
 _MOST_EPISODES_KEPT = 10_000
+_MOST_PUSHES_KEPT = 64
 
 
 class Desk:
@@ -19,6 +20,7 @@ class Desk:
         self.repeated_pushes = 0
         self.returns = Moments()
         self._last: dict[int, tuple[int, int]] = {}
+        self._accepted: dict[int, deque[tuple[int, int]]] = {}
         self._episodes: deque[EpisodeResult] = deque(maxlen=_MOST_EPISODES_KEPT)
         self._waiting: dict[str, tuple[float, str]] = {}
 
@@ -28,11 +30,22 @@ class Desk:
         self.repeated_pushes += seen
         return seen
 
+    def has_accepted(self, push: Push) -> bool:
+        """Return whether this very push was accepted before, or one too old to be remembered; count it if so.
+
+        For a caller who hears of pushes in an order that is not that of their worker.
+        """
+        which, accepted = (push.incarnation, push.sequence), self._accepted.get(push.worker, ())
+        repeated = which in accepted or (len(accepted) == _MOST_PUSHES_KEPT and which < min(accepted))
+        self.repeated_pushes += repeated
+        return repeated
+
     def accept(self, push: Push) -> None:
         """Remember that a push was accepted, and the episodes and returns in it."""
         self.returns = self.returns.merged(push.returns)
-        # One of two shards may tell late of the first of two pushes.
-        self._last[push.worker] = max((push.incarnation, push.sequence), self._last.get(push.worker, (-1, -1)))
+        which = push.incarnation, push.sequence
+        self._accepted.setdefault(push.worker, deque(maxlen=_MOST_PUSHES_KEPT)).append(which)
+        self._last[push.worker] = max(which, self._last.get(push.worker, which))
         self._episodes.extend(push.episodes)
 
     def drain_episodes(self) -> tuple[EpisodeResult, ...]:

@@ -5,10 +5,9 @@
 
 The desk holds the rate limiter, the totals, the highest priority and the random numbers, but no experience. It
 answers a sample with places in the whole replay's mass, shard laid beside shard; so a draw is that of one table,
-whatever each shard holds. A push counts when the shard that took it says so, or when its worker asks to send the
-next, whichever comes first: the words of two shards may overtake each other, and a word may die with its shard.
-Until then its steps are set aside: workers that are admitted at once cannot together insert more than the limiter
-allows.
+whatever each shard holds. A push counts when the shard that took it says so; the words of two shards about two pushes
+of one worker may overtake each other. Until then its steps are set aside: workers that are admitted at once cannot
+together insert more than the limiter allows.
 
 When a shard dies the desk draws from the others. Only if these hold less than what the limiter takes for granted
 does it begin anew, and owes nothing for what was lost.
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -34,7 +32,6 @@ from replay.table import TransitionTable
 from replay.types import AdmitReply, Array, Batch, Draw, EpisodeResult, Holding, Places, PlacesReply, Push
 
 _NO_WORD = "word from every shard of the replay"
-_MOST_WORDS_AWAITED = 16  # of one worker's pushes that count already; a shard that died with a word never says it
 
 
 class ReplayDesk:
@@ -76,7 +73,6 @@ class ReplayDesk:
         self._held: dict[int, Holding] = {}
         self._lost: dict[int, int] = {}
         self._admitted: dict[int, tuple[int, int, int]] = {}
-        self._awaited: dict[int, deque[tuple[int, int]]] = {}
         self._gone: dict[int, int] = {}
         self._gone_from = (0, -1)
         self._heard_all = False
@@ -110,7 +106,6 @@ class ReplayDesk:
             ValueError: the push is larger than the largest there should be, so it might wait for ever.
         """
         caller, push = f"worker-{worker}", (incarnation, sequence, steps)
-        self._count_the_one_before(worker, incarnation, sequence)
         if self._has_enough():
             return self._reply(caller, finished=True)
         if self._is_gone(worker, incarnation) or self._desk.has_seen(Push(worker, incarnation, sequence)):
@@ -124,14 +119,6 @@ class ReplayDesk:
             return self._reply(caller, wait=wait)
         self._admitted[worker] = push
         return self._reply(caller, shards=tuple(sorted(self._held)), highest_priority=self._highest_priority)
-
-    def _count_the_one_before(self, worker: int, incarnation: int, sequence: int) -> None:
-        """Count the push before this one if no shard told of it yet; its worker has an answer, or would not ask."""
-        before = self._admitted.get(worker)
-        if before is not None and before[0] == incarnation and before[1] < sequence:
-            del self._admitted[worker]
-            self._limiter.record_insert(before[2])
-            self._awaited.setdefault(worker, deque(maxlen=_MOST_WORDS_AWAITED)).append(before[:2])
 
     def _insert_waits_for(self, worker: int, steps: int) -> str | None:
         if not self._heard_all:
@@ -173,10 +160,7 @@ class ReplayDesk:
             admitted = self._admitted.get(push.worker)
             if admitted is not None and admitted[:2] <= (push.incarnation, push.sequence):
                 del self._admitted[push.worker]
-            if self._is_awaited(push):
-                steps = 0  # they count already
-                self._desk.accept(push)
-            elif self._desk.has_seen(push):
+            if self._desk.has_accepted(push):
                 steps = 0  # another shard has it too
             else:
                 self._desk.accept(push)
@@ -186,16 +170,6 @@ class ReplayDesk:
             self._carried = replace(self._carried, env_steps=self._carried.env_steps + steps)
         else:
             self._limiter.record_insert(steps)
-
-    def _is_awaited(self, push: Push) -> bool:
-        """Return, once, whether this is the word of a push that counts already."""
-        awaited, which = self._awaited.get(push.worker, ()), (push.incarnation, push.sequence)
-        if which not in awaited:
-            return False
-        self._awaited[push.worker].remove(which)
-        if not self._awaited[push.worker]:
-            del self._awaited[push.worker]
-        return True
 
     def _steps_since_its_last_word(self, shard: int, holding: Holding) -> int:
         which = shard, holding.incarnation

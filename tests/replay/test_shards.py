@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError
 
+from replay.desk import Desk
 from replay.server import Counters, ReplaySpec
 from replay.sharded_client import ShardedReplayClient, Teller, assemble
 from replay.shards import ReplayDesk, ReplayShard, add_up
@@ -231,7 +233,7 @@ def test_a_push_counts_once_whatever_is_said_twice() -> None:
 
 
 class Slow:
-    """Stands between shards and their desk, and keeps what they say until it is asked to pass it on."""
+    """Stands between shards and their desk, and keeps what they say until it is passed on."""
 
     def __init__(self) -> None:
         self.kept: list[tuple[object, ...]] = []
@@ -240,53 +242,54 @@ class Slow:
         self.kept.append(word)
 
 
-def slowed(spec: ReplaySpec) -> tuple[Whole, list[Slow]]:
-    """Two shards of whose pushes the desk hears late."""
-    whole, slow = Whole(spec, 2), [Slow(), Slow()]
+def slowed() -> tuple[Whole, list[Slow]]:
+    """Three shards that say nothing to the desk themselves."""
+    whole, slow = Whole(SPEC), [Slow(), Slow(), Slow()]
     for table, between in zip(whole.tables, slow, strict=True):
         table._to = between
     return whole, slow
 
 
-def test_the_word_of_a_push_may_be_overtaken_by_that_of_the_next_from_another_shard() -> None:
-    whole, slow = slowed(SPEC)
-    for number, shard in enumerate((0, 1, 0)):
-        episodes, returns = (EpisodeResult(float(number), 8),), Moments.of(np.full(8, float(number)))
-        assert whole.insert(whole.push(episodes=episodes, returns=returns), shard) is None
-    assert whole.desk.stats().counters.env_steps == 16
-    for word in (slow[1].kept[0], *slow[0].kept, slow[1].kept[0]):
-        whole.settle(*word)
+@pytest.mark.parametrize("desk_dies", [False, True])
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_the_words_of_shards_may_overtake_each_other(order: tuple[int, ...], desk_dies: bool) -> None:
+    whole, slow = slowed()
+    for number in range(3):
+        content = {"episodes": (EpisodeResult(float(number), 8),), "returns": Moments.of(np.full(8, float(number)))}
+        assert whole.insert(whole.push(**content), number) is None
+    if desk_dies:
+        told = whole.desk.stats()
+        whole.desk = ReplayDesk(SPEC, shards=3, run_seed=0, carried=told.counters, counted=told.counted)
+    for number in order:
+        for _ in range(2):  # a word that got no answer is said again
+            whole.settle(*slow[number].kept[0])
     stats = whole.desk.stats()
-    assert stats.counters == Counters(env_steps=24, counted_inserts=8)
-    assert stats.repeated_pushes == 1
+    assert stats.counters.env_steps == 24
+    assert stats.repeated_pushes == 3
     assert whole.desk.admit(0, 0, 2, 8).repeated
     assert whole.desk._desk.returns.count == 24
     assert sorted(episode.episode_return for episode in whole.desk.drain_episodes()) == [0.0, 1.0, 2.0]
 
 
-def test_a_push_of_which_no_word_came_counts_when_its_worker_asks_to_send_the_next() -> None:
-    whole, slow = slowed(replace(SPEC, **FREE))  # type: ignore[arg-type]
-    for shard in (0, 1):
-        assert whole.insert(whole.push(), shard) is None
+def test_the_word_of_a_senders_last_push_may_come_after_that_of_its_successors_first() -> None:
+    whole, slow = slowed()
+    assert whole.insert(whole.push(4), 0) is None
+    successor = Push(0, 1, 0, (make_segment(LAYOUT, 8),), (EpisodeResult(3.0, 8),))
+    assert whole.insert(successor, 1) is None
+    whole.settle(*slow[1].kept[0])
     whole.settle(*slow[0].kept[0])
-    whole.desk.lost(1, 0)  # with the word of the second push
-    assert whole.desk.stats().counters.env_steps == 8
-    assert whole.insert(whole.push(), 0) is None
-    assert whole.desk.stats().counters.env_steps == 16
-    whole.settle(*slow[0].kept[1])
-    assert whole.desk.stats().counters.env_steps == 24
-    # Another incarnation of the worker says nothing of what the one before it sent.
-    assert whole.desk.admit(0, 0, 3, 8).wait is None
-    assert whole.desk.admit(0, 1, 0, 8).wait is None
-    assert whole.desk.stats().counters.env_steps == 24
+    assert whole.desk.stats().counters.env_steps == 12
+    assert whole.desk.admit(0, 1, 0, 8).repeated
 
 
-def test_pushes_of_which_no_word_came_yet_keep_to_the_limit() -> None:
-    whole, _ = slowed(SPEC)
-    for _ in range(2):
-        assert whole.insert(whole.push(), 0) is None
-    assert whole.desk.admit(0, 0, 2, 8).wait is None
-    assert "of 8 would leave 32 samples due" in (whole.desk.admit(1, 0, 0, 8).wait or "")
+def test_of_a_long_silence_what_comes_too_late_to_be_told_from_a_repeat_does_not_count() -> None:
+    desk = Desk()
+    for sequence in range(1, 65):
+        assert not desk.has_accepted(Push(0, 0, sequence))
+        desk.accept(Push(0, 0, sequence))
+    assert [desk.has_accepted(Push(0, 0, sequence)) for sequence in (0, 1, 64, 65)] == [True, True, True, False]
+    assert not desk.has_accepted(Push(1, 0, 0))
+    assert desk.repeated_pushes == 3
 
 
 def test_what_a_dead_worker_was_admitted_with_is_given_back() -> None:
