@@ -9,7 +9,7 @@ from replay.types import EpisodeResult, Moments, Push
 
 _WAITING_EXPIRES = 5.0
 _MOST_EPISODES_KEPT = 10_000
-_MOST_PUSHES_KEPT = 64
+_MOST_PUSHES_KEPT = 64  # of each worker, by name
 
 
 class Desk:

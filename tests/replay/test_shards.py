@@ -260,9 +260,8 @@ def test_the_words_of_shards_may_overtake_each_other(order: tuple[int, ...], des
     if desk_dies:
         told = whole.desk.stats()
         whole.desk = ReplayDesk(SPEC, shards=3, run_seed=0, carried=told.counters, counted=told.counted)
-    for number in order:
-        for _ in range(2):  # a word that got no answer is said again
-            whole.settle(*slow[number].kept[0])
+    for number in (*order, *order):  # a word that got no answer is said again
+        whole.settle(*slow[number].kept[0])
     stats = whole.desk.stats()
     assert stats.counters.env_steps == 24
     assert stats.repeated_pushes == 3
