@@ -33,8 +33,8 @@ test-cluster: $(STAMP) ## drive docker-compose.yml on whatever Docker engine the
 		echo "skipped: no engine"; \
 	fi
 
-proto: $(STAMP) ## write the code beside services/squall.proto again
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. services/squall.proto
+proto: $(STAMP) ## write the code beside services/rpc/squall.proto again
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. services/rpc/squall.proto
 
 bench: $(STAMP) ## measure beside peers and write BENCHMARKS.md; hours; ONLY=per,lightning, ARGS=--quick
 	$(BIN)/python -m tests.benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)

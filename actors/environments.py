@@ -7,15 +7,13 @@ Gymnasium's NEXT_STEP autoreset: the row after an episode's end is a reset whose
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, SupportsFloat
+from typing import Any
 
 import ale_py
 import gymnasium as gym
@@ -24,20 +22,14 @@ from ale_py.vector_env import AtariVectorEnv
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from replay.types import Array, ConfigurationError, Layout, SquallError
+from actors.atari import RENDER_MODE, RenderedAtari, make_atari
+from actors.rebuilding import RebuildingEnv
+from replay.errors import ConfigurationError
+from replay.types import Array, Layout
 
 gym.register_envs(ale_py)
 
-ATARI_FRAME_SKIP = 4
-ATARI_STACK = 4
 LONGEST_EPISODE = 200_000
-_ATARI_FRAMES_PER_SECOND = 60
-_RENDER_MODE = "rgb_array"
-FAILURE = "squall_failure"  # in a step's info: what a lane failed with; a user's own keys may be called anything
-
-
-class EnvironmentFailed(SquallError):
-    """An environment that fails again and again; the text carries the last failure."""
 
 
 @dataclass(frozen=True)
@@ -246,11 +238,11 @@ def _make_vector(
     native = atari and "obs_type" not in arguments
     if rendered and not native:
         _check_render_modes(name, _make_vector(name, 1, arguments, search_path))
-        arguments = {**arguments, "render_mode": _RENDER_MODE}
+        arguments = {**arguments, "render_mode": RENDER_MODE}
     try:
         if native:
             kind = RenderedAtari if rendered else AtariVectorEnv
-            return _make_atari(kind, name, num_envs, {**spec.kwargs, **arguments})
+            return make_atari(kind, name, num_envs, {**spec.kwargs, **arguments})
         env: VectorEnv[Any, Any, Any]
         if spec.vector_entry_point is not None and not atari:
             env = gym.make_vec(spec, num_envs=num_envs, **arguments)
@@ -268,154 +260,12 @@ def _make_vector(
 def _check_render_modes(name: str, env: VectorEnv[Any, Any, Any]) -> None:
     modes = env.metadata.get("render_modes") or ()
     env.close()
-    if _RENDER_MODE not in modes:
+    if RENDER_MODE not in modes:
         has = f"its render modes are {', '.join(modes)}" if modes else "it has no render mode"
-        raise ConfigurationError(f"{name} cannot be recorded: a video needs render mode {_RENDER_MODE}, {has}")
+        raise ConfigurationError(f"{name} cannot be recorded: a video needs render mode {RENDER_MODE}, {has}")
 
 
-def _make_atari(kind: type[AtariVectorEnv], name: str, num_envs: int, arguments: Mapping[str, Any]) -> AtariVectorEnv:
-    """Make a native Atari vector: 84x84 grey, max-pool, skip 4, stack 4, no-op starts, fire reset, raw rewards."""
-    arguments = dict(arguments)
-    skip = arguments.pop("frameskip", 1)
-    if not isinstance(skip, int):
-        game = name.rpartition(":")[2].rpartition("-")[0]
-        raise ConfigurationError(
-            f"{name} draws its frame skip at random from {skip}; use {game}NoFrameskip-v4 or ALE/{game}-v5"
-        )
-    if not arguments.get("grayscale", True):
-        raise ConfigurationError(f"{name} is stacked in grey only: grayscale=False is not supported")
-    arguments = {"reward_clipping": False, "stack_num": ATARI_STACK, "num_threads": 1, **arguments}
-    return kind(num_envs=num_envs, frameskip=ATARI_FRAME_SKIP if skip == 1 else skip, **arguments)
-
-
-class RenderedAtari(AtariVectorEnv):
-    """A native Atari vector that renders, with the help of a twin whose observations are the screen itself.
-
-    The native vector keeps small grey frames only. The twin has the same seeds and gets the same actions; size,
-    colour and stack of an observation never reach the emulator, so both play the same game. Each row checks it.
-    """
-
-    def __init__(self, game: str, num_envs: int, *, frameskip: int, **arguments: Any) -> None:
-        """Make both."""
-        super().__init__(game=game, num_envs=num_envs, frameskip=frameskip, **arguments)
-        emulator, rom = ale_py.ALEInterface(), ale_py.roms.get_rom_path(game)
-        assert rom is not None
-        emulator.loadROM(rom)
-        height, width = emulator.getScreenDims()
-        screen = {"img_height": height, "img_width": width, "grayscale": False, "stack_num": 1}
-        self._twin = AtariVectorEnv(game=game, num_envs=num_envs, frameskip=frameskip, **{**arguments, **screen})
-        self._screens: Array = np.empty(0)
-        self.metadata = {
-            **self.metadata, "render_modes": [_RENDER_MODE], "render_fps": _ATARI_FRAMES_PER_SECOND / frameskip,
-        }  # fmt: skip
-
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset both; the first reset needs a seed."""
-        observation, info = super().reset(seed=seed, options=options)
-        screens, twins = self._twin.reset(seed=seed, options=options)
-        self._compare(screens, [*info.values()], [*twins.values()])
-        return observation, info
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step both."""
-        observation, reward, terminated, truncated, info = super().step(actions)
-        screens, *outcome, twins = self._twin.step(actions)
-        self._compare(screens, [reward, terminated, truncated, *info.values()], [*outcome, *twins.values()])
-        return observation, reward, terminated, truncated, info
-
-    def _compare(self, screens: Array, own: list[Any], twins: list[Any]) -> None:
-        if not all(np.array_equal(mine, other) for mine, other in zip(own, twins, strict=True)):
-            raise EnvironmentFailed("the emulator that renders plays another game than the one that is scored")
-        self._screens = screens[:, -1]
-
-    def render(self) -> tuple[Array, ...]:
-        """Return each lane's screen, `[height, width, 3]` uint8."""
-        return tuple(self._screens)
-
-    def close(self, **kwargs: Any) -> None:
-        """Close both."""
-        self._twin.close(**kwargs)
-        super().close(**kwargs)
-
-
-class RebuildingEnv(gym.Env[Any, Any]):
-    """One lane that is made anew when it raises, so that one failure does not end its neighbours' episodes.
-
-    The failing step comes back as a truncated one with `info[FAILURE]`; the caller drops the lane's unsent rows.
-    A failing reset is tried again and comes back with `info[FAILURE]` too.
-    """
-
-    most_failures = 5
-    within_steps = 1_000
-
-    def __init__(self, factory: Callable[[], gym.Env[Any, Any]]) -> None:
-        """Make the environment; a failure here is not caught."""
-        self._factory = factory
-        self._env = factory()
-        self._steps = 0
-        self._failures: deque[int] = deque(maxlen=self.most_failures)
-        self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
-        self.metadata, self.render_mode, self.spec = self._env.metadata, self._env.render_mode, self._env.spec
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset, on a rebuilt environment if need be.
-
-        Raises:
-            EnvironmentFailed: more than `most_failures` failures within `within_steps` steps.
-        """
-        if seed is not None:
-            super().reset(seed=seed)
-        failure: dict[str, Any] = {}
-        while True:
-            try:
-                observation, info = self._env.reset(seed=seed, options=options)
-                return observation, {**info, **failure}
-            except Exception as error:
-                failure = {FAILURE: f"{type(error).__name__}: {error}"}
-                seed = self._rebuild(error)
-
-    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Step; a failure rebuilds the environment and reads as a truncation.
-
-        Raises:
-            EnvironmentFailed: more than `most_failures` failures within `within_steps` steps.
-        """
-        self._steps += 1
-        try:
-            return self._env.step(action)
-        except Exception as error:
-            observation, _ = self.reset(seed=self._rebuild(error))
-            return observation, 0.0, False, True, {FAILURE: f"{type(error).__name__}: {error}"}
-
-    def _rebuild(self, error: Exception) -> int:
-        """Make the environment anew; return a seed for its first episode, drawn from this lane's own seed."""
-        if len(self._failures) == self.most_failures and self._steps - self._failures[0] < self.within_steps:
-            raise EnvironmentFailed(
-                f"the environment failed {self.most_failures + 1} times within {self.within_steps} steps, "
-                f"last with {type(error).__name__}: {error}"
-            ) from error
-        self._failures.append(self._steps)
-        with contextlib.suppress(Exception):
-            self._env.close()
-        try:
-            self._env = self._factory()
-        except Exception as again:
-            raise EnvironmentFailed(
-                f"the environment failed with {type(error).__name__}: {error}, and cannot be made anew: "
-                f"{type(again).__name__}: {again}"
-            ) from again
-        return int(self.np_random.integers(2**31))
-
-    def render(self) -> Any:
-        """Render the environment."""
-        return self._env.render()
-
-    def close(self) -> None:
-        """Close the environment."""
-        self._env.close()
-
-
-class OneLane(gym.Env[Any, Any]):
+class SingleEnvironment(gym.Env[Any, Any]):
     """One lane of the vector environment that workers step, as a single environment."""
 
     def __init__(self, spec: EnvironmentSpec, seed: int | None = None) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.environments import LONGEST_EPISODE, EnvironmentFailed
+from actors.environments import LONGEST_EPISODE
 from actors.policies import Policy, PolicySpec
-from actors.rollout import Lanes
+from actors.vector_runner import VectorRunner
 from actors.video import Video
 from actors.weights import Weights, unpack
+from replay.errors import ConfigurationError, EnvironmentFailed
 from replay.remote import actor_class
 from replay.seeds import spawn_seed
-from replay.types import ConfigurationError, EpisodeResult
+from replay.types import EpisodeResult
 
 _MOST_LANES = 8
 
@@ -73,7 +74,7 @@ def run_episodes(
     results: list[list[EpisodeResult]] = [[] for _ in range(width)]
     environment_seed, policy_seed = seed.spawn(2)
     policy.begin(policy_seed)
-    driver = Lanes(policy.spec.environment, width, environment_seed, rendered=video is not None)
+    driver = VectorRunner(policy.spec.environment, width, environment_seed, rendered=video is not None)
     try:
         driver.reset()
         if video is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.environments import EnvironmentSpec
-from replay.types import ConfigurationError
+from replay.errors import ConfigurationError
 
 
 class NatureCNN(nn.Module):

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 from actors.rollout import RolloutSpec, RolloutWorker
 from actors.segments import TrajectoryBuilder
+from replay.errors import DeadlineExceeded
+from replay.messages import InsertReply, PermitReply, Push
 from replay.remote import actor_class
-from replay.types import DeadlineExceeded, EpisodeResult, InsertReply, PermitReply, Push
+from replay.types import EpisodeResult
 
 _SECONDS_FOR_WEIGHTS = 300.0
 _SECONDS_BEFORE_ASKING_AGAIN = 0.02
@@ -55,11 +57,11 @@ class OnPolicyWorker(RolloutWorker):
         builder = TrajectoryBuilder(self.spec.num_envs, self.spec.gamma, rows=self.spec.trajectory_rows)
         builder.begin(self._lanes.reset())
         episodes: list[EpisodeResult] = []
-        while not self._outbox.finished and not self._stop.is_set():
+        while not self._sender.finished and not self._stop.is_set():
             if not builder.busy and not self._begin_units(builder):
                 continue
             asked_for = builder.holding
-            row = self._lanes.step(self._policy, step=self._outbox.env_steps)
+            row = self._lanes.step(self._policy, step=self._sender.env_steps)
             self._count(row)
             episodes += (r for lane, r in row.episodes if lane in asked_for or not self._whole_episodes)
             complete = builder.add(

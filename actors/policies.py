@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec
 from actors.networks import QNetwork, in_full_precision, make_torso
-from replay.types import Array, ConfigurationError
+from replay.errors import ConfigurationError
+from replay.types import Array
 
 
 @dataclass(frozen=True)

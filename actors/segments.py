@@ -1,4 +1,4 @@
-"""Lanes of steps -> segments (off-policy, n-step) and trajectories (on-policy).
+"""VectorRunner of steps -> segments (off-policy, n-step) and trajectories (on-policy).
 
 Both builders are fed one row of all lanes at a time, under NEXT_STEP autoreset: the row that ends an episode
 shows its final observation, the step taken from it is ignored by the environment and is no step, and the next
@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from actors.environments import LONGEST_EPISODE, EnvironmentFailed
-from replay.types import Array, Layout, Permit, Segment, Segments, Trajectory
+from actors.environments import LONGEST_EPISODE
+from replay.errors import EnvironmentFailed
+from replay.messages import Permit
+from replay.types import Array, Layout, Segment, Segments, Trajectory
 
 
 class SegmentBuilder:
@@ -163,12 +165,12 @@ class TrajectoryBuilder:
 
     @property
     def holding(self) -> set[int]:
-        """Lanes that hold a permit."""
+        """VectorRunner that hold a permit."""
         return {lane for lane in range(self.lanes) if self._permits[lane] is not None}
 
     @property
     def idle(self) -> list[int]:
-        """Lanes that hold no permit and could begin a trajectory with the next row.
+        """VectorRunner that hold no permit and could begin a trajectory with the next row.
 
         A whole episode begins at a reset, so while a lane is inside an episode it is not idle for one.
         """

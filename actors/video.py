@@ -1,7 +1,7 @@
 """Video: episodes of a vector environment's lanes, written to one H.264 mp4 file, one episode after the other.
 
-Lanes play at the same time, so every episode is encoded by itself as it happens, in memory; at the end the pieces are
-put into the file, lane after lane, without being encoded again.
+Lanes play at the same time, so each episode is encoded by itself, in memory, while it is played. At the end the
+episodes are put into the file, lane after lane, without being encoded again.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ from typing import Any, Final
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from actors.environments import EnvironmentFailed
-from replay.types import Array, ConfigurationError, SquallError
+from replay.errors import ConfigurationError, EnvironmentFailed, VideoFailed
+from replay.types import Array
 
 MOST_FRAMES = 20_000
 _BITS_A_FRAME = 100_000  # on average, at most: with MOST_FRAMES a file has at most about 250 MB
 _FRAMES_PER_SECOND = 30  # where an environment does not say
 _CODEC: Final = "libx264"
-
-
-class VideoFailed(SquallError):
-    """A video that could not be written to its end."""
 
 
 class Video:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from replay.errors import LayoutMismatch
 from replay.remote import RemoteActor, actor_class, is_ready
-from replay.types import Array, LayoutMismatch
+from replay.types import Array
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +44,7 @@ class Weights:
     data: Array
 
 
-def layout_hash(module: nn.Module) -> str:
+def parameters_hash(module: nn.Module) -> str:
     """Return the hash of the names, shapes and dtypes of a module's state."""
     rows = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in module.state_dict().items()]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
@@ -55,7 +56,7 @@ def pack(module: nn.Module, version: int) -> Weights:
 
     parts = [value.detach().cpu().contiguous().view(-1).view(torch.uint8) for value in module.state_dict().values()]
     data = torch.cat(parts).numpy() if parts else np.empty(0, np.uint8)
-    return Weights(version, layout_hash(module), data)
+    return Weights(version, parameters_hash(module), data)
 
 
 def unpack(weights: Weights, module: nn.Module) -> None:
@@ -66,9 +67,9 @@ def unpack(weights: Weights, module: nn.Module) -> None:
     """
     import torch
 
-    if weights.layout != layout_hash(module):
+    if weights.layout != parameters_hash(module):
         raise LayoutMismatch(
-            f"the weights (layout {weights.layout}) are not of this network (layout {layout_hash(module)})"
+            f"the weights (layout {weights.layout}) are not of this network (layout {parameters_hash(module)})"
         )
     offset = 0
     with torch.no_grad():

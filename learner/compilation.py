@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from learner.experience import TransitionBatch
-from replay.types import ConfigurationError
+from learner.batches import TransitionBatch
+from replay.errors import ConfigurationError
 
-Objective = Callable[[TransitionBatch], dict[str, Tensor]]
+LossFunction = Callable[[TransitionBatch], dict[str, Tensor]]
 NOT_SCALED = "compile_updates works in the precisions 32-true and bf16-mixed, not in 16-mixed"
 _ADVICE = "It needs a C++ compiler and Python's headers there, such as Debian's g++ and python3-dev."
 
@@ -32,14 +32,14 @@ def find_compiler() -> None:
         raise ConfigurationError(f"compile_updates: there is no {name} on this machine. {_ADVICE}")
 
 
-def compile_backward(objective: Objective, parameters: Sequence[nn.Parameter]) -> Objective:
+def compile_backward(losses: LossFunction, parameters: Sequence[nn.Parameter]) -> LossFunction:
     """Return a function of a batch that leaves the loss's gradients in `parameters`, and returns what was found.
 
     It is compiled at its first call, which takes 3 to 15 seconds; PyTorch keeps what it compiled on disk. Random
     numbers are drawn from another sequence than uncompiled, and results agree up to rounding.
 
     Args:
-        objective: returns tensors by name, among them `loss`, a scalar. It may read tensors, in the batch and in
+        losses: returns tensors by name, among them `loss`, a scalar. It may read tensors, in the batch and in
             modules, and must change nothing; a number that it reads is a reason to compile anew when it changes.
         parameters: the loss depends on each of them; they are on one device. What gradients they hold is lost.
 
@@ -55,13 +55,13 @@ def compile_backward(objective: Objective, parameters: Sequence[nn.Parameter]) -
         torch._inductor.config.compile_threads = 1  # a few kernels are not worth processes that stay behind
 
     def differentiate(batch: TransitionBatch) -> tuple[list[Tensor], dict[str, Tensor]]:
-        found = objective(batch)
+        results = losses(batch)
         # Fused optimizers read a gradient as its parameter lies; `backward` would see to that.
         gradients = [
             gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
-            for gradient, parameter in zip(torch.autograd.grad(found["loss"], parameters), parameters, strict=True)
+            for gradient, parameter in zip(torch.autograd.grad(results["loss"], parameters), parameters, strict=True)
         ]
-        return gradients, {name: tensor.detach() for name, tensor in found.items()}
+        return gradients, {name: tensor.detach() for name, tensor in results.items()}
 
     program = torch.compile(differentiate, fullgraph=True, mode="reduce-overhead" if on_gpu else "default")
 
@@ -71,7 +71,7 @@ def compile_backward(objective: Objective, parameters: Sequence[nn.Parameter]) -
                 parameter.grad = None
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
-            gradients, found = program(batch)
+            gradients, results = program(batch)
         except (BackendCompilerFailed, GPUTooOldForTriton, TritonMissing) as error:
             cause = getattr(error, "inner_exception", error)
             lines = str(cause).strip().splitlines() or [type(cause).__name__]
@@ -82,6 +82,6 @@ def compile_backward(objective: Objective, parameters: Sequence[nn.Parameter]) -
             ) from error
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        return {name: tensor.clone() for name, tensor in found.items()} if on_gpu else found
+        return {name: tensor.clone() for name, tensor in results.items()} if on_gpu else results
 
     return backward

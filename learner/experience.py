@@ -9,152 +9,25 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Generic, NamedTuple, TypeVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any, Generic
 
 from actors.policies import Policy
-from actors.rollout import RolloutSpec, Row
+from actors.rollout import RolloutSpec
 from actors.segments import SegmentBuilder, TrajectoryBuilder
+from actors.vector_runner import VectorStep
+from learner.batches import Item, TrajectoryBatch, TransitionBatch, pin
+from replay.client import ReplayClient, TrajectoryClient
+from replay.errors import StalePolicy
+from replay.messages import Permit
 from replay.seeds import spawn_seed
-from replay.server import ReplayClient, ReplaySpec
+from replay.server import ReplaySpec
 from replay.table import TransitionTable
-from replay.trajectory_server import QueueSpec, TrajectoryClient
-from replay.types import Array, Batch, EpisodeResult, Moments, Permit, SquallError, Trajectory
+from replay.trajectory_server import QueueSpec
+from replay.types import Array, EpisodeResult, Moments, Trajectory
 
 _SAMPLES_AHEAD = 1  # fetched; and one more is asked for
-
-Item = TypeVar("Item", "TransitionBatch", "TrajectoryBatch")
-
-
-class TransitionBatch(NamedTuple):
-    """A `Batch` as tensors, `[k, B, ...]` or `[B, ...]`; see there for the fields, which may share memory.
-
-    `next_values` `[k, B, A]` is None, or what a target network makes of the next observations: `Algorithm.look_ahead`
-    found it when that network had been copied `copies` times. `weight` `[B]` is what each transition counts in the
-    loss; None counts all alike.
-    """
-
-    observation: Tensor
-    action: Tensor
-    reward: Tensor
-    discount: Tensor
-    next_observation: Tensor
-    ids: Tensor
-    probability: Tensor
-    size: int
-    next_values: Tensor | None = None
-    copies: int = 0
-    weight: Tensor | None = None
-
-    @classmethod
-    def of(cls, batch: Batch) -> TransitionBatch:
-        """Turn a batch into tensors, and copy what is a view that pins the object store."""
-        return cls(
-            observation=_tensor(batch.observation),
-            action=_tensor(batch.action),
-            reward=_tensor(batch.reward),
-            discount=_tensor(batch.discount),
-            next_observation=_tensor(batch.next_observation),
-            ids=_tensor(batch.ids),
-            probability=torch.tensor(batch.probability, dtype=torch.float32),
-            size=batch.size,
-        )
-
-    @property
-    def visited(self) -> Tensor:
-        """Observations in which an action was taken, `[B, ...]`."""
-        return self.observation
-
-    def split(self) -> list[TransitionBatch]:
-        """Return the k batches in here, each `[B, ...]`."""
-        if self.reward.ndim == 1:
-            return [self]
-        k = len(self.reward)
-        columns = (value.unbind() if isinstance(value, Tensor) else (value,) * k for value in self)
-        return [TransitionBatch._make(part) for part in zip(*columns, strict=True)]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TransitionBatch:
-        """Return a batch with `function` applied to every tensor in it."""
-        return TransitionBatch._make(function(value) if isinstance(value, Tensor) else value for value in self)
-
-
-def _tensor(array: Array) -> Tensor:
-    """Return a tensor of an array's values; what lies in the object store is not to be written on."""
-    return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    """Return a tensor where a GPU can fetch it by itself, in one piece."""
-    return tensor.contiguous().pin_memory()
-
-
-class TrajectoryBatch(NamedTuple):
-    """U trajectories as tensors, `[U, T, ...]`; shorter ones are filled up with rows that are not valid.
-
-    Attributes:
-        observation: `[U, T + 1, *observation_shape]`.
-        action: `[U, T, *action_shape]`.
-        reward: `[U, T]`.
-        discount: `[U, T]`, gamma, or 0 where a step terminated.
-        valid: `[U, T]` bool, see `Trajectory`.
-        log_probability: `[U, T]` of the actions under the policy that took them.
-        version: of the oldest weights that took them.
-    """
-
-    observation: Tensor
-    action: Tensor
-    reward: Tensor
-    discount: Tensor
-    valid: Tensor
-    log_probability: Tensor
-    version: int
-
-    @classmethod
-    def of(cls, trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
-        """Copy trajectories into tensors of their own."""
-        rows = max(len(trajectory.action) for trajectory in trajectories)
-
-        def stacked(name: str, length: int) -> Tensor:
-            arrays = [getattr(trajectory, name) for trajectory in trajectories]
-            whole = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)
-            for into, array in zip(whole, arrays, strict=True):
-                into[: len(array)] = array
-                # The row after an episode's last is where it bootstraps; what follows it is filled up like it.
-                into[len(array) :] = array[-1] if name == "observation" else 0
-            return torch.from_numpy(whole)
-
-        return cls(
-            observation=stacked("observation", rows + 1),
-            action=stacked("action", rows),
-            reward=stacked("reward", rows),
-            discount=stacked("discount", rows),
-            valid=stacked("valid", rows),
-            log_probability=stacked("log_probability", rows),
-            version=min(trajectory.version for trajectory in trajectories),
-        )
-
-    @property
-    def visited(self) -> Tensor:
-        """Observations in which an action was taken, `[N, ...]`, in the order of `valid`."""
-        return self.observation[:, :-1][self.valid]
-
-    def split(self) -> list[TrajectoryBatch]:
-        """Return this batch: it is one update's."""
-        return [self]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TrajectoryBatch:
-        """Return a batch with `function` applied to every tensor in it."""
-        changed: dict[str, Any] = {k: v if k == "version" else function(v) for k, v in self._asdict().items()}
-        return TrajectoryBatch(**changed)
-
-
-class StalePolicy(SquallError):
-    """A trajectory older than the largest policy lag, which must never be trained on."""
 
 
 class Experience(Generic[Item]):
@@ -201,7 +74,7 @@ class LocalExperience(Experience[Item]):
         self._policy = policy
         environment_seed, policy_seed = spawn_seed(rollout.run_seed, "worker").spawn(2)
         policy.begin(policy_seed)
-        self._lanes = rollout.make_lanes(environment_seed)
+        self._lanes = rollout.make_runner(environment_seed)
         self.env_steps = 0
         self.episodes: list[EpisodeResult] = []
 
@@ -214,7 +87,7 @@ class LocalExperience(Experience[Item]):
         """Roll out as far as the next batch asks for, and return it."""
         raise NotImplementedError
 
-    def _step(self) -> Row:
+    def _step(self) -> VectorStep:
         row = self._lanes.step(self._policy, step=self.env_steps)
         self.env_steps += row.steps
         self.episodes += (result for _, result in row.episodes)
@@ -328,7 +201,7 @@ class RemoteExperience(Experience[Item]):
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.while_waiting: Callable[[], None] = lambda: None
-        self.look_ahead: Callable[[Item], Item] = lambda item: item  # called by the thread, on what it fetched
+        self.precompute_targets: Callable[[Item], Item] = lambda item: item  # called by the thread, on what it fetched
         self.for_gpu = False  # whether items are put where a GPU can fetch them by itself
         self.seconds_waited = 0.0
         self.finished = False
@@ -379,7 +252,7 @@ class RemoteExperience(Experience[Item]):
                 item = self._fetch()
                 if item is None:
                     break
-                self._fetched.put(item.map(_pinned) if self.for_gpu else self.look_ahead(item))
+                self._fetched.put(item.map(pin) if self.for_gpu else self.precompute_targets(item))
             item = None
         except BaseException as error:
             item = error

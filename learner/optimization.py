@@ -39,7 +39,7 @@ def make_optimizer(
     return OPTIMIZERS[name](made, **fused, **(options or {}))
 
 
-def forget_gradients(optimizer: torch.optim.Optimizer) -> None:
+def zero_grad(optimizer: torch.optim.Optimizer) -> None:
     """Leave no gradient in an optimizer's parameters: its `zero_grad`, without what that tells a profiler."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from replay.remote import RemoteActor
-from replay.types import DeadlineExceeded
+from replay.errors import DeadlineExceeded
+from replay.frames import SharedFrames
+from replay.messages import InsertReply, PermitReply, Push, SampleReply, TakeReply
+from replay.remote import GONE, RemoteActor, argument
+from replay.types import Array
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 # Of what the waits of late took. Where a limiter holds a caller back, waits are much alike: a first pause of most of
@@ -64,3 +70,123 @@ class WaitingClient:
 
 def _within(pause: float) -> float:
     return min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+
+
+class ReplayClient(WaitingClient):
+    """Thin client of a replay actor. Every wait has a deadline and raises with the reason it waited for."""
+
+    def __init__(self, actor: RemoteActor, *, deadline_seconds: float = 300.0) -> None:
+        """Hold `actor`, the name of the server's process; every wait ends after `deadline_seconds`."""
+        super().__init__(actor, deadline_seconds=deadline_seconds)
+        self._shared_frames = SharedFrames()
+        self._asked: dict[tuple[Any, ...], Any] = {}
+        actor.when_gone = self._let_go
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was made from: what it holds of a server is of this process."""
+        return partial(type(self), deadline_seconds=self._deadline), (self._actor,)
+
+    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
+        """Insert, waiting as long as the limiter says so; None if `stop` was set meanwhile.
+
+        Raises:
+            DeadlineExceeded: the limiter did not let the push in before the deadline.
+            LayoutMismatch: the push does not fit the table.
+        """
+        reply: InsertReply | None = self._until_served("insert", argument(push), stop=stop)
+        return reply
+
+    def sample(
+        self, k: int, batch_size: int, *, stop: threading.Event | None = None, ahead: bool = False
+    ) -> SampleReply | None:
+        """Sample, waiting as long as the limiter says so; None if `stop` was set meanwhile.
+
+        Args:
+            k: batches.
+            batch_size: transitions in each.
+            stop: an event that ends the wait.
+            ahead: whether the server may go on with the same call again, because it will come.
+
+        Raises:
+            DeadlineExceeded: no batch could be drawn before the deadline.
+        """
+        instead_of, asked = None, self._asked.pop((k, batch_size), None)
+        while True:
+            reply: SampleReply | None = self._until_served(
+                "sample", k, batch_size, self._shared_frames.wanted, instead_of, stop=stop, asked=asked
+            )
+            if reply is None or reply.finished:
+                return reply
+            if reply.indices is None:
+                self._shared_frames.copied()
+            if ahead:
+                self._ask_ahead(k, batch_size, self._shared_frames.wanted)
+            if reply.indices is None:
+                return reply
+            batch = self._shared_frames.batch(reply.indices)
+            if batch is not None:
+                return replace(reply, batch=batch, indices=None)
+            assert reply.indices.frames is not None
+            instead_of, asked = reply.indices.frames.token, None
+
+    def _ask_ahead(self, *call: Any) -> None:
+        if call[:2] not in self._asked:
+            with contextlib.suppress(*GONE, ValueError):
+                self._asked[call[:2]] = self._actor.later("sample", *call)
+
+    def _let_go(self) -> None:
+        """Forget what came of a server that is gone."""
+        self._shared_frames.forget()
+        self._asked.clear()
+
+    def update_priorities(self, ids: Array, priorities: Array) -> None:
+        """Send new priorities without waiting; a server that is gone has nothing left to prioritize."""
+        try:
+            self._actor.later("update_priorities", ids, priorities)
+        except (*GONE, ValueError):
+            self._actor.forget()
+
+
+class TrajectoryClient(WaitingClient):
+    """Thin client of a trajectory actor. Every wait has a deadline and raises with the reason it waited for."""
+
+    def request_permits(
+        self, worker: int, incarnation: int, count: int, *, stop: threading.Event | None = None
+    ) -> PermitReply | None:
+        """Ask for permits, waiting as long as there are none; None if `stop` was set meanwhile.
+
+        Raises:
+            DeadlineExceeded: none was issued before the deadline.
+        """
+        reply: PermitReply | None = self._until_served("request_permits", worker, incarnation, count, stop=stop)
+        return reply
+
+    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
+        """Send trajectories; None if `stop` was set meanwhile.
+
+        Raises:
+            LayoutMismatch: a trajectory does not fit.
+        """
+        reply: InsertReply | None = self._until_served("insert", push, stop=stop)
+        return reply
+
+    def take(self, *, stop: threading.Event | None = None) -> TakeReply | None:
+        """Take one global batch, waiting until it is complete; None if `stop` was set meanwhile.
+
+        Raises:
+            DeadlineExceeded: it was not complete before the deadline.
+        """
+        reply: TakeReply | None = self._until_served("take", stop=stop)
+        return reply
+
+    def revoke(self, worker: int, incarnation: int, *, seconds: float | None = None) -> None:
+        """Give permits back, within `seconds` or else the deadline of every call.
+
+        Raises:
+            DeadlineExceeded: the server did not answer in time.
+        """
+        self._actor.call("revoke", worker, incarnation, seconds=self._deadline if seconds is None else seconds)
+
+    def publish(self, version: int) -> None:
+        """Say that `version` is published."""
+        self._actor.call("publish", version, seconds=self._deadline)

@@ -21,7 +21,8 @@ import weakref
 
 import numpy as np
 
-from replay.types import Array, Batch, Draw, FrameLocation, Layout
+from replay.messages import Batch, SampleIndices, SharedMemoryHandle
+from replay.types import Array, Layout
 
 _HEADER_BYTES = mmap.PAGESIZE
 _NAME = "squall-frames"
@@ -41,14 +42,14 @@ class FrameRing:
         Args:
             capacity: frames.
             layout: shape and dtype of a frame, and how many are stacked.
-            shared: whether other processes of this node may read it; where that cannot be, `location` is None.
+            shared: whether other processes of this node may read it; where that cannot be, `handle` is None.
         """
         self._stack, self._fence = layout.stack, threading.Lock()
-        self.location: FrameLocation | None = None
+        self.handle: SharedMemoryHandle | None = None
         if shared and _CAN_SHARE:
             with contextlib.suppress(OSError):  # not every sandbox lets a process have such memory
                 self._share(capacity, layout)
-        if self.location is None:
+        if self.handle is None:
             self.array = np.empty((capacity, *layout.frame_shape), layout.frame_dtype)
             self._header = np.zeros(2, np.int64)
 
@@ -57,10 +58,10 @@ class FrameRing:
         descriptor = os.memfd_create(_NAME)
         weakref.finalize(self, os.close, descriptor)
         os.ftruncate(descriptor, _HEADER_BYTES + capacity * layout.frame_bytes)
-        location = FrameLocation(os.getpid(), descriptor, secrets.randbits(62) + 1, capacity, layout)
-        self._header, self.array = _map(descriptor, location, mmap.ACCESS_WRITE)
-        self._header[1] = location.token
-        self.location = location
+        handle = SharedMemoryHandle(os.getpid(), descriptor, secrets.randbits(62) + 1, capacity, layout)
+        self._header, self.array = _map(descriptor, handle, mmap.ACCESS_WRITE)
+        self._header[1] = handle.token
+        self.handle = handle
 
     def write(self, counter: int, frames: Array) -> None:
         """Write frames from a counter's slot on."""
@@ -69,67 +70,67 @@ class FrameRing:
             pass
         write_ring(self.array, counter, frames)
 
-    def batch(self, draw: Draw) -> Batch:
+    def batch(self, indices: SampleIndices) -> Batch:
         """Gather what was drawn."""
-        return _gathered(draw, self.array, self._stack)
+        return _gathered(indices, self.array, self._stack)
 
 
 class FrameReader:
     """Gathers out of another process's ring."""
 
-    def __init__(self, location: FrameLocation) -> None:
+    def __init__(self, handle: SharedMemoryHandle) -> None:
         """Map the ring.
 
         Raises:
             OSError: it is not on this node, or not to be read from this process.
         """
-        self.location = location
-        path = f"/proc/{location.pid}/fd/{location.descriptor}"
+        self.handle = handle
+        path = f"/proc/{handle.pid}/fd/{handle.descriptor}"
         if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
             raise FileNotFoundError(f"{path} is no ring of frames")
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            if os.fstat(descriptor).st_size != _HEADER_BYTES + location.capacity * location.layout.frame_bytes:
-                raise FileNotFoundError(f"process {location.pid} holds something else here")
-            self._header, self._array = _map(descriptor, location, mmap.ACCESS_READ)
+            if os.fstat(descriptor).st_size != _HEADER_BYTES + handle.capacity * handle.layout.frame_bytes:
+                raise FileNotFoundError(f"process {handle.pid} holds something else here")
+            self._header, self._array = _map(descriptor, handle, mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
-        if self._header[1] != location.token:
-            raise FileNotFoundError(f"process {location.pid} holds another ring here")
+        if self._header[1] != handle.token:
+            raise FileNotFoundError(f"process {handle.pid} holds another ring here")
 
-    def batch(self, draw: Draw) -> Batch | None:
+    def batch(self, indices: SampleIndices) -> Batch | None:
         """Gather what was drawn; None if some of it may have been overwritten meanwhile.
 
         The observations may share memory with each other.
         """
-        stack = self.location.layout.stack
-        if stack > 1 and self._follow(draw):
+        stack = self.handle.layout.stack
+        if stack > 1 and self._follow(indices):
             # One window over both observations: they have all frames but one in common.
-            window = _stacked(self._array, draw.bootstrap_row, draw.age.astype(np.int64) + 1, stack + 1)
-            each = (slice(None),) * draw.row.ndim
-            batch = _batch(draw, window[(*each, slice(None, -1))], window[(*each, slice(1, None))])
+            window = _stacked(self._array, indices.bootstrap_row, indices.age.astype(np.int64) + 1, stack + 1)
+            each = (slice(None),) * indices.row.ndim
+            batch = _batch(indices, window[(*each, slice(None, -1))], window[(*each, slice(1, None))])
         else:
-            batch = _gathered(draw, self._array, stack)
-        return batch if self._is_intact(draw) else None
+            batch = _gathered(indices, self._array, stack)
+        return batch if self._is_intact(indices) else None
 
-    def _follow(self, draw: Draw) -> bool:
+    def _follow(self, indices: SampleIndices) -> bool:
         """Return whether each next observation is the one that follows."""
-        following = (draw.row + 1) % self.location.capacity
-        age = np.minimum(draw.age.astype(np.int64) + 1, self.location.layout.stack - 1)
-        return bool((draw.bootstrap_row == following).all() and (draw.bootstrap_age == age).all())
+        following = (indices.row + 1) % self.handle.capacity
+        age = np.minimum(indices.age.astype(np.int64) + 1, self.handle.layout.stack - 1)
+        return bool((indices.bootstrap_row == following).all() and (indices.bootstrap_age == age).all())
 
-    def _is_intact(self, draw: Draw) -> bool:
-        still_there = int(self._header[0]) - self.location.capacity
-        if draw.oldest_frame >= still_there:
+    def _is_intact(self, indices: SampleIndices) -> bool:
+        still_there = int(self._header[0]) - self.handle.capacity
+        if indices.oldest_frame >= still_there:
             return True
-        for rows, ages in ((draw.row, draw.age), (draw.bootstrap_row, draw.bootstrap_age)):
-            counters = draw.oldest_frame + (rows.astype(np.int64) - draw.oldest_frame) % self.location.capacity
+        for rows, ages in ((indices.row, indices.age), (indices.bootstrap_row, indices.bootstrap_age)):
+            counters = indices.oldest_frame + (rows.astype(np.int64) - indices.oldest_frame) % self.handle.capacity
             if (counters - ages < still_there).any():
                 return False
         return True
 
 
-class NearFrames:
+class SharedFrames:
     """What a client knows of a server's frames: whether it can read them itself, and how."""
 
     def __init__(self) -> None:
@@ -142,17 +143,17 @@ class NearFrames:
         """Whether the next sample is to be answered with rows alone."""
         return not self._copies_due
 
-    def batch(self, draw: Draw) -> Batch | None:
+    def batch(self, indices: SampleIndices) -> Batch | None:
         """Gather what was drawn; None if that cannot be, so that it is to be asked for again."""
-        assert draw.frames is not None
+        assert indices.frames is not None
         reader = self._reader
-        if reader is None or reader.location != draw.frames:
+        if reader is None or reader.handle != indices.frames:
             try:
-                reader = self._reader = FrameReader(draw.frames)
+                reader = self._reader = FrameReader(indices.frames)
             except OSError:
                 self._copies_due = _COPIES_ELSEWHERE
                 return None
-        batch = reader.batch(draw)
+        batch = reader.batch(indices)
         self._torn = self._torn + 1 if batch is None else 0
         if self._torn == _MOST_TRIES:
             self._torn, self._copies_due = 0, 1
@@ -175,18 +176,18 @@ def write_ring(store: Array, counter: int, values: Array) -> None:
     store[: len(values) - head] = values[head:]
 
 
-def _map(descriptor: int, location: FrameLocation, access: int) -> tuple[Array, Array]:
+def _map(descriptor: int, handle: SharedMemoryHandle, access: int) -> tuple[Array, Array]:
     """Return header and frames; they keep the mapping alive."""
-    layout = location.layout
-    mapped = mmap.mmap(descriptor, _HEADER_BYTES + location.capacity * layout.frame_bytes, access=access)
+    layout = handle.layout
+    mapped = mmap.mmap(descriptor, _HEADER_BYTES + handle.capacity * layout.frame_bytes, access=access)
     header = np.frombuffer(mapped, np.int64, 2)
     frames = np.frombuffer(mapped, layout.frame_dtype, offset=_HEADER_BYTES)
-    return header, frames.reshape(location.capacity, *layout.frame_shape)
+    return header, frames.reshape(handle.capacity, *layout.frame_shape)
 
 
-def _gathered(draw: Draw, frames: Array, stack: int) -> Batch:
-    observation = _stacked(frames, draw.row, draw.age, stack)
-    return _batch(draw, observation, _stacked(frames, draw.bootstrap_row, draw.bootstrap_age, stack))
+def _gathered(indices: SampleIndices, frames: Array, stack: int) -> Batch:
+    observation = _stacked(frames, indices.row, indices.age, stack)
+    return _batch(indices, observation, _stacked(frames, indices.bootstrap_row, indices.bootstrap_age, stack))
 
 
 def _stacked(frames: Array, rows: Array, ages: Array, stack: int) -> Array:
@@ -199,14 +200,14 @@ def _stacked(frames: Array, rows: Array, ages: Array, stack: int) -> Array:
     return observations
 
 
-def _batch(draw: Draw, observation: Array, next_observation: Array) -> Batch:
+def _batch(indices: SampleIndices, observation: Array, next_observation: Array) -> Batch:
     return Batch(
         observation=observation,
-        action=draw.action,
-        reward=draw.reward,
-        discount=draw.discount,
+        action=indices.action,
+        reward=indices.reward,
+        discount=indices.discount,
         next_observation=next_observation,
-        ids=draw.ids,
-        probability=draw.probability,
-        size=draw.size,
+        ids=indices.ids,
+        probability=indices.probability,
+        size=indices.size,
     )

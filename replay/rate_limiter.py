@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from replay.types import ConfigurationError
+from replay.errors import ConfigurationError
 
 
 @dataclass

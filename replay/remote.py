@@ -16,7 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, OwnerDiedError, RayTaskError
 
-from replay.types import DeadlineExceeded, Push
+from replay.errors import DeadlineExceeded
+from replay.messages import Push
 
 NAMESPACE = "squall"
 GONE = (ActorDiedError, ActorUnavailableError, OwnerDiedError)
@@ -105,17 +106,17 @@ def actor_class(cls: type, *, max_concurrency: int = 1) -> Any:
     return remote(**options, max_concurrency=max_concurrency)(cls)
 
 
-def give_way(handle: Any) -> Any:
+def lower_priority(handle: Any) -> Any:
     """Let the learner go before an actor's process where both want a core; return the actor's handle.
 
     Its threads get the niceness that Ray gives its workers by itself, once the actor is made. Where there are cores
     enough that changes nothing.
     """
-    handle.__ray_call__.remote(_be_nice)
+    handle.__ray_call__.remote(_lower_thread_priorities)
     return handle
 
 
-def _be_nice(_: Any) -> None:
+def _lower_thread_priorities(_: Any) -> None:
     # Linux keeps a niceness for each thread; a new thread has that of the one that starts it, which may be of those yet
     # to be told, so look again until none is new.
     told: set[str] = set()

@@ -6,31 +6,21 @@ client asks again until its deadline. A parked call would occupy the very actor 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-import threading
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
-from replay.client import WaitingClient
-from replay.desk import Desk
-from replay.frames import NearFrames
+from replay.errors import ConfigurationError
+from replay.messages import InsertReply, Push, SampleReply
+from replay.push_ledger import PushLedger
 from replay.rate_limiter import RateLimiter
-from replay.remote import GONE, RemoteActor, actor_class, argument
+from replay.remote import actor_class
 from replay.seeds import spawn_seed
 from replay.table import MOST_SHARDS, TableSpec, TransitionTable
-from replay.types import (
-    Array,
-    ConfigurationError,
-    EpisodeResult,
-    InsertReply,
-    Push,
-    SampleReply,
-)
+from replay.types import Array, EpisodeResult
 
 
 @dataclass(frozen=True)
@@ -129,7 +119,8 @@ class ReplayStats:
         pid: of the server's process.
         node: host it runs on.
         resident_bytes: resident memory of the server's process.
-        counted: of a replay in shards the `Holding.inserted` that are in the counters, as (shard, incarnation, steps).
+        counted: for a replay in shards, the `ShardReport.inserted` that the counters include, as (shard, incarnation,
+            steps).
     """
 
     counters: Counters
@@ -185,7 +176,7 @@ class ReplayServer:
         self._limiter = spec.limiter()
         self._carried = carried or Counters()
         self._max_env_steps = max_env_steps
-        self._desk = Desk()
+        self._ledger = PushLedger()
 
     @property
     def _counters(self) -> Counters:
@@ -214,7 +205,7 @@ class ReplayServer:
         caller = f"worker-{push.worker}"
         if self._finished:
             return self._reply(caller, finished=True)
-        if self._desk.has_seen(push):
+        if self._ledger.has_seen(push):
             return self._reply(caller, repeated=True)
         if push.steps > self.spec.largest_push:
             raise ValueError(f"a push holds at most {self.spec.largest_push} transitions, got {push.steps}")
@@ -222,22 +213,22 @@ class ReplayServer:
         if wait is not None:
             return self._reply(caller, wait=wait)
         self._table.insert(push.segments)
-        self._desk.accept(push)
+        self._ledger.accept(push)
         self._limiter.record_insert(push.steps)
         return self._reply(caller, accepted=True)
 
     def _reply(self, caller: str, **answer: Any) -> InsertReply:
-        self._desk.note(caller, answer.get("wait"))
+        self._ledger.note(caller, answer.get("wait"))
         return InsertReply(env_steps=self._counters.env_steps, **answer)
 
     def sample(self, k: int, batch_size: int, rows_only: bool = False, instead_of: int | None = None) -> SampleReply:
-        """Draw k batches, or say what to wait for.
+        """SampleIndices k batches, or say what to wait for.
 
         Args:
             k: batches.
             batch_size: transitions in each.
             rows_only: whether rows are enough, because the caller reads the frames where they lie.
-            instead_of: the `FrameLocation.token` of a draw that could not be read: it was granted, and counted, by
+            instead_of: the `SharedMemoryHandle.token` of a draw that could not be read: it was granted, and counted, by
                 the server whose frames those are.
 
         Raises:
@@ -249,16 +240,16 @@ class ReplayServer:
             raise ValueError(f"a sample call draws 1 to {largest} transitions, got {k} x {batch_size}")
         if instead_of is None or instead_of != self._table.frames_token:
             if self._finished and (self._limiter.due < count or not self._table.size):
-                self._desk.note("learner", None)
+                self._ledger.note("learner", None)
                 return SampleReply(finished=True)
             wait = self._limiter.sample_waits_for(count)
-            self._desk.note("learner", wait)
+            self._ledger.note("learner", wait)
             if wait is not None:
                 return SampleReply(wait=wait)
             self._limiter.record_sample(count)
         if rows_only and self._table.frames_token is not None:
-            return SampleReply(draw=self._table.choose(k, batch_size), returns=self._desk.returns)
-        return SampleReply(batch=self._table.sample(k, batch_size), returns=self._desk.returns)
+            return SampleReply(indices=self._table.sample_indices(k, batch_size), returns=self._ledger.returns)
+        return SampleReply(batch=self._table.sample(k, batch_size), returns=self._ledger.returns)
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:
         """See `TransitionTable.update_priorities`."""
@@ -266,7 +257,7 @@ class ReplayServer:
 
     def drain_episodes(self) -> tuple[EpisodeResult, ...]:
         """Return and forget the episodes that ended since the last call."""
-        return self._desk.drain_episodes()
+        return self._ledger.drain_episodes()
 
     def stats(self) -> ReplayStats:
         """Return what `squall status` shows."""
@@ -279,89 +270,14 @@ class ReplayServer:
             due=self._limiter.due,
             evicted=table.evicted,
             stale_updates=table.stale_updates,
-            repeated_pushes=self._desk.repeated_pushes,
-            waiting=self._desk.waiting(),
+            repeated_pushes=self._ledger.repeated_pushes,
+            waiting=self._ledger.waiting(),
             highest_priority=table.highest_priority,
             sample_age=table.sample_age,
             pid=os.getpid(),
             node=socket.gethostname(),
             resident_bytes=psutil.Process().memory_info().rss,
         )
-
-
-class ReplayClient(WaitingClient):
-    """Thin client of a replay actor. Every wait has a deadline and raises with the reason it waited for."""
-
-    def __init__(self, actor: RemoteActor, *, deadline_seconds: float = 300.0) -> None:
-        """Hold `actor`, the name of the server's process; every wait ends after `deadline_seconds`."""
-        super().__init__(actor, deadline_seconds=deadline_seconds)
-        self._near = NearFrames()
-        self._asked: dict[tuple[Any, ...], Any] = {}
-        actor.when_gone = self._let_go
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle what it was made from: what it holds of a server is of this process."""
-        return partial(type(self), deadline_seconds=self._deadline), (self._actor,)
-
-    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
-        """Insert, waiting as long as the limiter says so; None if `stop` was set meanwhile.
-
-        Raises:
-            DeadlineExceeded: the limiter did not let the push in before the deadline.
-            LayoutMismatch: the push does not fit the table.
-        """
-        reply: InsertReply | None = self._until_served("insert", argument(push), stop=stop)
-        return reply
-
-    def sample(
-        self, k: int, batch_size: int, *, stop: threading.Event | None = None, ahead: bool = False
-    ) -> SampleReply | None:
-        """Sample, waiting as long as the limiter says so; None if `stop` was set meanwhile.
-
-        Args:
-            k: batches.
-            batch_size: transitions in each.
-            stop: an event that ends the wait.
-            ahead: whether the server may go on with the same call again, because it will come.
-
-        Raises:
-            DeadlineExceeded: no batch could be drawn before the deadline.
-        """
-        instead_of, asked = None, self._asked.pop((k, batch_size), None)
-        while True:
-            reply: SampleReply | None = self._until_served(
-                "sample", k, batch_size, self._near.wanted, instead_of, stop=stop, asked=asked
-            )
-            if reply is None or reply.finished:
-                return reply
-            if reply.draw is None:
-                self._near.copied()
-            if ahead:
-                self._ask_ahead(k, batch_size, self._near.wanted)
-            if reply.draw is None:
-                return reply
-            batch = self._near.batch(reply.draw)
-            if batch is not None:
-                return replace(reply, batch=batch, draw=None)
-            assert reply.draw.frames is not None
-            instead_of, asked = reply.draw.frames.token, None
-
-    def _ask_ahead(self, *call: Any) -> None:
-        if call[:2] not in self._asked:
-            with contextlib.suppress(*GONE, ValueError):
-                self._asked[call[:2]] = self._actor.later("sample", *call)
-
-    def _let_go(self) -> None:
-        """Forget what came of a server that is gone."""
-        self._near.forget()
-        self._asked.clear()
-
-    def update_priorities(self, ids: Array, priorities: Array) -> None:
-        """Send new priorities without waiting; a server that is gone has nothing left to prioritize."""
-        try:
-            self._actor.later("update_priorities", ids, priorities)
-        except (*GONE, ValueError):
-            self._actor.forget()
 
 
 ReplayActor = actor_class(ReplayServer)

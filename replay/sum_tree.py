@@ -10,7 +10,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from replay.types import Array, ConfigurationError
+from replay.errors import ConfigurationError
+from replay.types import Array
 
 _CHILDREN = 8
 _LINE_BYTES = 64

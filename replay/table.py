@@ -18,19 +18,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from replay.errors import ConfigurationError, NotEnoughMemory
 from replay.frames import FrameRing, write_ring
+from replay.messages import Batch, SampleIndices
 from replay.sum_tree import SumTree
-from replay.types import (
-    Array,
-    Batch,
-    ConfigurationError,
-    Draw,
-    Layout,
-    NotEnoughMemory,
-    Segment,
-    Segments,
-    join_segments,
-)
+from replay.types import Array, Layout, Segment, Segments, join_segments
 
 _SEQUENCE_BITS = 43
 _INCARNATION_BITS = 12
@@ -277,11 +269,11 @@ class TransitionTable:
         return float(priority**self.spec.priority_exponent)
 
     def sample(self, k: int, batch_size: int) -> Batch:
-        """Draw k batches of `batch_size` transitions, with replacement; raises as `choose` does."""
-        return self._frames.batch(self.choose(k, batch_size))
+        """SampleIndices k batches of `batch_size` transitions, with replacement; raises as `sample_indices` does."""
+        return self._frames.batch(self.sample_indices(k, batch_size))
 
-    def choose(self, k: int, batch_size: int) -> Draw:
-        """Draw k batches of `batch_size` transitions, with replacement, and leave their frames where they lie.
+    def sample_indices(self, k: int, batch_size: int) -> SampleIndices:
+        """SampleIndices k batches of `batch_size` transitions, with replacement, and leave their frames where they lie.
 
         Raises:
             ValueError: the table is empty, or k or batch_size is not positive.
@@ -303,22 +295,22 @@ class TransitionTable:
     @property
     def frames_token(self) -> int | None:
         """Token of the frames where other processes of this node can read them, else None."""
-        return None if self._frames.location is None else self._frames.location.token
+        return None if self._frames.handle is None else self._frames.handle.token
 
     @property
     def mass(self) -> float:
         """What draws are in proportion to, summed up: the weights, or one for each transition."""
         return float(self.size) if self._tree is None else self._tree.total
 
-    def draw(self, places: Array) -> Batch:
-        """Return the transitions at places of the whole mass; see `choose_at`."""
-        return self._frames.batch(self.choose_at(places))
+    def sample_at(self, fractions: Array) -> Batch:
+        """Return the transitions at places of the whole mass; see `sample_indices_at`."""
+        return self._frames.batch(self.sample_indices_at(fractions))
 
-    def choose_at(self, places: Array) -> Draw:
+    def sample_indices_at(self, fractions: Array) -> SampleIndices:
         """Return the transitions at places of the whole mass, oldest first where the table is uniform.
 
         Args:
-            places: `[n]` float64 in [0, 1); evenly spread ones draw as `sample` does.
+            fractions: `[n]` float64 in [0, 1); evenly spread ones draw as `sample` does.
 
         Returns:
             One row a place, `[n, ...]`; the probabilities are those within this table.
@@ -330,10 +322,10 @@ class TransitionTable:
             raise ValueError("cannot draw from an empty table")
         if self._tree is None:
             # Rounding may leave a place at the very end.
-            offset = np.minimum((places * self.size).astype(np.int64), self.size - 1)
-            return self._drawn(self._ring.oldest + offset, np.full(len(places), 1.0 / self.size))
+            offset = np.minimum((fractions * self.size).astype(np.int64), self.size - 1)
+            return self._drawn(self._ring.oldest + offset, np.full(len(fractions), 1.0 / self.size))
         total = self._tree.total
-        return self._drawn(*self._weighted(places * total, total))
+        return self._drawn(*self._weighted(fractions * total, total))
 
     def _weighted(self, targets: Array, total: float) -> tuple[Array, Array]:
         """Return the transitions at running sums of weights, and with which probability each is drawn."""
@@ -342,10 +334,10 @@ class TransitionTable:
         sequence = self._ring.oldest + (slots - self._ring.oldest) % self.spec.capacity
         return sequence, self._tree.get(slots) / total
 
-    def _drawn(self, sequence: Array, probability: Array) -> Draw:
+    def _drawn(self, sequence: Array, probability: Array) -> SampleIndices:
         slots = sequence % self.spec.capacity
         self.sample_age = float(self._ring.newest - sequence.mean())
-        return Draw(
+        return SampleIndices(
             row=self._row[slots],
             age=self._age[slots],
             bootstrap_row=self._bootstrap_row[slots],
@@ -357,7 +349,7 @@ class TransitionTable:
             probability=probability,
             size=self.size,
             oldest_frame=self._ring.oldest_frame,
-            frames=self._frames.location,
+            frames=self._frames.handle,
         )
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:

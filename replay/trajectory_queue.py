@@ -12,7 +12,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from replay.types import ConfigurationError, Permit, Trajectory
+from replay.errors import ConfigurationError
+from replay.messages import Permit
+from replay.types import Trajectory
 
 
 @dataclass

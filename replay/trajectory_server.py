@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 from dataclasses import dataclass
 
-from replay.client import WaitingClient
-from replay.desk import Desk
+from replay.messages import InsertReply, PermitReply, Push, TakeReply
+from replay.push_ledger import PushLedger
 from replay.remote import actor_class
 from replay.server import Counters
 from replay.trajectory_queue import TrajectoryQueue
-from replay.types import EpisodeResult, InsertReply, Layout, PermitReply, Push, TakeReply
+from replay.types import EpisodeResult, Layout
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class TrajectoryServer:
         self._queue = TrajectoryQueue(spec.units_per_batch, max_policy_lag=spec.max_policy_lag, version=version)
         self._counters = carried or Counters()
         self._max_env_steps = max_env_steps
-        self._desk = Desk()
+        self._ledger = PushLedger()
 
     @property
     def _finished(self) -> bool:
@@ -105,10 +104,10 @@ class TrajectoryServer:
         caller = f"worker-{worker}"
         self._queue.forget_earlier(worker, incarnation)
         if self._enough and not self._queue.incomplete:
-            self._desk.note(caller, None)
+            self._ledger.note(caller, None)
             return PermitReply(finished=True)
         issued = self._queue.request_permits(worker, incarnation, count, may_begin=not self._enough)
-        self._desk.note(caller, issued if isinstance(issued, str) else None)
+        self._ledger.note(caller, issued if isinstance(issued, str) else None)
         return PermitReply(wait=issued) if isinstance(issued, str) else PermitReply(issued)
 
     def revoke(self, worker: int, incarnation: int) -> int:
@@ -121,7 +120,7 @@ class TrajectoryServer:
         Raises:
             LayoutMismatch: a trajectory does not fit; none of the push is inserted.
         """
-        if self._desk.has_seen(push):
+        if self._ledger.has_seen(push):
             return InsertReply(self._counters.env_steps, repeated=True)
         for _, trajectory in push.trajectories:
             trajectory.check(self.spec.layout)
@@ -130,7 +129,7 @@ class TrajectoryServer:
             for permit, trajectory in push.trajectories
             if self._queue.put(permit, push.worker, push.incarnation, trajectory)
         )
-        self._desk.accept(push)
+        self._ledger.accept(push)
         before = self._counters
         self._counters = Counters(before.env_steps + steps, before.samples, before.counted_inserts + steps)
         return InsertReply(self._counters.env_steps, accepted=True)
@@ -140,20 +139,20 @@ class TrajectoryServer:
         taken = self._queue.take()
         wait = taken if isinstance(taken, str) else None
         finished = wait is not None and self._finished
-        self._desk.note("learner", None if finished else wait)
+        self._ledger.note("learner", None if finished else wait)
         if isinstance(taken, str):
             return TakeReply(finished=True) if finished else TakeReply(wait=taken)
         before, steps = self._counters, sum(trajectory.steps for trajectory in taken)
         self._counters = Counters(before.env_steps, before.samples + steps, before.counted_inserts)
-        return TakeReply(taken, returns=self._desk.returns)
+        return TakeReply(taken, returns=self._ledger.returns)
 
     def publish(self, version: int) -> None:
         """See `TrajectoryQueue.publish`."""
         self._queue.publish(version)
 
     def drain_episodes(self) -> tuple[EpisodeResult, ...]:
-        """See `Desk.drain_episodes`."""
-        return self._desk.drain_episodes()
+        """See `PushLedger.drain_episodes`."""
+        return self._ledger.drain_episodes()
 
     def stats(self) -> QueueStats:
         """Return what `squall status` shows."""
@@ -165,56 +164,11 @@ class TrajectoryServer:
             version=self._queue.version,
             complete_batches=self._queue.complete_batches,
             discarded_steps=self._queue.discarded_steps,
-            repeated_pushes=self._desk.repeated_pushes,
-            waiting=self._desk.waiting(),
+            repeated_pushes=self._ledger.repeated_pushes,
+            waiting=self._ledger.waiting(),
             pid=os.getpid(),
             node=socket.gethostname(),
         )
-
-
-class TrajectoryClient(WaitingClient):
-    """Thin client of a trajectory actor. Every wait has a deadline and raises with the reason it waited for."""
-
-    def request_permits(
-        self, worker: int, incarnation: int, count: int, *, stop: threading.Event | None = None
-    ) -> PermitReply | None:
-        """Ask for permits, waiting as long as there are none; None if `stop` was set meanwhile.
-
-        Raises:
-            DeadlineExceeded: none was issued before the deadline.
-        """
-        reply: PermitReply | None = self._until_served("request_permits", worker, incarnation, count, stop=stop)
-        return reply
-
-    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
-        """Send trajectories; None if `stop` was set meanwhile.
-
-        Raises:
-            LayoutMismatch: a trajectory does not fit.
-        """
-        reply: InsertReply | None = self._until_served("insert", push, stop=stop)
-        return reply
-
-    def take(self, *, stop: threading.Event | None = None) -> TakeReply | None:
-        """Take one global batch, waiting until it is complete; None if `stop` was set meanwhile.
-
-        Raises:
-            DeadlineExceeded: it was not complete before the deadline.
-        """
-        reply: TakeReply | None = self._until_served("take", stop=stop)
-        return reply
-
-    def revoke(self, worker: int, incarnation: int, *, seconds: float | None = None) -> None:
-        """Give permits back, within `seconds` or else the deadline of every call.
-
-        Raises:
-            DeadlineExceeded: the server did not answer in time.
-        """
-        self._actor.call("revoke", worker, incarnation, seconds=self._deadline if seconds is None else seconds)
-
-    def publish(self, version: int) -> None:
-        """Say that `version` is published."""
-        self._actor.call("publish", version, seconds=self._deadline)
 
 
 TrajectoryActor = actor_class(TrajectoryServer)

@@ -1,1 +1,4 @@
-"""How it runs: configuration, the topology, the coordinator, the run store and the command line."""
+"""Services: how Squall runs.
+
+Imports go one way: `cli -> runs -> supervision -> rpc -> store`, and `client -> rpc`.
+"""

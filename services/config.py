@@ -26,7 +26,7 @@ from pydantic import (
 
 from learner.algorithms import ALGORITHMS
 from learner.presets import Preset, load_preset
-from replay.types import ConfigurationError
+from replay.errors import ConfigurationError
 
 
 class RunConfig(BaseModel):
@@ -84,7 +84,7 @@ class RunConfig(BaseModel):
 RUN_KEYS = tuple(name for name in RunConfig.model_fields if name not in ("hyperparameters", "algorithm", "environment"))
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 _SET_BY_THE_RUN = ("seed",)
-ALSO_KNOWN_AS = {
+KEY_ALIASES = {
     "lr": "learning_rate",
     "buffer_size": "replay_size",
     "learning_starts": "warm_start_size",
@@ -147,7 +147,7 @@ def resolve(
         if key in RUN_KEYS:
             continue
         if key not in own:
-            known = ALSO_KNOWN_AS.get(key)
+            known = KEY_ALIASES.get(key)
             hint = f"; did you mean {known!r}?" if known in own else _nearest(key, [*RUN_KEYS, *own])
             raise ConfigurationError(f"unknown key {key!r}{hint}; --show-config lists all keys")
         hyperparameters[key] = _typed(key, own[key].annotation, value)

@@ -7,53 +7,88 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from actors.evaluation import run_episodes
 from actors.video import Video
-from learner.training import BEST, LAST, load_algorithm
+from learner.checkpoints import BEST, LAST, load_algorithm
+from replay.errors import ConfigurationError
 from replay.seeds import spawn_seed
-from replay.types import ConfigurationError
-from services.buffered_writer import BufferedWriter
 from services.config import RunConfig
-from services.coordinator import Coordinator
-from services.display import Display
-from services.home import CONFIG, SUMMARY, home, open_home_store
-from services.program import Program, plan
-from services.progress import Progress, Watcher
-from services.ray_session import RaySession
-from services.signals import StopSignals, end_at_once
-from services.store import (
-    Command,
-    ProcessIdentity,
-    RunNameInUse,
-    RunRecord,
-    RunStore,
-    check_run_name,
-    plain_payload,
-    this_process,
-)
+from services.errors import RunNameInUse
+from services.store.base import RunStore
+from services.store.buffered import BufferedWriter
+from services.store.locate import CONFIG, SUMMARY, open_default_store, runs_dir
+from services.store.payloads import plain_payload
+from services.store.records import Command, ProcessIdentity, RunRecord, check_run_name, this_process
+from services.supervision.coordinator import Coordinator
+from services.supervision.progress import Progress, RunObserver
+from services.supervision.ray_cluster import RayCluster
+from services.supervision.signals import StopSignals, end_at_once
+from services.supervision.topology import Topology, plan
 
 
 def choose_name(config: RunConfig, store: RunStore) -> str:
     """Return the first free name such as `dqn-CartPole-v1-3`."""
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{config.algorithm}-{config.environment}").strip("-.")[:80]
     taken = {record.name for record in store.list_runs()}
-    taken |= {path.name for path in home().iterdir()} if home().is_dir() else set()
+    taken |= {path.name for path in runs_dir().iterdir()} if runs_dir().is_dir() else set()
     number = 1
     while f"{base}-{number}" in taken:
         number += 1
     return f"{base}-{number}"
 
 
-class _RunWatcher(Watcher):
+class RunDisplay(Protocol):
+    """Shows a run to a person, as a context manager; `services.cli.display.Display` does."""
+
+    def __enter__(self) -> RunDisplay:
+        """Begin to show."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """Stop showing."""
+        ...
+
+    def snapshot(self, snapshot: dict[str, Any]) -> None:
+        """Show the state of the run."""
+        ...
+
+    def event(self, kind: str, text: str) -> None:
+        """Show an event."""
+        ...
+
+
+class NoDisplay:
+    """A `RunDisplay` that shows nothing."""
+
+    def __init__(self, run: str) -> None:
+        """Take the run's name, as every display does."""
+
+    def __enter__(self) -> NoDisplay:
+        """Do nothing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing."""
+
+    def snapshot(self, snapshot: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def event(self, kind: str, text: str) -> None:
+        """Do nothing."""
+
+
+class _RunReporter(RunObserver):
     """Passes word on to the store, the display and TensorBoard, and commands back from the store."""
 
-    def __init__(self, run: str, folder: Path, writer: BufferedWriter, display: Display, signals: StopSignals) -> None:
+    def __init__(
+        self, run: str, folder: Path, writer: BufferedWriter, display: RunDisplay, signals: StopSignals
+    ) -> None:
         self._run, self._writer, self._display, self._signals = run, writer, display, signals
         self._folder = folder
         self._state = "starting"
@@ -124,11 +159,15 @@ class _RunWatcher(Watcher):
 
 def check(config: RunConfig) -> None:
     """Raise what `train` would raise before it starts anything."""
-    plan(config, "unnamed", home())
+    plan(config, "unnamed", runs_dir())
 
 
 def train(
-    config: RunConfig, name: str | None = None, notes: Sequence[str] = (), store_url: str | None = None
+    config: RunConfig,
+    name: str | None = None,
+    notes: Sequence[str] = (),
+    store_url: str | None = None,
+    make_display: Callable[[str], RunDisplay] = NoDisplay,
 ) -> dict[str, Any]:
     """Start a new run and see it to its end; return its summary.
 
@@ -138,30 +177,30 @@ def train(
         ConfigurationError: something in the configuration cannot work; nothing was started.
         RunNameInUse: `name` is taken.
         RunFailed: the run could not go on.
-        RunAdopted: it was not heard of, so another process resumed it.
+        RunTakenOver: it was not heard of, so another process resumed it.
     """
     if name is not None:
         check_run_name(name)
     check(config)
-    with open_home_store(store_url, create=True) as store:
+    with open_default_store(store_url, create=True) as store:
         me = this_process()
         run = _register(config, name, store, me)
-        folder = home() / run
+        folder = runs_dir() / run
         try:
             folder.mkdir(parents=True, exist_ok=True)
             config.save(folder / CONFIG)
-            program = plan(config, run, folder / "checkpoints")
+            topology = plan(config, run, folder / "checkpoints")
         except BaseException as error:  # an interrupt too: the run is registered, and would read lost
             store.update_state(run, "failed", _why(error), owner=me)
             raise
-        return _supervise(config, program, folder, store, me, None, notes)
+        return _supervise(config, topology, folder, store, me, None, notes, make_display)
 
 
 def _register(config: RunConfig, name: str | None, store: RunStore, me: ProcessIdentity) -> str:
     """Take a name for a run, the given one or the first free one, and return it."""
     while True:
         run = name or choose_name(config, store)
-        folder = home() / run
+        folder = runs_dir() / run
         if folder.exists() and any(folder.iterdir()):
             raise RunNameInUse(f"there is a folder {folder} already: choose another --name, or --resume {run}")
         now = time.time()
@@ -185,24 +224,30 @@ def _register(config: RunConfig, name: str | None, store: RunStore, me: ProcessI
                 raise
 
 
-def resume(config: RunConfig, run: str, notes: Sequence[str] = (), store_url: str | None = None) -> dict[str, Any]:
+def resume(
+    config: RunConfig,
+    run: str,
+    notes: Sequence[str] = (),
+    store_url: str | None = None,
+    make_display: Callable[[str], RunDisplay] = NoDisplay,
+) -> dict[str, Any]:
     """Go on with a run that ended or was lost; return its summary.
 
     Raises:
         UnknownRun: there is no such run.
         RunIsLive: its coordinator is at work.
-        RunAdopted: this one was not heard of, so another process resumed it.
+        RunTakenOver: this one was not heard of, so another process resumed it.
         ConfigurationError: it has all its steps or its return already, or its hyper-parameters are to change.
     """
-    with open_home_store(store_url) as store:
+    with open_default_store(store_url) as store:
         before = store.get(run).config["hyperparameters"]
         changed = [key for key, value in config.hyperparameters.items() if before.get(key, value) != value]
         if changed:
             raise ConfigurationError(
                 f"a run keeps its hyper-parameters, but {', '.join(changed)} would change; start a new run for that"
             )
-        folder = home() / run
-        program = plan(config, run, folder / "checkpoints")
+        folder = runs_dir() / run
+        topology = plan(config, run, folder / "checkpoints")
         progress = Progress.resumed(folder / "checkpoints" / LAST)
         # A run that was ended while it was being scored has all its steps, and goes on with the scoring.
         if progress.counters.env_steps >= config.steps and _is_scored(folder):
@@ -218,7 +263,7 @@ def resume(config: RunConfig, run: str, notes: Sequence[str] = (), store_url: st
         me = this_process()
         store.adopt(run, *me)
         config.save(folder / CONFIG)
-        return _supervise(config, program, folder, store, me, progress, notes)
+        return _supervise(config, topology, folder, store, me, progress, notes, make_display)
 
 
 def _is_scored(folder: Path) -> bool:
@@ -228,38 +273,39 @@ def _is_scored(folder: Path) -> bool:
 
 def _supervise(
     config: RunConfig,
-    program: Program,
+    topology: Topology,
     folder: Path,
     store: RunStore,
     me: ProcessIdentity,
     progress: Progress | None,
     notes: Sequence[str],
+    make_display: Callable[[str], RunDisplay],
 ) -> dict[str, Any]:
-    run = program.run
+    run = topology.run
     writer = BufferedWriter(store, run, owner=me)
-    with StopSignals(end_at_once) as signals, Display(run) as display:
-        watcher = _RunWatcher(run, folder, writer, display, signals)
+    with StopSignals(end_at_once) as signals, make_display(run) as display:
+        observer = _RunReporter(run, folder, writer, display, signals)
         try:
-            watcher.event("start" if progress is None else "resume", f"run {run} in {folder}")
+            observer.event("start" if progress is None else "resume", f"run {run} in {folder}")
             for note in [*notes, *_oversubscription(config)]:
-                watcher.event("note", note)
+                observer.event("note", note)
             with ExitStack() as stack:
-                with watcher.still_alive():
-                    stack.enter_context(RaySession(program.object_store_bytes))
+                with observer.still_alive():
+                    stack.enter_context(RayCluster(topology.object_store_bytes))
                     signals.take_over()
-                coordinator = Coordinator(program.placed(), config, folder, watcher, progress)
+                coordinator = Coordinator(topology.placed(), config, folder, observer, progress)
                 summary = {"run": run, **coordinator.run()}
             writer.check_owner()
             summary = plain_payload("summary", summary)
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            watcher.event("end", _last_line(run, summary["stopped_because"]))
+            observer.event("end", _last_line(run, summary["stopped_because"]))
             writer.update_state("finished", summary["stopped_because"])
         except BaseException as error:
-            watcher.event("failed", f"{type(error).__name__}: {error}")
+            observer.event("failed", f"{type(error).__name__}: {error}")
             writer.update_state("failed", _why(error))
             raise
         finally:
-            watcher.close()
+            observer.close()
             signals.forget()
             writer.hand_in(lambda: signals.wanted is not None, partial(display.event, "store"))
         writer.check_owner()
@@ -291,9 +337,9 @@ def folder_of(run: str, store_url: str | None = None) -> Path:
     Raises:
         UnknownRun: there is no such run.
     """
-    with open_home_store(store_url) as store:
+    with open_default_store(store_url) as store:
         store.get(run)
-    return home() / run
+    return runs_dir() / run
 
 
 def find_checkpoint(what: str, which: str, store_url: str | None = None) -> Path:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from actors.environments import EnvironmentSpec
 from actors.networks import in_full_precision
 from learner.algorithms.on_policy import OnPolicyAlgorithm
-from learner.experience import TrajectoryBatch
+from learner.batches import TrajectoryBatch
 from learner.policy_gradients import n_step_returns, policy_gradient_loss
-from replay.types import ConfigurationError
+from replay.errors import ConfigurationError
 
 
 class AdvantageActorCritic(OnPolicyAlgorithm):

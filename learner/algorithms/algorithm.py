@@ -8,37 +8,36 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Self, get_args, get_origin
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec, OneLane, specify
+from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec, SingleEnvironment, specify
 from actors.evaluation import run_episodes
-from actors.networks import ACTIVATIONS, VectorTorso
+from actors.networks import VectorTorso
 from actors.policies import Policy, PolicySpec
 from actors.rollout import RolloutSpec
-from learner.experience import Experience, LocalExperience, RemoteExperience, TrajectoryBatch, TransitionBatch
+from learner.batches import TrajectoryBatch, TransitionBatch
+from learner.experience import Experience, LocalExperience, RemoteExperience
+from learner.hyperparameters import argparse_options, check_hyperparameters
 from learner.optimization import (
-    OPTIMIZERS,
-    SCHEDULES,
     clip_gradient,
-    forget_gradients,
     make_optimizer,
     set_learning_rate,
+    zero_grad,
 )
 from learner.presets import load_preset
+from replay.errors import ConfigurationError
 from replay.seeds import integer_seed, spawn_seed
 from replay.server import ReplaySpec
 from replay.trajectory_server import QueueSpec
-from replay.types import Array, ConfigurationError
+from replay.types import Array
 
 TEST_EPISODES = 10
 _ENOUGH_RETURNS = 10_000
@@ -99,7 +98,7 @@ class Algorithm(pl.LightningModule):
         super().__init__()
         self.environment = specify(env)
         self._save_all_hyperparameters()
-        _check(self.hparams)
+        check_hyperparameters(self.hparams)
         self.automatic_optimization = False
         self.seed = seed
         self.experience: Experience[Any] | None = None
@@ -143,7 +142,7 @@ class Algorithm(pl.LightningModule):
         group = arg_parser.add_argument_group(cls.__name__)
         group.add_argument("--env", required=True, help="environment id")
         for name, parameter in cls.hyperparameter_types().items():
-            group.add_argument(f"--{name}", default=parameter.default, **_reading(parameter.annotation))
+            group.add_argument(f"--{name}", default=parameter.default, **argparse_options(parameter.annotation))
         return arg_parser
 
     @classmethod
@@ -180,7 +179,7 @@ class Algorithm(pl.LightningModule):
             "activation": self.hparams["activation"],
         }
 
-    def need_actions(self, kind: type[DiscreteActions | ContinuousActions], space: str) -> None:
+    def require_action_space(self, kind: type[DiscreteActions | ContinuousActions], space: str) -> None:
         """Refuse an environment whose actions are not of a `kind`, which Gymnasium calls a `space`.
 
         Raises:
@@ -214,7 +213,7 @@ class Algorithm(pl.LightningModule):
         clip: bool | None = self.hparams["clip_rewards"]
         return self.environment.frame_stack > 1 if clip is None else clip
 
-    def look_ahead(self, batch: Any) -> Any:
+    def precompute_targets(self, batch: Any) -> Any:
         """Add to k batches what their updates need and do not change; called in another thread, beside updates."""
         return batch
 
@@ -225,11 +224,11 @@ class Algorithm(pl.LightningModule):
     def minimize(self, loss: Tensor) -> None:
         """Make one counted optimizer step, with the learning rate and the longest gradient that are due."""
         optimizer: Any = self.optimizers()
-        forget_gradients(optimizer)
+        zero_grad(optimizer)
         self.manual_backward(loss)
-        self.step_by_gradients()
+        self.apply_gradients()
 
-    def step_by_gradients(self) -> None:
+    def apply_gradients(self) -> None:
         """Make one counted optimizer step by the gradients that the parameters hold; see `minimize`."""
         optimizer: Any = self.optimizers()
         last_frame = self.hparams["learning_rate_last_frame"]
@@ -258,7 +257,7 @@ class Algorithm(pl.LightningModule):
                 if isinstance(module, VectorTorso):
                     module.observe(observation)
 
-    def _take_in_returns(self) -> None:
+    def _update_return_statistics(self) -> None:
         """Take over what experience says of the discounted return; a new server's few figures are not yet better."""
         assert self.experience is not None
         returns = self.experience.returns
@@ -283,7 +282,7 @@ class Algorithm(pl.LightningModule):
         if isinstance(self.experience, LocalExperience):
             self.env_steps = self.experience.env_steps
         if self.hparams["normalize_rewards"]:
-            self._take_in_returns()
+            self._update_return_statistics()
         for part in batch._replace(reward=self._scaled(batch.reward)).split():
             if self.trainer.max_steps != -1 and self.trainer.global_step >= self.trainer.max_steps:
                 break
@@ -362,9 +361,9 @@ class Algorithm(pl.LightningModule):
         return {"test/mean_reward": float(np.mean(returns)), "test/std_reward": float(np.std(returns))}
 
     @staticmethod
-    def make_environment(env_name: str, seed: int | None = None) -> OneLane:
+    def make_environment(env_name: str, seed: int | None = None) -> SingleEnvironment:
         """Return one lane of the vector environment that workers step, as a single environment."""
-        return OneLane(specify(env_name), seed)
+        return SingleEnvironment(specify(env_name), seed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add Squall's own counters, as plain values."""
@@ -384,7 +383,7 @@ class Algorithm(pl.LightningModule):
         self.run_progress = saved.get("run", {})
         self._returns_seen = saved.get("returns_seen", 0)
 
-    def run_n_episodes(self, env: OneLane, n_epsiodes: int = 1, n_episodes: int | None = None) -> list[float]:
+    def run_n_episodes(self, env: SingleEnvironment, n_epsiodes: int = 1, n_episodes: int | None = None) -> list[float]:
         """Play whole greedy episodes in `env`; return their returns.
 
         Args:
@@ -404,7 +403,7 @@ class Algorithm(pl.LightningModule):
         torch.manual_seed(integer_seed(spawn_seed(self.seed, "learner")))
 
 
-def play_episodes(env: OneLane, episodes: int, choose: Callable[[Array], Array]) -> list[float]:
+def play_episodes(env: SingleEnvironment, episodes: int, choose: Callable[[Array], Array]) -> list[float]:
     """Play whole episodes in `env` with the actions that `choose` takes; return their returns."""
     returns = []
     for _ in range(episodes):
@@ -417,57 +416,9 @@ def play_episodes(env: OneLane, episodes: int, choose: Callable[[Array], Array])
     return returns
 
 
-def warn_of_inert(module: Algorithm, why: str, *names: str) -> None:
+def warn_unused(module: Algorithm, why: str, *names: str) -> None:
     """Warn of hyper-parameters that were changed though they do nothing, `why` says it."""
     parameters = module.hyperparameter_types()
     changed = [name for name in names if module.hparams[name] != parameters[name].default]
     if changed:
         warnings.warn(f"{', '.join(changed)} do nothing in {type(module).__name__}: {why}", stacklevel=3)
-
-
-_POSITIVE = (
-    "sync_rate", "learning_rate", "lr", "policy_learning_rate", "q_learning_rate", "batch_size", "replay_size",
-    "warm_start_size", "batches_per_epoch", "epoch_len", "n_steps", "unroll_length", "num_batch_episodes",
-    "updates_per_step", "updates_per_training_step", "num_envs", "segment_length", "max_grad_norm", "avg_reward_len",
-    "learning_rate_last_frame",
-)  # fmt: skip
-_NOT_NEGATIVE = ("seed", "entropy_beta", "critic_beta", "max_policy_lag", "init_alpha")
-_IN_UNIT_INTERVAL = ("gamma", "target_alpha")
-
-
-def _check(hparams: Mapping[str, Any]) -> None:
-    for name, value in hparams.items():
-        if value is None:
-            continue
-        if name in _POSITIVE and not (value > 0 and np.isfinite(value)):
-            raise ConfigurationError(f"{name} must be positive, got {value}")
-        if name in _NOT_NEGATIVE and not (value >= 0 and np.isfinite(value)):
-            raise ConfigurationError(f"{name} must not be negative, got {value}")
-        if name in _IN_UNIT_INTERVAL and not 0.0 <= value <= 1.0:
-            raise ConfigurationError(f"{name} must lie in [0, 1], got {value}")
-    for name, known in (("optimizer", OPTIMIZERS), ("learning_rate_schedule", SCHEDULES), ("activation", ACTIVATIONS)):
-        if hparams[name] not in known:
-            raise ConfigurationError(f"{name} must be one of {', '.join(known)}, got {hparams[name]!r}")
-    if hparams["learning_rate_schedule"] != "constant" and hparams["learning_rate_last_frame"] is None:
-        raise ConfigurationError(
-            f"a {hparams['learning_rate_schedule']} learning_rate_schedule needs learning_rate_last_frame"
-        )
-    if "lr" in (hparams["optimizer_options"] or {}):
-        raise ConfigurationError("optimizer_options must not hold lr: the learning rate has a parameter of its own")
-    try:
-        make_optimizer(
-            hparams["optimizer"], ([nn.Parameter(torch.zeros(1))], 1.0), options=hparams["optimizer_options"]
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"optimizer_options of {hparams['optimizer']}: {error}") from error
-
-
-def _reading(annotation: Any) -> dict[str, Any]:
-    """Return how argparse reads an argument annotated as `int`, `bool | None` or `Sequence[int] | None`."""
-    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    kind = next(kind for kind in kinds if kind is not NoneType)
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(kind) is dict:
-        return {"type": json.loads}
-    return {"type": get_args(kind)[0], "nargs": "+"} if get_origin(kind) is Sequence else {"type": kind}

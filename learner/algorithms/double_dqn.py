@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learner.algorithms.dqn import DQN
-from learner.experience import TransitionBatch
+from learner.batches import TransitionBatch
 from learner.value_learning import double_q_learning
 
 

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.environments import DiscreteActions, EnvironmentSpec, OneLane
+from actors.environments import DiscreteActions, EnvironmentSpec, SingleEnvironment
 from actors.policies import EpsilonGreedyPolicy, EpsilonSchedule, PolicySpec
 from learner.algorithms.algorithm import play_episodes
 from learner.algorithms.off_policy import OffPolicyAlgorithm
-from learner.experience import TransitionBatch
+from learner.batches import TransitionBatch
 from learner.value_learning import huber, q_learning
 from replay.seeds import spawn_seed
 from replay.types import Array
 
-_CALLS_A_COPY = 4  # fetched between copies of the target network, that looking ahead is worth it
+_CALLS_PER_TARGET_SYNC = 4  # fetched between copies of the target network, that looking ahead is worth it
 
 
 class DQN(OffPolicyAlgorithm):
@@ -91,12 +91,12 @@ class DQN(OffPolicyAlgorithm):
             ConfigurationError: a value that cannot work, or an action space that is not Discrete.
         """
         super().__init__(env, seed=seed, avg_reward_len=avg_reward_len, min_episode_reward=min_episode_reward, **kwargs)
-        self.need_actions(DiscreteActions, "Discrete")
+        self.require_action_space(DiscreteActions, "Discrete")
         self.seed_networks()
         self.policy = EpsilonGreedyPolicy(PolicySpec("epsilon_greedy", self.environment, **self.policy_options()))
         self.policy.begin(spawn_seed(seed, "policy"))
         self.target_network = copy.deepcopy(self.policy.q_network).requires_grad_(False)
-        self._copies = 0  # of the online network to the target network
+        self._target_syncs = 0  # of the online network to the target network
         self.experience_spec()  # refuses sizes that do not fit each other
 
     def policy_options(self, default_sizes: tuple[int, ...] = (256, 256)) -> dict[str, Any]:
@@ -123,46 +123,46 @@ class DQN(OffPolicyAlgorithm):
 
     def target_values(self, batch: TransitionBatch) -> Tensor:
         """Return the target network's values `[B, A]` of the next observations, those found ahead while they hold."""
-        if batch.next_values is not None and batch.copies == self._copies:
-            return batch.next_values
+        if batch.target_values_ahead is not None and batch.target_syncs == self._target_syncs:
+            return batch.target_values_ahead
         with torch.no_grad():
             values: Tensor = self.target_network(batch.next_observation)
         return values
 
-    def look_ahead(self, batch: TransitionBatch) -> TransitionBatch:
-        """Add the target network's values, on a core that does no updates; see `Algorithm.look_ahead`.
+    def precompute_targets(self, batch: TransitionBatch) -> TransitionBatch:
+        """Add the target network's values, on a core that does no updates; see `Algorithm.precompute_targets`.
 
         Not where each update draws noise of its own or changes the statistics that normalise observations, and not
         where the network is copied so often that most values would be found in vain. Whatever else changes the target
-        network must raise `_copies` afterwards. A compiled update finds the values itself, or there would be two.
+        network must raise `_target_syncs` afterwards. A compiled update finds the values itself, or there would be two.
         """
         hparams, spec = self.hparams, self.policy_spec
-        often = hparams["sync_rate"] < _CALLS_A_COPY * hparams["updates_per_training_step"]
+        often = hparams["sync_rate"] < _CALLS_PER_TARGET_SYNC * hparams["updates_per_training_step"]
         if spec.noise is not None or spec.normalize or often or hparams["compile_updates"]:
             return batch
         # Read before the network is, and raised after it was copied: values of a half-copied network are old ones.
-        copies = self._copies
+        target_syncs = self._target_syncs
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             # One batch after the other, as updates do: the bits are the same however far ahead they are found.
             values = torch.stack([self.target_network(observation) for observation in batch.next_observation])
-        return batch._replace(next_values=values, copies=copies)
+        return batch._replace(target_values_ahead=values, target_syncs=target_syncs)
 
-    def objective(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """See `OffPolicyAlgorithm.objective`; tells `td_error`, `[B]`."""
+    def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """See `OffPolicyAlgorithm.losses`; tells `td_error`, `[B]`."""
         error = self.td_error(batch)
         each = huber(error) if batch.weight is None else batch.weight * huber(error)
         return {"loss": each.mean(), "td_error": error}
 
     def update(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""
-        loss = self.descend(batch)["loss"]
+        loss = self.minimize_losses(batch)["loss"]
         if self.trainer.global_step % self.hparams["sync_rate"] == 0:
             self.target_network.load_state_dict(self.q_network.state_dict())
-            self._copies += 1
+            self._target_syncs += 1
         return {"loss": loss}
 
     def run_n_episodes(  # type: ignore[override]  # as on the reference page
-        self, env: OneLane, n_epsiodes: int = 1, epsilon: float = 1.0, n_episodes: int | None = None
+        self, env: SingleEnvironment, n_epsiodes: int = 1, epsilon: float = 1.0, n_episodes: int | None = None
     ) -> list[float]:
         """Play whole episodes in `env` with a constant epsilon; return their returns.
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from actors.environments import EnvironmentSpec
 from actors.policies import EpsilonSchedule
-from learner.algorithms.algorithm import warn_of_inert
+from learner.algorithms.algorithm import warn_unused
 from learner.algorithms.dqn import DQN
 
 
@@ -40,7 +40,7 @@ class NoisyDQN(DQN):
             ConfigurationError: see `DQN`, or another kind of noise.
         """
         super().__init__(env, *args, **kwargs)
-        warn_of_inert(self, "its noise explores", "eps_start", "eps_end", "eps_last_frame", "eps_ladder")
+        warn_unused(self, "its noise explores", "eps_start", "eps_end", "eps_last_frame", "eps_ladder")
 
     def policy_options(self, default_sizes: tuple[int, ...] = (256, 256)) -> dict[str, Any]:
         """See `Algorithm.policy_options`."""

@@ -10,11 +10,13 @@ from torch import Tensor
 from actors.environments import EnvironmentSpec
 from actors.rollout import RolloutSpec
 from learner.algorithms.algorithm import Algorithm
-from learner.compilation import NOT_SCALED, Objective, compile_backward
-from learner.experience import LocalTransitions, RemoteTransitions, TransitionBatch
-from replay.server import ReplayClient, ReplaySpec
+from learner.batches import TransitionBatch
+from learner.compilation import NOT_SCALED, LossFunction, compile_backward
+from learner.experience import LocalTransitions, RemoteTransitions
+from replay.client import ReplayClient
+from replay.errors import ConfigurationError
+from replay.server import ReplaySpec
 from replay.table import TableSpec
-from replay.types import ConfigurationError
 
 
 class OffPolicyAlgorithm(Algorithm):
@@ -42,19 +44,19 @@ class OffPolicyAlgorithm(Algorithm):
             kwargs: see `Algorithm`.
         """
         super().__init__(env, **kwargs)
-        self._compiled: Objective | None = None
+        self._compiled: LossFunction | None = None
 
-    def objective(self, batch: TransitionBatch) -> dict[str, Tensor]:
+    def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """Return `loss`, the scalar that an update lessens, and what else an update tells; it changes nothing."""
         raise NotImplementedError
 
-    def prepared(self, batch: TransitionBatch) -> TransitionBatch:
-        """Return a batch with what `objective` needs of numbers that change, as tensors."""
+    def prepare_batch(self, batch: TransitionBatch) -> TransitionBatch:
+        """Return a batch with what `losses` needs of numbers that change, as tensors."""
         return batch
 
     def loss(self, batch: TransitionBatch) -> Tensor:
-        """Return the scalar loss of a batch. An update takes it from `objective`: that is the one to override."""
-        return self.objective(self.prepared(batch))["loss"]
+        """Return the scalar loss of a batch. An update takes it from `losses`: that is the one to override."""
+        return self.losses(self.prepare_batch(batch))["loss"]
 
     def on_fit_start(self) -> None:
         """Forget what was compiled for another fit.
@@ -73,20 +75,20 @@ class OffPolicyAlgorithm(Algorithm):
         """Leave out what is compiled: it is of this module's parameters."""
         return {**super().__getstate__(), "_compiled": None}
 
-    def descend(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """Make one counted optimizer step on `objective`; return what it found, without gradients."""
-        batch = self.prepared(batch)
+    def minimize_losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """Make one counted optimizer step on `losses`; return what it found, without gradients."""
+        batch = self.prepare_batch(batch)
         if not self.hparams["compile_updates"]:
-            found = self.objective(batch)
-            self.minimize(found["loss"])
-            return {name: tensor.detach() for name, tensor in found.items()}
+            results = self.losses(batch)
+            self.minimize(results["loss"])
+            return {name: tensor.detach() for name, tensor in results.items()}
         if self._compiled is None:
             optimizer: Any = self.optimizers()
             learned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            self._compiled = compile_backward(self.objective, learned)
-        found = self._compiled(batch)
-        self.step_by_gradients()
-        return found
+            self._compiled = compile_backward(self.losses, learned)
+        results = self._compiled(batch)
+        self.apply_gradients()
+        return results
 
     def rollout_spec(self) -> RolloutSpec:
         """See `Algorithm.rollout_spec`."""
@@ -99,7 +101,7 @@ class OffPolicyAlgorithm(Algorithm):
             gamma=hparams["gamma"],
             clip_rewards=self.clips_rewards,
             run_seed=self.seed,
-            measure_returns=self.hparams["normalize_rewards"],
+            track_return_statistics=self.hparams["normalize_rewards"],
         )
 
     def experience_spec(self) -> ReplaySpec:

@@ -12,8 +12,9 @@ from actors.policies import POLICIES, PolicySpec, StochasticPolicy
 from actors.rollout import RolloutSpec
 from learner.algorithms.algorithm import Algorithm
 from learner.experience import LocalTrajectories, RemoteTrajectories
+from replay.client import TrajectoryClient
 from replay.seeds import spawn_seed
-from replay.trajectory_server import QueueSpec, TrajectoryClient
+from replay.trajectory_server import QueueSpec
 
 
 class OnPolicyAlgorithm(Algorithm):
@@ -64,7 +65,7 @@ class OnPolicyAlgorithm(Algorithm):
             gamma=self.hparams["gamma"],
             clip_rewards=self.clips_rewards,
             run_seed=self.seed,
-            measure_returns=self.hparams["normalize_rewards"],
+            track_return_statistics=self.hparams["normalize_rewards"],
             trajectory_rows=self.trajectory_rows,
         )
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from actors.environments import EnvironmentSpec
 from learner.algorithms.dqn import DQN
-from learner.experience import TransitionBatch
+from learner.batches import TransitionBatch
 from learner.value_learning import importance_weights
+from replay.errors import ConfigurationError
 from replay.server import ReplaySpec
-from replay.types import ConfigurationError
 
 PRIORITY_EPSILON = 1e-6
 
@@ -74,14 +74,14 @@ class PERDQN(DQN):
         done: float = min(self.env_steps / self.hparams["beta_last_frame"], 1.0)
         return start + done * (1.0 - start)
 
-    def prepared(self, batch: TransitionBatch) -> TransitionBatch:
-        """See `OffPolicyAlgorithm.prepared`; adds what each transition counts."""
+    def prepare_batch(self, batch: TransitionBatch) -> TransitionBatch:
+        """See `OffPolicyAlgorithm.prepare_batch`; adds what each transition counts."""
         return batch._replace(weight=importance_weights(batch.probability, batch.size, self.beta))
 
-    def descend(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """See `OffPolicyAlgorithm.descend`; sends the batch's new priorities to the replay."""
-        found = super().descend(batch)
+    def minimize_losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """See `OffPolicyAlgorithm.minimize_losses`; sends the batch's new priorities to the replay."""
+        results = super().minimize_losses(batch)
         assert self.experience is not None
-        priorities = found["td_error"].abs() + PRIORITY_EPSILON
+        priorities = results["td_error"].abs() + PRIORITY_EPSILON
         self.experience.update_priorities(batch.ids.cpu().numpy(), priorities.cpu().numpy())
-        return found
+        return results

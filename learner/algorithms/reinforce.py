@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from actors.environments import EnvironmentSpec
-from learner.algorithms.algorithm import warn_of_inert
+from learner.algorithms.algorithm import warn_unused
 from learner.algorithms.on_policy import OnPolicyAlgorithm
-from learner.experience import TrajectoryBatch
+from learner.batches import TrajectoryBatch
 from learner.policy_gradients import policy_gradient_loss, rewards_to_go
 
 
@@ -72,7 +72,7 @@ class Reinforce(OnPolicyAlgorithm):
             ConfigurationError: a value that cannot work.
         """
         super().__init__(env, avg_reward_len=avg_reward_len, **kwargs)
-        warn_of_inert(self, "a batch is whole episodes", *self.inert)
+        warn_unused(self, "a batch is whole episodes", *self.inert)
 
     @property
     def trajectories_per_batch(self) -> int:

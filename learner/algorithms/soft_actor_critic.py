@@ -31,12 +31,12 @@ from torch.func import functional_call
 from actors.environments import ContinuousActions, EnvironmentSpec
 from actors.networks import Critics
 from actors.policies import PolicySpec, SquashedGaussianPolicy
-from learner.algorithms.algorithm import warn_of_inert
+from learner.algorithms.algorithm import warn_unused
 from learner.algorithms.off_policy import OffPolicyAlgorithm
-from learner.experience import TransitionBatch
+from learner.batches import TransitionBatch
 from learner.soft_actor_critic import actor_loss, critic_loss, polyak_update, soft_q_target, temperature_loss
+from replay.errors import ConfigurationError
 from replay.seeds import spawn_seed
-from replay.types import ConfigurationError
 
 
 class SAC(OffPolicyAlgorithm):
@@ -104,8 +104,8 @@ class SAC(OffPolicyAlgorithm):
             ConfigurationError: a value that cannot work, or an action space that is no bounded box.
         """
         super().__init__(env, seed=seed, avg_reward_len=avg_reward_len, min_episode_reward=min_episode_reward, **kwargs)
-        self.need_actions(ContinuousActions, "Box")
-        warn_of_inert(self, "the policy explores by itself", "eps_start", "eps_end", "eps_last_frame")
+        self.require_action_space(ContinuousActions, "Box")
+        warn_unused(self, "the policy explores by itself", "eps_start", "eps_end", "eps_last_frame")
         if init_alpha <= 0:
             raise ConfigurationError(f"init_alpha must be positive, got {init_alpha}")
         if target_entropy is not None and not math.isfinite(target_entropy):
@@ -130,7 +130,7 @@ class SAC(OffPolicyAlgorithm):
             ([self.log_alpha], actor_rate),
         )
 
-    def losses(self, batch: TransitionBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def separate_losses(self, batch: TransitionBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the losses of the actor, the critics and the temperature, scalars."""
         alpha = self.log_alpha.exp()
         with torch.no_grad():
@@ -152,12 +152,12 @@ class SAC(OffPolicyAlgorithm):
         output = self.policy(observation)
         return self.policy.draw(output, torch.randn_like(output[:, : self.policy.size]))
 
-    def objective(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """See `OffPolicyAlgorithm.objective`: the sum of three losses, each of which reaches its own parameters alone.
+    def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """See `OffPolicyAlgorithm.losses`: the sum of three losses, each of which reaches its own parameters alone.
 
         It tells the `actor_loss` and the `critic_loss`.
         """
-        of_actor, of_critics, of_temperature = self.losses(batch)
+        of_actor, of_critics, of_temperature = self.separate_losses(batch)
         loss = of_actor + of_critics
         loss = loss + of_temperature if self.log_alpha.requires_grad else loss
         return {"loss": loss, "actor_loss": of_actor, "critic_loss": of_critics}
@@ -168,8 +168,8 @@ class SAC(OffPolicyAlgorithm):
 
     def update(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""
-        found = self.descend(batch)
+        results = self.minimize_losses(batch)
         if self.trainer.global_step % self.hparams["sync_rate"] == 0:
             self.soft_update_target(self.critics, self.target_critics)
         alpha = self.log_alpha.detach().exp()
-        return {"loss": found["critic_loss"], "actor_loss": found["actor_loss"], "alpha": alpha}
+        return {"loss": results["critic_loss"], "actor_loss": results["actor_loss"], "alpha": alpha}

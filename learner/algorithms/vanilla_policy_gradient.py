@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from learner.algorithms.reinforce import Reinforce
-from learner.experience import TrajectoryBatch
+from learner.batches import TrajectoryBatch
 from learner.policy_gradients import policy_gradient_loss
 
 

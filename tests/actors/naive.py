@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from actors.environments import FAILURE
-from actors.rollout import Lanes
+from actors.rebuilding import FAILURE
+from actors.vector_runner import VectorRunner
+from replay.messages import Batch
 from replay.table import TransitionTable
-from replay.types import Array, Batch
+from replay.types import Array
 from tests.replay.naive import assert_same_bits
 
 
@@ -87,9 +88,11 @@ class NaiveLane:
 
 
 class NaiveExperience:
-    """Listens to the vector environment inside `Lanes`, so that nothing passes through the code under test."""
+    """Listens to the vector environment inside `VectorRunner`, so that nothing passes through the code under test."""
 
-    def __init__(self, lanes: Lanes, *, segment_length: int, n_steps: int, gamma: float, clip: bool = False) -> None:
+    def __init__(
+        self, lanes: VectorRunner, *, segment_length: int, n_steps: int, gamma: float, clip: bool = False
+    ) -> None:
         self.spec = lanes.environment
         self.segment_length, self.n_steps, self.gamma = segment_length, n_steps, gamma
         self.lanes: list[NaiveLane] = []

@@ -19,17 +19,17 @@ import actors.environments as environments
 from actors.environments import (
     ContinuousActions,
     DiscreteActions,
-    EnvironmentFailed,
     EnvironmentSpec,
-    OneLane,
-    RebuildingEnv,
+    SingleEnvironment,
     family,
     seeds_for,
     specify,
 )
 from actors.policies import PolicySpec
-from actors.rollout import Lanes
-from replay.types import Array, ConfigurationError, SquallError
+from actors.rebuilding import RebuildingEnv
+from actors.vector_runner import VectorRunner
+from replay.errors import ConfigurationError, EnvironmentFailed, SquallError
+from replay.types import Array
 from tests.actors.toys import RandomPolicy, Script, theatre
 
 PONG = "PongNoFrameskip-v4"
@@ -171,7 +171,7 @@ def test_lanes_reset_anew_each_time(name: str) -> None:
     spec = specify(name)
     shown = []
     for seed in (0, 0, 1):
-        lanes = Lanes(spec, 2, np.random.SeedSequence(seed))
+        lanes = VectorRunner(spec, 2, np.random.SeedSequence(seed))
         shown.append([lanes.reset(), lanes.reset()])
         lanes.close()
     for again in range(2):
@@ -229,7 +229,7 @@ def test_atari_memory_observations_are_vectors() -> None:
 def test_float64_observations_are_narrowed() -> None:
     spec = specify("SquallShort-v0")
     assert spec.observation_dtype == "float32"
-    lanes = Lanes(spec, 2, np.random.SeedSequence(0))
+    lanes = VectorRunner(spec, 2, np.random.SeedSequence(0))
     assert lanes.reset().dtype == np.float32
     policy = RandomPolicy(PolicySpec("random", spec))
     policy.begin(np.random.SeedSequence(0))
@@ -245,7 +245,7 @@ def test_discrete_observations() -> None:
     assert spec.actions == DiscreteActions(4)
     layout = spec.layout(segment_length=8, n_steps=1)
     assert layout.observation_shape == ()
-    lanes = Lanes(spec, 3, np.random.SeedSequence(0))
+    lanes = VectorRunner(spec, 3, np.random.SeedSequence(0))
     assert lanes.reset().tolist() == [0, 0, 0]
     lanes.close()
 
@@ -403,7 +403,7 @@ def test_an_environment_from_a_module_in_the_current_folder(folder: Path) -> Non
     # A worker is another process with another folder: the specification alone must do.
     del sys.modules["corridor_of_a_user"], gym.registry["Corridor-v0"]
     sys.path.remove(str(folder))
-    lanes = Lanes(spec, 2, np.random.SeedSequence(0))
+    lanes = VectorRunner(spec, 2, np.random.SeedSequence(0))
     assert lanes.reset().tolist() == [[0.0], [0.0]]
     lanes.close()
 
@@ -415,11 +415,11 @@ def test_a_module_that_fails_at_import_is_named(folder: Path) -> None:
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 
 
-def scripted_lanes(seed: int = 0, lanes: int = 1) -> tuple[Lanes, RandomPolicy]:
+def scripted_lanes(seed: int = 0, lanes: int = 1) -> tuple[VectorRunner, RandomPolicy]:
     spec = SCRIPTED
     policy = RandomPolicy(PolicySpec("random", spec))
     policy.begin(np.random.SeedSequence(seed))
-    return Lanes(spec, lanes, np.random.SeedSequence(seed)), policy
+    return VectorRunner(spec, lanes, np.random.SeedSequence(seed)), policy
 
 
 SCRIPTED = specify("SquallScripted-v0")
@@ -531,7 +531,7 @@ def test_rebuilt_lanes_draw_their_seeds_from_the_run_s() -> None:
 
 def test_one_lane_is_a_view_of_the_same_vector() -> None:
     spec = specify("SquallShort-v0")
-    one = OneLane(spec, seed=0)
+    one = SingleEnvironment(spec, seed=0)
     vector = spec.make(1)
     first, _ = one.reset()
     assert first.dtype == np.float32

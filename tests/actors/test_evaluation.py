@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from actors import evaluation, policies
-from actors.environments import EnvironmentFailed, specify
+from actors.environments import specify
 from actors.evaluation import Evaluation, Evaluator, run_episodes
 from actors.policies import EpsilonSchedule, Policy, PolicySpec
 from actors.weights import pack
-from replay.types import ConfigurationError, EpisodeResult, LayoutMismatch
+from replay.errors import ConfigurationError, EnvironmentFailed, LayoutMismatch
+from replay.types import EpisodeResult
 from tests.actors.toys import TEST_POLICIES, Lever, Script, theatre
 
 SCRIPTED = specify("SquallScripted-v0")

@@ -12,7 +12,7 @@ from torch import nn
 from actors.environments import DiscreteActions, EnvironmentSpec
 from actors.networks import Critics, NatureCNN, ParallelLinear, QNetwork, RunningNorm, VectorTorso, make_torso
 from actors.weights import pack, unpack
-from replay.types import ConfigurationError
+from replay.errors import ConfigurationError
 
 
 def spec(shape: tuple[int, ...], dtype: str = "float32", count: int | None = None) -> EnvironmentSpec:

@@ -16,8 +16,9 @@ from actors.on_policy import OnPolicyWorker
 from actors.policies import Action, EpsilonGreedyPolicy, PolicySpec
 from actors.rollout import RolloutSpec
 from actors.weights import Weights, pack
+from replay.messages import InsertReply, PermitReply, Push, TakeReply
 from replay.trajectory_server import QueueSpec, TrajectoryServer
-from replay.types import InsertReply, PermitReply, Push, TakeReply, Trajectory
+from replay.types import Trajectory
 
 CARTPOLE = PolicySpec("epsilon_greedy", specify("CartPole-v1"), hidden_sizes=(4,))
 
@@ -185,7 +186,7 @@ def test_a_finished_run_ends_the_worker_and_gives_no_more_permits() -> None:
     server = TrajectoryServer(QueueSpec(layout, 3), max_env_steps=10)
     worker = make_worker(DirectQueue(server), Source(), 0, rows=5)
     report = worker.run()
-    assert report.last_word == "done"
+    assert report.status_message == "done"
     assert server.stats().counters.env_steps >= 10
     assert server.request_permits(1, 0, 1).finished
     taken = server.take()

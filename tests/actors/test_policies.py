@@ -22,7 +22,8 @@ from actors.policies import (
     StochasticPolicy,
 )
 from actors.weights import pack, unpack
-from replay.types import Array, ConfigurationError
+from replay.errors import ConfigurationError
+from replay.types import Array
 from tests.replay.statistics import FALSE_ALARM, chi_square_p, kolmogorov_p
 
 ENVIRONMENT = EnvironmentSpec(None, (3,), "float32", 1, DiscreteActions(5))

@@ -16,14 +16,18 @@ import ray
 import torch
 
 from actors import policies, rollout
-from actors.environments import EnvironmentFailed, EnvironmentSpec, specify
+from actors.environments import EnvironmentSpec, specify
 from actors.policies import Policy, PolicySpec, StochasticPolicy
-from actors.rollout import Lanes, RolloutActor, RolloutSpec, RolloutWorker, WorkerReport
+from actors.rollout import RolloutActor, RolloutSpec, RolloutWorker, WorkerReport
+from actors.vector_runner import VectorRunner
 from actors.weights import WeightClient, Weights, WeightStoreActor, pack
+from replay.client import ReplayClient
+from replay.errors import DeadlineExceeded, EnvironmentFailed, LayoutMismatch
+from replay.messages import InsertReply, Push
 from replay.remote import RemoteActor
-from replay.server import ReplayActor, ReplayClient, ReplayServer, ReplaySpec
+from replay.server import ReplayActor, ReplayServer, ReplaySpec
 from replay.table import TableSpec
-from replay.types import DeadlineExceeded, EpisodeResult, InsertReply, LayoutMismatch, Moments, Push
+from replay.types import EpisodeResult, Moments
 from tests.actors.naive import NaiveExperience, assert_holds
 from tests.actors.toys import TEST_POLICIES, Lever, Script, Scripted, theatre
 
@@ -111,7 +115,9 @@ def make_spec(
     clip: bool = False,
     seed: int = 0,
 ) -> RolloutSpec:
-    return RolloutSpec(PolicySpec(kind, environment), lanes, length, n_steps, 0.97, clip, seed, measure_returns=True)
+    return RolloutSpec(
+        PolicySpec(kind, environment), lanes, length, n_steps, 0.97, clip, seed, track_return_statistics=True
+    )
 
 
 def make_server(
@@ -135,9 +141,9 @@ def weights_for(spec: RolloutSpec, version: int = 0, arm: int = 0) -> Weights:
     return pack(policy, version)
 
 
-def make_worker(spec: RolloutSpec, replay: Any, *weights: Weights | None, **place: int) -> RolloutWorker:
-    place = {"worker": 0, "workers": 1, "incarnation": 0, **place}
-    return RolloutWorker(spec, replay=replay, weights=Given(*(weights or (weights_for(spec),))), **place)
+def make_worker(spec: RolloutSpec, replay: Any, *weights: Weights | None, **set_rank: int) -> RolloutWorker:
+    set_rank = {"worker": 0, "workers": 1, "incarnation": 0, **set_rank}
+    return RolloutWorker(spec, replay=replay, weights=Given(*(weights or (weights_for(spec),))), **set_rank)
 
 
 def lever(worker: RolloutWorker) -> Lever:
@@ -202,7 +208,7 @@ def test_the_server_has_what_the_environment_did(clip: bool, n_steps: int) -> No
     expected = twin.in_order()
     assert_holds(server._table, expected)
     assert report.env_steps == server.stats().counters.env_steps == len(expected)
-    assert report.last_word == "done"
+    assert report.status_message == "done"
 
     # The returns are the environment's, whatever the learner sees.
     finished = [episode for lane in twin.lanes for episode in lane.episodes if episode and episode[-1].ended]
@@ -251,7 +257,9 @@ def one_policy(environment: EnvironmentSpec, kind: str = "random") -> Policy:
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
 def test_discounted_returns_are_the_twin_s(gamma: float, clip: bool) -> None:
     """Over random rewards, terminations, truncations, and the rows after them, which are no steps."""
-    lanes = Lanes(SHORT, 4, np.random.SeedSequence(3), measure_returns=True, gamma=gamma, clip_rewards=clip)
+    lanes = VectorRunner(
+        SHORT, 4, np.random.SeedSequence(3), track_return_statistics=True, gamma=gamma, clip_rewards=clip
+    )
     twin = NaiveExperience(lanes, segment_length=1, n_steps=1, gamma=gamma)
     policy = one_policy(SHORT)
     lanes.reset()
@@ -269,7 +277,7 @@ def test_discounted_returns_are_the_twin_s(gamma: float, clip: bool) -> None:
 def test_a_failed_step_and_its_rebuilt_episode_start_discounted_returns_anew() -> None:
     scripts = {0: Script(length=4, reward=2.0, raises_at=frozenset({3})), 2: Script(length=3, reward=-0.5)}
     with theatre(scripts, default=Script(length=3, reward=0.25, truncates=True)):
-        lanes = Lanes(SCRIPTED, 2, np.random.SeedSequence(0), measure_returns=True, gamma=0.5)
+        lanes = VectorRunner(SCRIPTED, 2, np.random.SeedSequence(0), track_return_statistics=True, gamma=0.5)
         twin = NaiveExperience(lanes, segment_length=1, n_steps=1, gamma=0.5)
         policy = one_policy(SCRIPTED)
         lanes.reset()
@@ -285,7 +293,7 @@ def test_a_failed_step_and_its_rebuilt_episode_start_discounted_returns_anew() -
 
 def test_a_reset_starts_discounted_returns_anew_and_keeps_their_moments() -> None:
     with theatre(default=LONG):
-        lanes = Lanes(SCRIPTED, 1, np.random.SeedSequence(0), measure_returns=True, gamma=0.5)
+        lanes = VectorRunner(SCRIPTED, 1, np.random.SeedSequence(0), track_return_statistics=True, gamma=0.5)
         policy = one_policy(SCRIPTED)
         for _ in range(2):
             lanes.reset()
@@ -323,7 +331,7 @@ def test_the_moments_of_returns_come_with_the_pushes(clip: bool) -> None:
 def test_a_row_shows_what_the_learner_sees() -> None:
     with theatre({0: Script(reward=7.0), 1: Script(reward=-0.5)}):
         for clip in (False, True):
-            lanes = Lanes(SCRIPTED, 2, np.random.SeedSequence(0), clip_rewards=clip)
+            lanes = VectorRunner(SCRIPTED, 2, np.random.SeedSequence(0), clip_rewards=clip)
             policy = one_policy(SCRIPTED, "lever")
             lanes.reset()
             rows = [lanes.step(policy, step=0) for _ in range(5)]
@@ -340,7 +348,7 @@ def test_a_row_shows_what_the_learner_sees() -> None:
 
 def test_a_row_has_the_policy_s_log_probabilities_and_unclipped_actions() -> None:
     stacks = specify("SquallStacks-v0")  # its box is [-2, 2], and it refuses actions outside
-    lanes = Lanes(stacks, 50, np.random.SeedSequence(0))
+    lanes = VectorRunner(stacks, 50, np.random.SeedSequence(0))
     policy = PolicySpec("gaussian", replace(stacks, observation_shape=(24,)), (4,)).build()
     policy.begin(np.random.SeedSequence(1))
     observation = lanes.reset()
@@ -379,7 +387,7 @@ def test_nothing_happens_before_the_first_weights() -> None:
     replay = Direct(make_server(spec))
     given = Given()
     worker = RolloutWorker(spec, worker=1, workers=2, incarnation=0, replay=replay, weights=given)
-    assert worker.report().last_word == "starting"
+    assert worker.report().status_message == "starting"
     with running(worker) as end:
         time.sleep(0.1)
         report = worker.report()
@@ -388,7 +396,7 @@ def test_nothing_happens_before_the_first_weights() -> None:
         given.waiting.append(weights_for(spec, 6))
         wait_until(lambda: worker.report().env_steps > 0)
         assert worker.report().waiting_for is None
-        assert worker.report().last_word == "rolling out"
+        assert worker.report().status_message == "rolling out"
         assert worker.report().weights_version == 6
         worker.stop()
         end()
@@ -448,7 +456,7 @@ def test_exploration_follows_the_servers_count() -> None:
 
 
 def test_a_server_that_says_wait_stops_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "_SECONDS_TO_SEND_THE_REST", 0.2)
+    monkeypatch.setattr(rollout, "SECONDS_TO_SEND_THE_REST", 0.2)
     spec = make_spec(lanes=2, length=4)
     with theatre(default=LONG):
         worker = make_worker(spec, Blocked())
@@ -469,7 +477,7 @@ def test_a_server_that_says_wait_stops_the_loop(monkeypatch: pytest.MonkeyPatch)
 def test_a_worker_that_leaves_sends_what_it_has_as_long_as_it_is_given(
     monkeypatch: pytest.MonkeyPatch, opens: bool
 ) -> None:
-    monkeypatch.setattr(rollout, "_SECONDS_TO_SEND_THE_REST", 0.0)
+    monkeypatch.setattr(rollout, "SECONDS_TO_SEND_THE_REST", 0.0)
     spec = make_spec(lanes=2, length=4)
     server = make_server(spec, samples_per_insert=1.0, minimum_size=8)
     with theatre(default=LONG):
@@ -479,7 +487,7 @@ def test_a_worker_that_leaves_sends_what_it_has_as_long_as_it_is_given(
         wait_until(lambda: worker.report().env_steps == worker.report().steps_sent + 4 * 2 * 4)
         worker.stop(20.0 if opens else 0.3)
         time.sleep(0.4)
-        while opens and worker.report().last_word != "done":
+        while opens and worker.report().status_message != "done":
             server.sample(1, 1)
             time.sleep(0.001)
         report = end()
@@ -489,7 +497,7 @@ def test_a_worker_that_leaves_sends_what_it_has_as_long_as_it_is_given(
 
 
 def test_a_limiter_that_says_wait_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "_SECONDS_TO_SEND_THE_REST", 0.2)
+    monkeypatch.setattr(rollout, "SECONDS_TO_SEND_THE_REST", 0.2)
     spec = make_spec(lanes=2, length=4)
     server = make_server(spec, samples_per_insert=1.0, minimum_size=8)
     with theatre(default=LONG):
@@ -510,7 +518,7 @@ def test_what_a_push_meets_ends_the_run(at: int) -> None:
         worker = make_worker(spec, Failing(make_server(spec), at))
     with pytest.raises(LayoutMismatch, match="the push does not fit"):
         run_rows(worker, 18)
-    assert worker.report().last_word == "rolling out"
+    assert worker.report().status_message == "rolling out"
 
 
 def test_a_finished_run_ends_the_loop() -> None:
@@ -534,7 +542,7 @@ def test_failures_are_reported() -> None:
     with theatre({0: Script(length=100, raises_at=frozenset({6}))}, default=LONG):
         worker = make_worker(spec, Direct(make_server(spec)))
         words: list[str] = []
-        lever(worker).after[8] = lambda: words.append(worker.report().last_word)
+        lever(worker).after[8] = lambda: words.append(worker.report().status_message)
         run_rows(worker, 9)
     assert words == ["rebuilt an environment after RuntimeError: instance 0 broke at step 6"]
 
@@ -545,7 +553,7 @@ def test_an_environment_that_fails_for_good_ends_the_run() -> None:
         worker = make_worker(spec, Direct(make_server(spec)))
         with pytest.raises(EnvironmentFailed, match="instance 5 broke at step 1"):
             worker.run()
-    assert not worker._outbox._thread.is_alive()
+    assert not worker._sender._thread.is_alive()
 
 
 def test_the_last_episodes_are_sent_though_no_step_is_left() -> None:
@@ -560,10 +568,10 @@ def test_the_last_episodes_are_sent_though_no_step_is_left() -> None:
 
 
 def test_every_worker_and_incarnation_has_its_own_experience() -> None:
-    def first_push(**place: int) -> bytes:
-        spec = make_spec(specify("CartPole-v1"), lanes=2, length=8, seed=place.pop("seed", 0))
+    def first_push(**set_rank: int) -> bytes:
+        spec = make_spec(specify("CartPole-v1"), lanes=2, length=8, seed=set_rank.pop("seed", 0))
         replay = Direct(make_server(spec))
-        run_rows(make_worker(spec, replay, **place), 9)
+        run_rows(make_worker(spec, replay, **set_rank), 9)
         return b"".join(segment.frames.tobytes() for segment in replay.pushes[0].segments)
 
     pushes = [first_push(), first_push(worker=1, workers=2), first_push(incarnation=1), first_push(seed=1)]
@@ -605,7 +613,7 @@ def test_a_live_worker_is_lean_and_sends_what_it_counts(local_ray: None) -> None
         report = ray.get(outcome, timeout=20)
         stats = ray.get(server.stats.remote())
         assert report.env_steps == stats.counters.env_steps
-        assert report.last_word == "done"
+        assert report.status_message == "done"
         assert len({report.pid, stats.pid, ray.get(store.report.remote())["pid"]}) == 3
         assert len(ray.get(server.drain_episodes.remote())) == report.episodes
     finally:
@@ -615,7 +623,7 @@ def test_a_live_worker_is_lean_and_sends_what_it_counts(local_ray: None) -> None
 
 def test_discounted_returns_are_measured_only_where_they_are_asked_for() -> None:
     with theatre():
-        lanes = Lanes(SCRIPTED, 2, np.random.SeedSequence(0), gamma=0.5)
+        lanes = VectorRunner(SCRIPTED, 2, np.random.SeedSequence(0), gamma=0.5)
         lanes.reset()
         for _ in range(5):
             lanes.step(one_policy(SCRIPTED, "lever"), step=0)

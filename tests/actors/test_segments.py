@@ -12,11 +12,12 @@ import pytest
 
 from actors.environments import EnvironmentSpec, specify
 from actors.policies import PolicySpec
-from actors.rollout import Lanes
 from actors.segments import SegmentBuilder, TrajectoryBuilder
+from actors.vector_runner import VectorRunner
+from replay.messages import Batch, Push
 from replay.table import TableSpec, TransitionTable
 from replay.trajectory_queue import Permit, TrajectoryQueue
-from replay.types import Batch, Push, Segment, Segments, Trajectory
+from replay.types import Segment, Segments, Trajectory
 from tests.actors.naive import NaiveExperience, NaiveLane, Transition, assert_equal, assert_holds, newest
 from tests.actors.toys import RandomPolicy, Script, theatre
 from tests.replay.naive import assert_same_bits, read_everything
@@ -36,7 +37,7 @@ class Rig:
         layout = environment.layout(segment_length=length, n_steps=n_steps)
         self.policy = RandomPolicy(PolicySpec("random", environment))
         self.policy.begin(np.random.SeedSequence(seed))
-        self.lanes = Lanes(environment, lanes, np.random.SeedSequence((seed, 1)))
+        self.lanes = VectorRunner(environment, lanes, np.random.SeedSequence((seed, 1)))
         self.twin = NaiveExperience(self.lanes, segment_length=length, n_steps=n_steps, gamma=GAMMA)
         self.builder = SegmentBuilder(layout, lanes, GAMMA)
         self.table = TransitionTable(TableSpec(layout, capacity), seed=np.random.SeedSequence(seed))
@@ -251,7 +252,7 @@ class Unrolls:
         self.environment = environment
         self.policy = RandomPolicy(PolicySpec("random", environment))
         self.policy.begin(np.random.SeedSequence(3))
-        self.lanes = Lanes(environment, lanes, np.random.SeedSequence(4))
+        self.lanes = VectorRunner(environment, lanes, np.random.SeedSequence(4))
         self.twin = NaiveExperience(self.lanes, segment_length=1, n_steps=1, gamma=GAMMA)
         self.builder = TrajectoryBuilder(lanes, GAMMA, rows=rows)
         self.queue = TrajectoryQueue(units)
@@ -384,7 +385,7 @@ def test_truncation_bootstraps_and_termination_does_not(truncates: bool, last: f
 @pytest.mark.parametrize("rows", [4, None])
 def test_a_failed_lane_begins_its_trajectory_again(rows: int | None) -> None:
     with theatre({0: Script(length=6, raises_at=frozenset({3}))}, default=Script(length=4)):
-        lanes = Lanes(SCRIPTED, 2, np.random.SeedSequence(0))
+        lanes = VectorRunner(SCRIPTED, 2, np.random.SeedSequence(0))
         policy = RandomPolicy(PolicySpec("random", SCRIPTED))
         policy.begin(np.random.SeedSequence(1))
         builder = TrajectoryBuilder(2, GAMMA, rows=rows)

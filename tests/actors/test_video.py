@@ -15,7 +15,8 @@ from actors.environments import specify
 from actors.evaluation import run_episodes
 from actors.policies import PolicySpec
 from actors.video import Video
-from replay.types import Array, ConfigurationError
+from replay.errors import ConfigurationError
+from replay.types import Array
 from tests.actors.toys import TEST_POLICIES
 
 

@@ -19,9 +19,9 @@ import torch
 from ray.exceptions import RayTaskError
 from torch import nn
 
-from actors.weights import WeightClient, Weights, WeightStore, WeightStoreActor, layout_hash, pack, unpack
+from actors.weights import WeightClient, Weights, WeightStore, WeightStoreActor, pack, parameters_hash, unpack
+from replay.errors import LayoutMismatch, SquallError
 from replay.remote import RemoteActor
-from replay.types import LayoutMismatch, SquallError
 
 
 class Assorted(nn.Module):
@@ -96,7 +96,7 @@ def test_read_only_weights_are_loaded_and_not_kept() -> None:
 def test_weights_of_another_network_are_refused(other: nn.Module) -> None:
     before = {name: value.clone() for name, value in other.state_dict().items()}
     weights = pack(filled(1), 0)
-    with pytest.raises(LayoutMismatch, match=f"layout {weights.layout}.*layout {layout_hash(other)}") as raised:
+    with pytest.raises(LayoutMismatch, match=f"layout {weights.layout}.*layout {parameters_hash(other)}") as raised:
         unpack(weights, other)
     assert isinstance(raised.value, SquallError)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
@@ -105,11 +105,11 @@ def test_weights_of_another_network_are_refused(other: nn.Module) -> None:
 def test_the_layout_is_names_shapes_and_dtypes() -> None:
     named = nn.ModuleDict({"a": nn.Linear(3, 5)})
     layouts = {
-        layout_hash(module)
+        parameters_hash(module)
         for module in (nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(3, 5).double(), nn.Linear(3, 5, bias=False), named)
     }
     assert len(layouts) == 5
-    assert layout_hash(filled(1)) == layout_hash(filled(2))
+    assert parameters_hash(filled(1)) == parameters_hash(filled(2))
 
 
 def weights_of(version: int, value: int = 0) -> Weights:

@@ -23,11 +23,12 @@ import torch
 from actors.environments import DiscreteActions, EnvironmentSpec
 from actors.policies import PolicySpec
 from replay.types import Array
-from services import squall_pb2 as pb
-from services import squall_pb2_grpc
-from services.grpc_policy import MOST_ROWS, PolicyService, ServedPolicy
-from services.grpc_server import CHANNEL_OPTIONS, Listening, ServerThread
-from services.wire import encode_array
+from services.rpc import squall_pb2 as pb
+from services.rpc import squall_pb2_grpc
+from services.rpc.auth import ServerConfig
+from services.rpc.codec import encode_array
+from services.rpc.policy import MOST_ROWS, PolicyService, ServedPolicy
+from services.rpc.server import CHANNEL_OPTIONS, ServerThread
 
 ENVIRONMENTS = {
     "vector": EnvironmentSpec("CartPole-v1", (4,), "float32", 1, DiscreteActions(2)),
@@ -41,7 +42,7 @@ def serve(kind: str, most_rows: int, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
     policy = PolicySpec("epsilon_greedy", ENVIRONMENTS[kind], (256, 256)).build()
     service = PolicyService(ServedPolicy(policy, "dqn", version=0), "benchmark", most_rows=most_rows)
-    server = ServerThread([service], Listening())
+    server = ServerThread([service], ServerConfig())
     pipe.send(server.address)
     pipe.recv()
     pipe.send((service.batcher.requests, service.batcher.passes))

@@ -66,7 +66,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """Row and name."""
+        """VectorStep and name."""
         return f"{self.row}/{self.name}" if self.name else self.row
 
 

@@ -181,7 +181,7 @@ def run(side: Side, threads: int, protocol: Protocol) -> Mapping[str, Any]:
 def check_same(case: Case, other: Side, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Raise `OtherWork` unless both sides did the same work, as far as both speak of it.
 
-    Figures may differ by `Case.tolerance` of each other; a side that says whether its loss fell must say yes.
+    RunStatistics may differ by `Case.tolerance` of each other; a side that says whether its loss fell must say yes.
     """
     for fact in (*case.same, case.fact):
         if fact not in ours or fact not in theirs:

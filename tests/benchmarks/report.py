@@ -193,7 +193,7 @@ def _where(machine: dict[str, Any]) -> str:
 
 
 def draw(measured: dict[str, tuple[dict[str, Any], list[Comparison]]], file: Path) -> None:
-    """Draw every ratio with its range, and what was wanted; one panel for the peers, one for the limit."""
+    """SampleIndices every ratio with its range, and what was wanted; one panel for the peers, one for the limit."""
     from matplotlib.figure import Figure
 
     bars = [

@@ -16,7 +16,7 @@ import pytest
 import ray
 import yaml
 
-from services import ray_environment
+from services.supervision import ray_environment
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -73,7 +73,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         if name.startswith("RAY_"):
             monkeypatch.delenv(name)
     before = dict(os.environ)
-    ray_environment.settle()
+    ray_environment.set_ray_defaults()
     found = {name: os.environ[name] for name in wanted}
     for name in os.environ.keys() - before.keys():
         del os.environ[name]

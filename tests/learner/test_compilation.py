@@ -16,9 +16,9 @@ import torch
 
 from learner import DQN, PERDQN, SAC, DoubleDQN, DuelingDQN, NoisyDQN, NonDistributionalRainbow
 from learner.algorithms.off_policy import OffPolicyAlgorithm
+from learner.batches import TransitionBatch
 from learner.compilation import compile_backward, find_compiler
-from learner.experience import TransitionBatch
-from replay.types import ConfigurationError
+from replay.errors import ConfigurationError
 from tests.learner.toys import CARTPOLE, PENDULUM, Batches, box_batch, copies, quiet_trainer, random_batch, small, toy
 
 pytestmark = [
@@ -122,8 +122,8 @@ def test_a_compiled_gradient_of_soft_actor_critic_is_the_uncompiled_one() -> Non
         module.policy(observation), torch.zeros(len(observation), 1)
     )
     learned = [p for group in module.configure_optimizers().param_groups for p in group["params"]]
-    expected = torch.autograd.grad(module.objective(batch)["loss"], learned)
-    found = compile_backward(module.objective, learned)(batch)
+    expected = torch.autograd.grad(module.losses(batch)["loss"], learned)
+    found = compile_backward(module.losses, learned)(batch)
     for parameter, gradient in zip(learned, expected, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
@@ -173,14 +173,14 @@ def test_running_statistics_are_taken_in_between_compiled_updates() -> None:
 def test_noise_is_drawn_anew_by_every_compiled_update(kind: type[DQN]) -> None:
     module = small(kind, CARTPOLE, learning_rate=1e-12, compile_updates=True)
     losses: list[float] = []
-    descend = module.descend
+    minimize_losses = module.minimize_losses
 
     def watched(batch: TransitionBatch) -> dict[str, torch.Tensor]:
-        found = descend(batch)
+        found = minimize_losses(batch)
         losses.append(found["loss"].item())
         return found
 
-    module.descend = watched  # type: ignore[method-assign]
+    module.minimize_losses = watched  # type: ignore[method-assign]
     fitted(module, [random_batch(8)] * 4)
     assert len(set(losses)) == 4
 
@@ -267,4 +267,4 @@ def test_a_missing_compiler_is_found_beforehand(monkeypatch: pytest.MonkeyPatch)
 
 def test_nothing_is_found_ahead_for_a_compiled_update() -> None:
     batch = random_batch(2, 8)
-    assert small(DQN, CARTPOLE, compile_updates=True).look_ahead(batch) is batch
+    assert small(DQN, CARTPOLE, compile_updates=True).precompute_targets(batch) is batch

@@ -13,19 +13,14 @@ import pytest
 import torch
 
 from learner import AdvantageActorCritic, Reinforce
-from learner.experience import (
-    Experience,
-    LocalTransitions,
-    RemoteTrajectories,
-    RemoteTransitions,
-    StalePolicy,
-    TrajectoryBatch,
-    TransitionBatch,
-)
+from learner.batches import TrajectoryBatch, TransitionBatch
+from learner.experience import Experience, LocalTransitions, RemoteTrajectories, RemoteTransitions
+from replay.errors import DeadlineExceeded, StalePolicy
+from replay.messages import Batch, Push
 from replay.server import ReplayServer, ReplaySpec
 from replay.table import TableSpec
 from replay.trajectory_server import QueueSpec, TrajectoryServer
-from replay.types import Batch, DeadlineExceeded, Layout, Moments, Push, Segment
+from replay.types import Layout, Moments, Segment
 from tests.learner.toys import (
     CARTPOLE,
     InProcessQueue,
@@ -88,9 +83,11 @@ def test_split_gives_the_k_batches_in_order() -> None:
 def test_values_found_ahead_are_divided_and_moved_with_their_batches() -> None:
     whole = TransitionBatch.of(a_batch())
     values = torch.randn(*whole.reward.shape, 2)
-    for i, part in enumerate(whole._replace(next_values=values, copies=5).map(lambda tensor: 2 * tensor).split()):
-        assert part.next_values is not None
-        assert torch.equal(part.next_values, 2 * values[i])
+    for i, part in enumerate(
+        whole._replace(target_values_ahead=values, copies=5).map(lambda tensor: 2 * tensor).split()
+    ):
+        assert part.target_values_ahead is not None
+        assert torch.equal(part.target_values_ahead, 2 * values[i])
         assert (part.size, part.copies) == (77, 5)
 
 

@@ -12,9 +12,9 @@ from learner.optimization import (
     OPTIMIZERS,
     SCHEDULES,
     clip_gradient,
-    forget_gradients,
     make_optimizer,
     set_learning_rate,
+    zero_grad,
 )
 from tests.learner.toys import copies
 
@@ -46,7 +46,7 @@ def test_it_steps_as_the_plain_one_does(name: str) -> None:
     for seed in range(5):
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
         for module, optimizer in zip((ours, plain), optimizers, strict=True):
-            forget_gradients(optimizer) if module is ours else optimizer.zero_grad()
+            zero_grad(optimizer) if module is ours else optimizer.zero_grad()
             module(x).square().mean().backward()
             optimizer.step()
     for mine, theirs in zip(copies(ours), copies(plain), strict=True):

@@ -16,10 +16,11 @@ import torch
 from actors.on_policy import OnPolicyActor
 from actors.weights import WeightClient, WeightStoreActor
 from learner import AdvantageActorCritic
-from learner.experience import TrajectoryBatch
-from learner.training import Learner, LearnerSpec
+from learner.batches import TrajectoryBatch
+from learner.learner import Learner, LearnerSpec
+from replay.client import TrajectoryClient
 from replay.remote import RemoteActor
-from replay.trajectory_server import TrajectoryActor, TrajectoryClient
+from replay.trajectory_server import TrajectoryActor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 

@@ -15,9 +15,9 @@ from actors.environments import ContinuousActions, EnvironmentSpec
 from learner import DQN, AdvantageActorCritic
 from learner.algorithms import ALGORITHMS
 from learner.presets import Preset, load_preset
-from replay.types import ConfigurationError
+from replay.errors import ConfigurationError
 from services.config import RUN_KEYS, resolve
-from services.program import plan
+from services.supervision.topology import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"atari": "BreakoutNoFrameskip-v4", "mujoco": "HalfCheetah-v5"}

@@ -17,10 +17,11 @@ from actors.environments import ContinuousActions, DiscreteActions, EnvironmentS
 from learner import DQN, SAC
 from learner.algorithms import Algorithm
 from learner.algorithms.off_policy import OffPolicyAlgorithm
-from learner.experience import TransitionBatch
+from learner.batches import TransitionBatch
+from replay.messages import Push, SampleReply, TakeReply
 from replay.server import ReplayServer
 from replay.trajectory_server import TrajectoryServer
-from replay.types import Layout, Push, SampleReply, Segment, TakeReply, Trajectory
+from replay.types import Layout, Segment, Trajectory
 
 CARTPOLE = EnvironmentSpec("CartPole-v1", (4,), "float32", 1, DiscreteActions(2))
 PENDULUM = EnvironmentSpec("Pendulum-v1", (3,), "float32", 1, ContinuousActions((1,), (-2.0,), (2.0,)))

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from replay.messages import Batch
 from replay.table import TransitionTable
-from replay.types import Array, Batch, Layout, Segment
+from replay.types import Array, Layout, Segment
 
 
 class NaiveSumTree:

@@ -9,8 +9,10 @@ import pytest
 
 from replay import client
 from replay.client import WaitingClient
+from replay.errors import DeadlineExceeded
+from replay.messages import InsertReply, Push
 from replay.remote import argument
-from replay.types import DeadlineExceeded, InsertReply, Push, Segment
+from replay.types import Segment
 
 
 class Clock:

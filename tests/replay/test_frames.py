@@ -16,13 +16,17 @@ import pytest
 import ray
 
 from replay import frames
-from replay.frames import FrameReader, NearFrames
+from replay.client import ReplayClient
+from replay.frames import FrameReader, SharedFrames
+from replay.messages import Batch, Push, SampleIndices, SamplePlan, SharedMemoryHandle
 from replay.remote import RemoteActor
-from replay.server import ReplayActor, ReplayClient, ReplayServer, ReplaySpec
-from replay.sharded_client import ShardedReplayClient, Teller
-from replay.shards import ReplayDeskActor, ReplayShardActor
+from replay.server import ReplayActor, ReplayServer, ReplaySpec
+from replay.sharding.client import ShardedReplayClient
+from replay.sharding.reporter import ShardReporter
+from replay.sharding.router import ReplayRouterActor
+from replay.sharding.shard import ReplayShardActor
 from replay.table import TableSpec, TransitionTable
-from replay.types import Array, Batch, Draw, FrameLocation, Layout, Moments, Places, Push, Segment
+from replay.types import Array, Layout, Moments, Segment
 from tests.replay.naive import Lane, assert_same_bits
 
 pytestmark = pytest.mark.skipif(not frames._CAN_SHARE, reason="frames are shared on Linux and x86 alone")
@@ -60,13 +64,13 @@ def assert_numbered(batch: Batch, stack: int, n_steps: int) -> None:
 def test_a_reader_sees_what_the_owner_sees(stack: int, n_steps: int, end_probability: float) -> None:
     layout = Layout((32, 32), "uint8", stack, (2,), "float32", 8, n_steps)
     table, rng = make_table(layout, 50), np.random.default_rng(stack)
-    lane, near = Lane(layout, rng, end_probability), NearFrames()
+    lane, near = Lane(layout, rng, end_probability), SharedFrames()
     for _ in range(40):
         segment, _ = lane.cut(8, flush=bool(rng.random() < 0.2))
         table.insert([segment])
         if not table.size:
             continue
-        drawn = table.choose(3, 5)
+        drawn = table.sample_indices(3, 5)
         batch = near.batch(drawn)
         assert batch is not None
         for name, expected in vars(table._frames.batch(drawn)).items():
@@ -80,7 +84,7 @@ def test_a_reader_sees_what_the_owner_sees(stack: int, n_steps: int, end_probabi
 def test_next_observations_share_memory_with_those_before_where_they_follow() -> None:
     table = make_table(STACKED, 50)
     table.insert([numbered(STACKED, 0)])
-    batch = NearFrames().batch(table.choose(1, 8))
+    batch = SharedFrames().batch(table.sample_indices(1, 8))
     assert batch is not None
     assert np.shares_memory(batch.observation, batch.next_observation)
     assert_numbered(batch, 4, 1)
@@ -90,7 +94,7 @@ def test_what_was_overwritten_meanwhile_is_not_handed_out() -> None:
     table = make_table(STACKED, 64)
     for number in range(8):
         table.insert([numbered(STACKED, 10 * number)])
-    drawn, near = table.choose(1, 256), NearFrames()
+    drawn, near = table.sample_indices(1, 256), SharedFrames()
     assert near.batch(drawn) is not None
     newest = drawn.action >= 70
     pick: Any = {name: values[newest][None] for name, values in vars(drawn).items() if isinstance(values, np.ndarray)}
@@ -125,24 +129,24 @@ def test_only_the_ring_itself_is_taken_for_it() -> None:
     ):
         with pytest.raises(OSError, match=r".+"):
             FrameReader(wrong)
-        near, drawn = NearFrames(), replace(filled(other), frames=wrong)
+        near, drawn = SharedFrames(), replace(filled(other), frames=wrong)
         assert near.wanted
         assert near.batch(drawn) is None
         assert not near.wanted
 
 
-def filled(table: TransitionTable) -> Draw:
+def filled(table: TransitionTable) -> SampleIndices:
     table.insert([numbered(STACKED, 0)])
-    return table.choose(1, 4)
+    return table.sample_indices(1, 4)
 
 
 def test_counters_beyond_what_a_row_can_hold() -> None:
-    table, near = make_table(STACKED, 64), NearFrames()
+    table, near = make_table(STACKED, 64), SharedFrames()
     ring, capacity = table._ring, table.spec.frame_capacity
     ring.newest_frame = ring.oldest_frame = 2**31 // capacity * capacity - 20
     for number in range(24):
         table.insert([numbered(STACKED, 10 * number)])
-        drawn = table.choose(1, 64)
+        drawn = table.sample_indices(1, 64)
         batch = near.batch(drawn)
         assert batch is not None
         assert_numbered(batch, 4, 1)
@@ -187,7 +191,9 @@ def test_a_client_that_travelled_lets_go_too(shards: int) -> None:
     client = pickle.loads(pickle.dumps(here))
     assert type(client) is type(here)
     assert client._deadline == 7.0
-    parts = zip(client._shards, client._near_shards, strict=True) if shards else [(client._actor, client._near)]
+    parts = (
+        zip(client._shards, client._shard_frames, strict=True) if shards else [(client._actor, client._shared_frames)]
+    )
     for actor, of in parts:
         table = make_table(STACKED, 64)
         assert of.batch(filled(table)) is not None
@@ -203,9 +209,9 @@ def test_a_client_lets_go_of_a_shard_that_the_desk_names_no_more() -> None:
     table, nobody = make_table(STACKED, 64), np.empty(0, np.int64)
     for incarnations, kept in (({0: 0, 1: 0}, True), ({0: 0}, False), ({0: 0, 1: 1}, True), ({0: 0, 1: 2}, False)):
         if kept:
-            assert client._near_shards[1].batch(filled(table)) is not None
-        client._draw(Places(nobody, nobody.astype(float), {}, incarnations, 0, Moments()), 1.0, None)
-        assert (client._near_shards[1]._reader is not None) == kept, incarnations
+            assert client._shard_frames[1].batch(filled(table)) is not None
+        client._draw(SamplePlan(nobody, nobody.astype(float), {}, incarnations, 0, Moments()), 1.0, None)
+        assert (client._shard_frames[1]._reader is not None) == kept, incarnations
 
 
 def test_a_reader_cannot_write() -> None:
@@ -235,11 +241,11 @@ def test_another_process_reads_them() -> None:
     table.insert([numbered(STACKED, 5)])
     script = (
         "import pickle, sys\n"
-        "from replay.frames import NearFrames\n"
-        "batch = NearFrames().batch(pickle.load(sys.stdin.buffer))\n"
+        "from replay.frames import SharedFrames\n"
+        "batch = SharedFrames().batch(pickle.load(sys.stdin.buffer))\n"
         "sys.stdout.buffer.write(pickle.dumps(batch))"
     )
-    drawn = table.choose(2, 3)
+    drawn = table.sample_indices(2, 3)
     done = subprocess.run(
         [sys.executable, "-c", script], input=pickle.dumps(drawn), capture_output=True, check=True, timeout=60
     )
@@ -250,7 +256,7 @@ def test_another_process_reads_them() -> None:
 
 def test_a_client_lets_go_of_a_ring_whose_owner_is_gone() -> None:
     table = make_table(STACKED, 64)
-    near, drawn = NearFrames(), filled(table)
+    near, drawn = SharedFrames(), filled(table)
     actor = RemoteActor("nobody")
     actor.when_gone = near.forget
     assert near.batch(drawn) is not None
@@ -308,7 +314,7 @@ class _InProcess:
 
 
 def test_a_client_elsewhere_gets_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(location: FrameLocation) -> FrameReader:
+    def refuse(location: SharedMemoryHandle) -> FrameReader:
         raise FileNotFoundError(location.pid)
 
     server = ReplayServer(server_spec(), run_seed=0)
@@ -329,7 +335,7 @@ def test_a_client_elsewhere_gets_copies(monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(frames._COPIES_ELSEWHERE):
         client.sample(1, 4)
     assert actor.calls[-1][2], "after a while it looks again, for a server may be recreated here"
-    assert client._near._reader is not None
+    assert client._shared_frames._reader is not None
 
 
 def test_a_client_too_slow_for_the_writer_gets_a_copy_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,12 +384,12 @@ def test_no_batch_is_torn_while_another_process_writes(started: Callable[..., Re
     if shards == 1:
         client = ReplayClient(started(ReplayActor, name, spec, run_seed=0))
     else:
-        desk = started(ReplayDeskActor, name, spec, run_seed=0, shards=2)
+        router = started(ReplayRouterActor, name, spec, run_seed=0, shards=2)
         rooms = [
-            started(ReplayShardActor, f"{name}-{i}", spec, run_seed=0, shard=i, shards=2, desk=Teller(desk))
+            started(ReplayShardActor, f"{name}-{i}", spec, run_seed=0, shard=i, shards=2, router=ShardReporter(router))
             for i in range(2)
         ]
-        client = ShardedReplayClient(desk, rooms)
+        client = ShardedReplayClient(router, rooms)
     writer = _Writer.remote()
     writing = writer.run.remote(client, 1_500)
     seen: list[Array] = []
@@ -395,6 +401,6 @@ def test_no_batch_is_torn_while_another_process_writes(started: Callable[..., Re
         seen.append(reply.batch.ids)
     assert ray.get(writing) == 1_500
     assert max(ids.max() for ids in seen) > min(ids.min() for ids in seen) + 256, "the ring was written round"
-    near = client._near if shards == 1 else client._near_shards[0]  # type: ignore[attr-defined]
+    near = client._shared_frames if shards == 1 else client._shard_frames[0]  # type: ignore[attr-defined]
     assert near._reader is not None, "and frames were read where they lie"
     ray.kill(writer)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replay.errors import ConfigurationError
 from replay.rate_limiter import RateLimiter
-from replay.types import ConfigurationError
 
 
 def insert(limiter: RateLimiter, count: int) -> bool:

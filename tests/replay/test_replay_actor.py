@@ -18,9 +18,11 @@ import pytest
 import ray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
+from replay.client import ReplayClient
+from replay.errors import DeadlineExceeded, LayoutMismatch
+from replay.messages import Push
 from replay.remote import NAMESPACE, RemoteActor, fetch, is_ready
-from replay.server import ReplayActor, ReplayClient, ReplaySpec
-from replay.types import DeadlineExceeded, LayoutMismatch, Push
+from replay.server import ReplayActor, ReplaySpec
 from tests.replay.naive import make_segment
 from tests.replay.test_server import LAYOUT, PRIORITIZED, SPEC, push
 

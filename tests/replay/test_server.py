@@ -9,21 +9,12 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from replay import desk
+from replay import push_ledger
+from replay.errors import ConfigurationError, LayoutMismatch, NotEnoughMemory
+from replay.messages import Batch, InsertReply, Push, SampleReply
 from replay.server import Counters, ReplayServer, ReplaySpec, ReplayStats
 from replay.table import TableSpec
-from replay.types import (
-    Batch,
-    ConfigurationError,
-    EpisodeResult,
-    InsertReply,
-    Layout,
-    LayoutMismatch,
-    NotEnoughMemory,
-    Push,
-    SampleReply,
-    Segment,
-)
+from replay.types import EpisodeResult, Layout, Segment
 from tests.replay.naive import make_segment
 
 LAYOUT = Layout((3,), "float32", 1, (), "int64", 8, 1)
@@ -203,7 +194,7 @@ def test_stats_show_who_waits_until_they_proceed() -> None:
 def test_a_caller_that_gave_up_no_longer_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     server = ReplayServer(SPEC, run_seed=0)
     server.sample(1, 4)
-    monkeypatch.setattr(desk, "_WAITING_EXPIRES", 0.0)
+    monkeypatch.setattr(push_ledger, "_WAITING_EXPIRES", 0.0)
     assert server.stats().waiting == {}
 
 
@@ -327,7 +318,7 @@ def test_before_anything_counts_the_ratio_is_zero() -> None:
 
 
 def test_episodes_are_drained_once_in_order_and_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "_MOST_EPISODES_KEPT", 5)
+    monkeypatch.setattr(push_ledger, "_MOST_EPISODES_KEPT", 5)
     server = ReplayServer(SPEC, run_seed=0)
     results = tuple(EpisodeResult(float(i), i) for i in range(8))
     server.insert(Push(0, 0, 0, episodes=results[:2]))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replay.errors import ConfigurationError
 from replay.sum_tree import SumTree
-from replay.types import ConfigurationError
 from tests.replay.naive import NaiveSumTree
 
 # Quarters add up without rounding, in any order, so that the twins agree exactly, at the edges too.

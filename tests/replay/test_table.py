@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from replay.errors import ConfigurationError, LayoutMismatch
+from replay.messages import Batch
 from replay.table import TableSpec, TransitionTable
-from replay.types import Array, Batch, ConfigurationError, Layout, LayoutMismatch
+from replay.types import Array, Layout
 from tests.replay.naive import Lane, NaiveTable, assert_same_bits, make_segment, read_everything
 
 VECTOR = Layout((3,), "float32", 1, (2,), "float32", 8, 3)

@@ -12,8 +12,9 @@ import numpy as np
 import psutil
 import pytest
 
+from replay.errors import NotEnoughMemory
 from replay.table import TableSpec, TransitionTable, available_memory
-from replay.types import Layout, NotEnoughMemory
+from replay.types import Layout
 from tests.replay.naive import make_segment
 
 ATARI = Layout((84, 84), "uint8", 4, (), "int64", 64, 3)

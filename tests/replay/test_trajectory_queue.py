@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replay.errors import ConfigurationError
+from replay.messages import Permit
 from replay.trajectory_queue import TrajectoryQueue
-from replay.types import ConfigurationError, Permit, Trajectory
+from replay.types import Trajectory
 
 
 def trajectory(version: int, *, tag: float = 0.0, steps: int = 3) -> Trajectory:

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replay.errors import LayoutMismatch
+from replay.messages import Permit, Push
 from replay.server import Counters
 from replay.trajectory_server import QueueSpec, QueueStats, TrajectoryServer
-from replay.types import EpisodeResult, Layout, LayoutMismatch, Moments, Permit, Push, Trajectory
+from replay.types import EpisodeResult, Layout, Moments, Trajectory
 
 LAYOUT = Layout((2,), "float32", 1, (), "int64", segment_length=1, n_steps=1)
 

@@ -12,23 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.types import (
-    Array,
-    ConfigurationError,
-    DeadlineExceeded,
-    EpisodeResult,
-    Layout,
-    LayoutMismatch,
-    Moments,
-    NotEnoughMemory,
-    Permit,
-    Push,
-    Segment,
-    Segments,
-    SquallError,
-    Trajectory,
-    join_segments,
-)
+from replay.errors import ConfigurationError, DeadlineExceeded, LayoutMismatch, NotEnoughMemory, SquallError
+from replay.messages import Permit, Push
+from replay.types import Array, EpisodeResult, Layout, Moments, Segment, Segments, Trajectory, join_segments
 from tests.replay.naive import Lane, assert_same_bits, make_segment
 
 ATARI = Layout((84, 84), "uint8", 4, (), "int64", 64, 3)

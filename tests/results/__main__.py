@@ -18,11 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.results import report
-from tests.results.rows import ROWS, Row
+from tests.results.rows import ROWS, VectorStep
 from tests.results.training import ROOT, Run, TrainingFailed, forget, make, read_runs, write_runs
 
 
-def main(arguments: Sequence[str] | None = None, rows: Sequence[Row] = ROWS, root: Path = ROOT) -> int:
+def main(arguments: Sequence[str] | None = None, rows: Sequence[VectorStep] = ROWS, root: Path = ROOT) -> int:
     """Do what the command line says, for these rows, writing below `root`; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.results", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, rows: Sequence[Row] = ROWS, roo
         return 130
 
 
-def full(rows: Sequence[Row], chosen: Sequence[Row], root: Path, fresh: bool) -> int:
+def full(rows: Sequence[VectorStep], chosen: Sequence[VectorStep], root: Path, fresh: bool) -> int:
     """Make the runs of the chosen rows, keep each in results.json as it comes, and render all rows."""
     home = Path(os.environ.get("SQUALL_HOME") or root / "runs" / "results").absolute()
     file = results_file(root)
@@ -61,7 +61,7 @@ def full(rows: Sequence[Row], chosen: Sequence[Row], root: Path, fresh: bool) ->
     return status(chosen, kept, failed)
 
 
-def quick(chosen: Sequence[Row], fresh: bool) -> int:
+def quick(chosen: Sequence[VectorStep], fresh: bool) -> int:
     """Make the first seed of the chosen rows, and print a table."""
     chosen = [replace(row, seeds=row.seeds[:1]) for row in chosen]
     began = time.monotonic()
@@ -80,7 +80,7 @@ def quick(chosen: Sequence[Row], fresh: bool) -> int:
     return status(chosen, runs, len(runs) < len(made))
 
 
-def make_all(rows: Sequence[Row], home: Path, fresh: bool) -> Iterator[tuple[str, Run | None]]:
+def make_all(rows: Sequence[VectorStep], home: Path, fresh: bool) -> Iterator[tuple[str, Run | None]]:
     """Make the runs of rows, saying how each went; yield name and run, None if it failed."""
     for row, seed in ((chosen, seed) for chosen in rows for seed in chosen.seeds):
         name = row.run(seed)
@@ -96,12 +96,12 @@ def make_all(rows: Sequence[Row], home: Path, fresh: bool) -> Iterator[tuple[str
         yield name, run
 
 
-def status(rows: Sequence[Row], runs: Mapping[str, Run], failed: bool) -> int:
+def status(rows: Sequence[VectorStep], runs: Mapping[str, Run], failed: bool) -> int:
     """Return the exit status: 1 if a run failed or a score was missed."""
     return int(failed or any(report.verdict(row, report.runs_of(row, runs)) == report.MISSED for row in rows))
 
 
-def render(rows: Sequence[Row], root: Path) -> None:
+def render(rows: Sequence[VectorStep], root: Path) -> None:
     """Write RESULTS.md and the plots from results.json alone."""
     runs = read_runs(results_file(root))
     plots = report.draw_plots(rows, runs, results_file(root).parent / "plots")

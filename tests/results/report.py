@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from replay.types import ConfigurationError
-from services.plotting import Curve, aggregate, as_series, draw
-from tests.results.rows import BEST, LAST_THREE, PLOTS, Published, Row
+from replay.errors import ConfigurationError
+from services.cli.curves import Curve, aggregate, as_series, draw
+from tests.results.rows import BEST, LAST_THREE, PLOTS, Published, VectorStep
 from tests.results.training import Run
 
 REACHED, MISSED, SHOWN, NOT_YET = "reached", "not reached", "shown as it is", "not yet run"
@@ -30,20 +30,20 @@ quick ones anew, one seed each, and fails where a score is missed.
   has N steps and those of the push that completed them.
 - **seconds**: wall time on the machine that the results were made on{cores}, shared by all processes of the run.
 
-Figures are in the order of the seeds; `?` is a seed not yet run. In the plots the line is the mean of the seeds'
+RunStatistics are in the order of the seeds; `?` is a seed not yet run. In the plots the line is the mean of the seeds'
 periodic evaluations and the band goes from the lowest seed to the highest.
 """
 
 _HEADINGS = ("row", "seeds", "steps", "allowed", "score", "lowest", "mean", "last", "wanted", "seconds", "verdict")
 
 
-def runs_of(row: Row, runs: Mapping[str, Run]) -> dict[int, Run]:
+def runs_of(row: VectorStep, runs: Mapping[str, Run]) -> dict[int, Run]:
     """Return a row's runs by seed, without those that another command made."""
     found = {seed: runs.get(row.run(seed)) for seed in row.seeds}
     return {seed: run for seed, run in found.items() if run is not None and run.command == row.command(seed)}
 
 
-def score(row: Row, run: Run) -> float | None:
+def score(row: VectorStep, run: Run) -> float | None:
     """Return what is compared with the row's threshold; None if the run has no such score."""
     if row.metric == LAST_THREE:
         last = [value for _, value in run.evaluations[-3:] if value is not None]
@@ -52,13 +52,13 @@ def score(row: Row, run: Run) -> float | None:
     return best
 
 
-def reaches(row: Row, run: Run) -> bool:
+def reaches(row: VectorStep, run: Run) -> bool:
     """Return whether a run's score is at least the threshold, within the steps allowed; True without a threshold."""
     reached = score(row, run)
     return row.threshold is None or (reached is not None and reached >= row.threshold and run.steps <= row.within)
 
 
-def verdict(row: Row, runs: Mapping[int, Run]) -> str:
+def verdict(row: VectorStep, runs: Mapping[int, Run]) -> str:
     """Return one of the four verdicts on a row's runs by seed; `NOT_YET` names seeds if there are others."""
     if not all(reaches(row, run) for run in runs.values()):
         return MISSED
@@ -68,7 +68,7 @@ def verdict(row: Row, runs: Mapping[int, Run]) -> str:
     return SHOWN if row.threshold is None else REACHED
 
 
-def markdown(rows: Sequence[Row], runs: Mapping[str, Run], plots: Sequence[str]) -> str:
+def markdown(rows: Sequence[VectorStep], runs: Mapping[str, Run], plots: Sequence[str]) -> str:
     """Return RESULTS.md: a section an environment, with a table, plots and commands.
 
     Args:
@@ -94,7 +94,7 @@ def markdown(rows: Sequence[Row], runs: Mapping[str, Run], plots: Sequence[str])
     return "\n".join(parts)
 
 
-def _cells(row: Row, runs: Mapping[int, Run]) -> tuple[str, ...]:
+def _cells(row: VectorStep, runs: Mapping[int, Run]) -> tuple[str, ...]:
     def each(what: Callable[[Run], str]) -> str:
         return ", ".join(what(runs[seed]) if seed in runs else "?" for seed in row.seeds) if runs else ""
 
@@ -120,8 +120,8 @@ def figure(value: float | None) -> str:
     return "none" if value is None else f"{value:,.1f}"
 
 
-def draw_plots(rows: Sequence[Row], runs: Mapping[str, Run], folder: Path) -> list[str]:
-    """Draw every plot that there is a curve for; return their names."""
+def draw_plots(rows: Sequence[VectorStep], runs: Mapping[str, Run], folder: Path) -> list[str]:
+    """SampleIndices every plot that there is a curve for; return their names."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, title in PLOTS.items():

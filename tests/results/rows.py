@@ -28,7 +28,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Row:
+class VectorStep:
     """One experiment.
 
     Attributes:
@@ -111,10 +111,10 @@ _SAC_OF_OTHERS = (
 )  # fmt: skip
 
 _VARIANTS = ("double-dqn", "dueling-dqn", "noisy-dqn", "n-step-dqn", "per-dqn", "non-distributional-rainbow")
-_ON_CARTPOLE = Row("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, plots=("cartpole-dqn",))
+_ON_CARTPOLE = VectorStep("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, plots=("cartpole-dqn",))
 # Not quick: the tests train it whole anyway, while its processes are killed.
 _DQN = replace(_ON_CARTPOLE, plots=("cartpole-dqn", "cartpole-dqn-actors"))
-_A2C = Row(
+_A2C = VectorStep(
     "a2c-cartpole",
     "a2c",
     "CartPole-v1",
@@ -124,7 +124,7 @@ _A2C = Row(
 )
 _FAST_PONG = {"updates_per_step": 0.5, "eval_every": 15_000, "stop_at_return": 19.5}
 
-_ON_PONG = Row(
+_ON_PONG = VectorStep(
     "dqn-pong",
     "dqn",
     "PongNoFrameskip-v4",
@@ -135,7 +135,7 @@ _ON_PONG = Row(
 )
 
 
-def _with_actors(row: Row, actors: int) -> Row:
+def _with_actors(row: VectorStep, actors: int) -> VectorStep:
     plot = f"cartpole-{row.algorithm}-actors"
     return replace(row, id=f"{row.id}-actors{actors}", actors=actors, threshold=None, quick=False, plots=(plot,))
 
@@ -144,7 +144,7 @@ ROWS = (
     _DQN,
     *(replace(_ON_CARTPOLE, id=f"{name}-cartpole", algorithm=name) for name in _VARIANTS),
     *(
-        Row(
+        VectorStep(
             f"{name}-cartpole",
             name,
             "CartPole-v1",
@@ -159,7 +159,7 @@ ROWS = (
     _A2C,
     *(_with_actors(row, actors) for row in (_DQN, _A2C) for actors in (1, 8)),
     *(
-        Row(
+        VectorStep(
             f"{name}-acrobot",
             name,
             "Acrobot-v1",
@@ -172,7 +172,7 @@ ROWS = (
         )
         for name, within in (("dqn", 100_000), ("non-distributional-rainbow", 100_000), ("a2c", 500_000))
     ),
-    Row(
+    VectorStep(
         "sac-pendulum",
         "sac",
         "Pendulum-v1",
@@ -181,7 +181,7 @@ ROWS = (
         settings={"final_eval_episodes": 100},
         plots=("pendulum",),
     ),
-    Row(
+    VectorStep(
         "sac-halfcheetah",
         "sac",
         "HalfCheetah-v5",

@@ -14,21 +14,21 @@ from typing import Any
 import pytest
 import yaml
 
-from services.plotting import Curve
-from services.sqlite_store import SQLiteRunStore
-from services.store import RunRecord, this_process
+from services.cli.curves import Curve
+from services.store.records import RunRecord, this_process
+from services.store.sqlite import SQLiteRunStore
 from tests.results import __main__ as command
 from tests.results import report
-from tests.results.rows import LAST_THREE, PLOTS, ROWS, Published, Row
+from tests.results.rows import LAST_THREE, PLOTS, ROWS, Published, VectorStep
 from tests.results.training import Run, TrainingFailed, decide, differences, forget, make, read_runs, write_runs
 
 ROOT = Path(__file__).parents[2]
 PLOT = "cartpole-dqn"
-BEST_OF = Row("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, seeds=(0, 1), plots=(PLOT,))
+BEST_OF = VectorStep("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, seeds=(0, 1), plots=(PLOT,))
 STEADY = replace(BEST_OF, metric=LAST_THREE)
 
 
-def run(row: Row, seed: int = 0, best: float | None = 480.0, steps: int = 50_000, **changes: Any) -> Run:
+def run(row: VectorStep, seed: int = 0, best: float | None = 480.0, steps: int = 50_000, **changes: Any) -> Run:
     summary = {"eval_return_mean": best, "final_return_mean": 300.0, "env_steps": steps + 3, "wall_seconds": 90.4}
     evaluations = ((10_000, 100.0), (20_000, 500.0), (30_000, 490.0), (40_000, 480.0))
     made = Run(row.command(seed), steps, 2, {**summary, "stopped_because": "steps"}, evaluations)
@@ -51,7 +51,7 @@ def test_the_command_of_a_row() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-def test_the_command_of_a_row_reads_as_its_settings(row: Row) -> None:
+def test_the_command_of_a_row_reads_as_its_settings(row: VectorStep) -> None:
     """Else a run that was cut off looks like another experiment when it is to be resumed."""
     words = row.arguments(0)
     sets = [value.partition("=") for word, value in pairwise(words) if word == "--set"]
@@ -189,7 +189,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
-def leave(home: Path, row: Row, seed: int, best: float = 480.0, stopped_because: str = "steps") -> None:
+def leave(home: Path, row: VectorStep, seed: int, best: float = 480.0, stopped_because: str = "steps") -> None:
     """Leave a run as `squall train` does: evaluated at step 1000, resumed, evaluated there again and at 2000."""
     name = row.run(seed)
     (home / name).mkdir(parents=True)

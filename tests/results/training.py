@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from services.home import CONFIG, SUMMARY
-from services.plotting import EVALUATION, as_series
-from services.sqlite_store import SQLiteRunStore
-from services.store import UnknownRun
-from tests.results.rows import Row
+from services.cli.curves import EVALUATION, as_series
+from services.errors import UnknownRun
+from services.store.locate import CONFIG, SUMMARY
+from services.store.sqlite import SQLiteRunStore
+from tests.results.rows import VectorStep
 
 ROOT = Path(__file__).parents[2]
 COMPLETE = ("steps", "return")
@@ -74,7 +74,7 @@ def decide(exists: bool, summary: Mapping[str, Any] | None) -> str:
     return "resume" if exists else "start"
 
 
-def differences(row: Row, seed: int, config: Mapping[str, Any]) -> list[str]:
+def differences(row: VectorStep, seed: int, config: Mapping[str, Any]) -> list[str]:
     """Say in what a run's configuration is not what the row asks for."""
     wanted = {"algorithm": row.algorithm, "environment": row.environment, "actors": row.actors, "seed": seed}
     if row.steps is not None:
@@ -87,7 +87,7 @@ def differences(row: Row, seed: int, config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def make(row: Row, seed: int, home: Path) -> Run:
+def make(row: VectorStep, seed: int, home: Path) -> Run:
     """Bring a run to its end, by whatever is still to be done, and collect it.
 
     Raises:
@@ -108,7 +108,7 @@ def make(row: Row, seed: int, home: Path) -> Run:
     return collect(row, seed, home)
 
 
-def collect(row: Row, seed: int, home: Path) -> Run:
+def collect(row: VectorStep, seed: int, home: Path) -> Run:
     """Read what there is to know of a run that came to its end."""
     name = row.run(seed)
     with SQLiteRunStore(home / "squall.db", create=False) as store:
@@ -162,7 +162,7 @@ def _squall_train(arguments: list[str], home: Path, log: Path) -> tuple[int, str
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("a") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.cli", "train", *arguments],
+            [sys.executable, "-m", "services.cli.main", "train", *arguments],
             env={**os.environ, "SQUALL_HOME": str(home), "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=output,

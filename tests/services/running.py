@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-SQUALL = [sys.executable, "-m", "services.cli"]
+SQUALL = [sys.executable, "-m", "services.cli.main"]
 ROOT = Path(__file__).parents[2]
 
 

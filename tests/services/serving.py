@@ -12,11 +12,13 @@ import numpy as np
 
 from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec
 from actors.policies import EpsilonSchedule, PolicySpec
-from services.grpc_policy import PolicyService, ServedPolicy
-from services.grpc_server import Listening, ServerThread, Service
-from services.redis_store import RedisRunStore
-from services.sqlite_store import SQLiteRunStore
-from services.store import RunRecord, RunStore, this_process
+from services.rpc.auth import ServerConfig
+from services.rpc.policy import PolicyService, ServedPolicy
+from services.rpc.server import ServerThread, Service
+from services.store.base import RunStore
+from services.store.records import RunRecord, this_process
+from services.store.redis import RedisRunStore
+from services.store.sqlite import SQLiteRunStore
 from tests.services.redis_server import RedisServer
 
 TOKEN_FOR_TESTS = "a-token-that-only-tests-know"
@@ -28,7 +30,7 @@ CORRIDOR = EnvironmentSpec("Corridor-v0", (), "int64", 1, DiscreteActions(3), ob
 @contextmanager
 def serving(*services: Service, token: str | None = None, **tls: Path) -> Iterator[str]:
     """Serve on a free port and yield the address."""
-    server = ServerThread(services, Listening(token=token, **tls))
+    server = ServerThread(services, ServerConfig(token=token, **tls))
     try:
         yield server.address
     finally:

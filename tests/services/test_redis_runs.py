@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.redis_store import RedisRunStore
+from services.store.redis import RedisRunStore
 from tests.services.redis_server import RedisServer
 from tests.services.running import Run, squall
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 
-from services.control import command
-from services.sqlite_store import SQLiteRunStore
+from services.store.remote_control import command
+from services.store.sqlite import SQLiteRunStore
 from tests.services.running import Run, squall
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.client import SquallClient
-from services.control import CommandRefused
-from services.grpc_errors import NotReady
-from services.store import RunIsNotLive
+from services.client.run_client import SquallClient
+from services.errors import CommandRefused, NotReady, RunIsNotLive
 from tests.services.running import SQUALL, Run, environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -19,7 +19,7 @@ const { values: options } = parseArgs({
     address: { type: "string", default: "127.0.0.1:50051" },
     run: { type: "string", default: "" },
     environments: { type: "string", default: "8" },
-    proto: { type: "string", default: fileURLToPath(new URL("../../../services/squall.proto", import.meta.url)) },
+    proto: { type: "string", default: fileURLToPath(new URL("../../../services/rpc/squall.proto", import.meta.url)) },
   },
 });
 

@@ -11,7 +11,7 @@ parsed = arguments()
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from learner.optimization import clip_gradient, forget_gradients  # noqa: E402
+from learner.optimization import clip_gradient, zero_grad  # noqa: E402
 
 B = 64
 torch.set_num_threads(parsed.threads)
@@ -28,7 +28,7 @@ def update() -> int:
         wanted = reward + discount * target(following).max(1).values
     chosen = online(observation).gather(1, action[:, None]).squeeze(1)
     loss = nn.functional.huber_loss(chosen, wanted)
-    forget_gradients(optimizer)
+    zero_grad(optimizer)
     loss.backward()
     clip_gradient(online.parameters(), 10.0)
     optimizer.step()

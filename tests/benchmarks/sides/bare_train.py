@@ -19,9 +19,10 @@ parsed = arguments("case")
 import torch  # noqa: E402
 
 from actors.environments import seeds_for, specify  # noqa: E402
+from learner.acceleration import choose_precision, keep_freed_memory  # noqa: E402
+from learner.checkpoints import make_algorithm  # noqa: E402
 from learner.compilation import compile_backward  # noqa: E402
-from learner.optimization import clip_gradient, forget_gradients  # noqa: E402
-from learner.training import choose_precision, keep_freed_memory, make_algorithm  # noqa: E402
+from learner.optimization import clip_gradient, zero_grad  # noqa: E402
 from replay.seeds import spawn_seed  # noqa: E402
 
 keep_freed_memory()
@@ -38,7 +39,7 @@ def make_module(work: Work) -> Any:
 
 def make_batch(module: Any, work: Work) -> Any:
     """Return a batch of made-up transitions, of the shapes and dtypes of the environment."""
-    from learner.experience import TransitionBatch
+    from learner.batches import TransitionBatch
 
     environment, size = module.environment, work.batch_size
     layout = environment.layout(segment_length=8, n_steps=1)
@@ -67,13 +68,13 @@ def make_update(module: Any, work: Work, losses: list[float]) -> Any:
     batch = make_batch(module, work)
     optimizer = module.configure_optimizers()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    backward = compile_backward(module.objective, parameters) if work.compiled else None
+    backward = compile_backward(module.losses, parameters) if work.compiled else None
 
     def update() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in precision):
-            loss = (backward or module.objective)(batch)["loss"]
+            loss = (backward or module.losses)(batch)["loss"]
         if backward is None:
-            forget_gradients(optimizer)
+            zero_grad(optimizer)
             loss.backward()
         if work.algorithm == "dqn":
             clip_gradient(parameters, 10.0)

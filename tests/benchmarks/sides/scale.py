@@ -25,12 +25,15 @@ import psutil  # noqa: E402
 import ray  # noqa: E402
 from pushes import layout_of, pushes_of  # noqa: E402
 
+from replay.client import ReplayClient  # noqa: E402
+from replay.messages import Push  # noqa: E402
 from replay.remote import NAMESPACE, RemoteActor  # noqa: E402
-from replay.server import ReplayActor, ReplayClient, ReplaySpec  # noqa: E402
-from replay.sharded_client import ShardedReplayClient, Teller  # noqa: E402
-from replay.shards import ReplayDeskActor, ReplayShardActor  # noqa: E402
+from replay.server import ReplayActor, ReplaySpec  # noqa: E402
+from replay.sharding.client import ShardedReplayClient  # noqa: E402
+from replay.sharding.reporter import ShardReporter  # noqa: E402
+from replay.sharding.router import ReplayRouterActor  # noqa: E402
+from replay.sharding.shard import ReplayShardActor  # noqa: E402
 from replay.table import TableSpec  # noqa: E402
-from replay.types import Push  # noqa: E402
 
 WORKERS, IN_A_PROCESS = (8, 16, 32, 64, 128, 256), 64
 RATE = 400.0  # transitions a second of one worker: Pong in 8 lanes, between flat out and held back by the limiter
@@ -89,14 +92,14 @@ def start() -> list[Any]:
     spec = ReplaySpec(TableSpec(layout, CAPACITY, 0.6), float("inf"), 1, LANES * layout.segment_length, BATCH, 1)
     if SHARDS == 1:
         return [ReplayActor.options(name=NAME, namespace=NAMESPACE).remote(spec, run_seed=0)]
-    desk = ReplayDeskActor.options(name=NAME, namespace=NAMESPACE).remote(spec, shards=SHARDS, run_seed=0)
+    router = ReplayRouterActor.options(name=NAME, namespace=NAMESPACE).remote(spec, shards=SHARDS, run_seed=0)
     shards = [
         ReplayShardActor.options(name=f"{NAME}-{shard}", namespace=NAMESPACE).remote(
-            spec, shard=shard, shards=SHARDS, desk=Teller(RemoteActor(NAME)), run_seed=0
+            spec, shard=shard, shards=SHARDS, router=ShardReporter(RemoteActor(NAME)), run_seed=0
         )
         for shard in range(SHARDS)
     ]
-    return [desk, *shards]
+    return [router, *shards]
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:

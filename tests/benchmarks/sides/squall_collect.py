@@ -13,7 +13,7 @@ parsed = arguments("env", "lanes")
 from actors.rollout import RolloutWorker  # noqa: E402
 from actors.weights import pack  # noqa: E402
 from learner import DQN  # noqa: E402
-from replay.types import InsertReply, Push  # noqa: E402
+from replay.messages import InsertReply, Push  # noqa: E402
 
 lanes = int(parsed.lanes)
 module = DQN(parsed.env, num_envs=lanes, eps_start=0.05, eps_end=0.05)

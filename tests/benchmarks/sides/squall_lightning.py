@@ -13,8 +13,8 @@ import pytorch_lightning as pl  # noqa: E402
 import torch  # noqa: E402
 
 from learner import DQN  # noqa: E402
-from learner.experience import TransitionBatch  # noqa: E402
-from learner.training import trainer_precision  # noqa: E402
+from learner.acceleration import trainer_precision  # noqa: E402
+from learner.batches import TransitionBatch  # noqa: E402
 
 K, B = int(parsed.k), 64
 torch.set_num_threads(parsed.threads)

@@ -8,7 +8,7 @@ from items import BATCH, CAPACITY, LANES, K, item_bytes
 from measure import arguments, quantile, report
 
 parsed = arguments("kind", "table")
-from services.ray_environment import settle  # noqa: E402
+from services.supervision.ray_environment import settle  # noqa: E402
 
 settle()
 
@@ -16,10 +16,11 @@ import ray  # noqa: E402
 from pushes import layout_of, pushes_of  # noqa: E402
 
 from learner.experience import RemoteTransitions  # noqa: E402
+from replay.client import ReplayClient  # noqa: E402
+from replay.messages import Push  # noqa: E402
 from replay.remote import NAMESPACE, RemoteActor  # noqa: E402
-from replay.server import ReplayActor, ReplayClient, ReplaySpec  # noqa: E402
+from replay.server import ReplayActor, ReplaySpec  # noqa: E402
 from replay.table import TableSpec  # noqa: E402
-from replay.types import Push  # noqa: E402
 
 
 @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]

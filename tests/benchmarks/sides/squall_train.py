@@ -17,9 +17,9 @@ from settings import WORK, Work, loss_fell
 parsed = arguments("case")
 os.environ.pop("SQUALL_STORE", None)
 
-from learner.training import make_algorithm  # noqa: E402  # after the number of threads is settled
-from services.sqlite_store import SQLiteRunStore  # noqa: E402
-from services.store import SquallError  # noqa: E402
+from learner.checkpoints import make_algorithm  # noqa: E402  # after the number of threads is settled
+from services.store.base import SquallError  # noqa: E402
+from services.store.sqlite import SQLiteRunStore  # noqa: E402
 
 RUN = "benchmark"
 START_SECONDS = 180.0
@@ -45,7 +45,18 @@ def command(work: Work) -> list[str]:
     if work.hidden:
         settings["hidden_sizes"] = list(work.hidden)
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    line = [sys.executable, "-m", "services.cli", "train", work.algorithm, work.env, "--name", RUN, "--steps", "1e9"]
+    line = [
+        sys.executable,
+        "-m",
+        "services.cli.main",
+        "train",
+        work.algorithm,
+        work.env,
+        "--name",
+        RUN,
+        "--steps",
+        "1e9",
+    ]
     return [*line, "--actors", str(work.actors), *sets]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from measure import arguments, quantile, report
 
 parsed = arguments("way", "receivers")
-from services.ray_environment import settle  # noqa: E402
+from services.supervision.ray_environment import settle  # noqa: E402
 
 settle()
 

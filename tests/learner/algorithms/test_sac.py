@@ -1,0 +1,455 @@
+"""SAC: the reference page's face, whose parameters each loss reaches, targets, temperature, counted updates."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+
+from actors.environments import ContinuousActions, EnvironmentSpec, SingleEnvironment
+from learner import SAC
+from learner.batches import TransitionBatch
+from learner.checkpoints import load_algorithm
+from replay.errors import ConfigurationError
+from tests.learner.toys import (
+    CARTPOLE,
+    PENDULUM,
+    Batches,
+    UpdateWatcher,
+    box_batch,
+    copies,
+    quiet_trainer,
+    same,
+    small_sac,
+    toy,
+)
+
+# As on the reference page, in its order.
+REFERENCE = {
+    "env": inspect.Parameter.empty,
+    "eps_start": 1.0,
+    "eps_end": 0.02,
+    "eps_last_frame": 150_000,
+    "sync_rate": 1,
+    "gamma": 0.99,
+    "policy_learning_rate": 0.0003,
+    "q_learning_rate": 0.0003,
+    "target_alpha": 0.005,
+    "batch_size": 128,
+    "replay_size": 1_000_000,
+    "warm_start_size": 10_000,
+    "avg_reward_len": 100,
+    "min_episode_reward": -21,
+    "seed": 123,
+    "batches_per_epoch": 10_000,
+    "n_steps": 1,
+}
+METHODS = {
+    "add_model_specific_args": ["arg_parser"],
+    "forward": ["x"],
+    "loss": ["batch"],
+    "run_n_episodes": ["env", "n_epsiodes", "n_episodes"],
+    "soft_update_target": ["q_net", "target_net"],
+    "test_dataloader": [],
+    "train_batch": [],
+    "train_dataloader": [],
+    "training_step": ["batch", "_"],
+}
+
+
+def test_the_constructor_is_the_reference_pages() -> None:
+    parameters = inspect.signature(SAC).parameters.values()
+    positional = [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == list(REFERENCE.items())
+
+
+def test_the_methods_are_the_reference_pages() -> None:
+    module = small_sac()
+    assert {name: list(inspect.signature(getattr(module, name)).parameters) for name in METHODS} == METHODS
+    assert inspect.signature(module.run_n_episodes).parameters["n_epsiodes"].default == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("eps_start", 0.5), ("eps_end", 0.1), ("eps_last_frame", 7)])
+def test_what_does_nothing_warns_when_it_is_changed_and_only_then(name: str, value: float) -> None:
+    with pytest.warns(UserWarning, match=f"^{name} do nothing in SAC: the policy explores by itself"):
+        SAC(PENDULUM, **{name: value})  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SAC(PENDULUM, eps_start=1.0, eps_end=0.02, eps_last_frame=150_000, sync_rate=2, gamma=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"init_alpha": 0}, "^init_alpha must be positive, got 0$"),
+        ({"init_alpha": -1}, "^init_alpha must not be negative, got -1$"),
+        ({"target_alpha": 1.5}, r"^target_alpha must lie in \[0, 1\], got 1.5$"),
+        ({"policy_learning_rate": 0}, "^policy_learning_rate must be positive, got 0$"),
+        ({"q_learning_rate": -1}, "^q_learning_rate must be positive, got -1$"),
+        ({"replay_size": 200}, "the first sample waits for 10000 transitions, but the replay holds only 200"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint):
+        SAC(PENDULUM, **options)
+
+
+def test_discrete_actions_and_boxes_without_bounds_are_refused() -> None:
+    with pytest.raises(ConfigurationError) as error:
+        SAC("CartPole-v1")
+    assert str(error.value) == "SAC needs a Box action space; CartPole-v1 has Discrete(2)"
+    with pytest.raises(ConfigurationError, match=r"SAC needs a Box action space; CartPole-v1 has DiscreteActions\("):
+        SAC(CARTPOLE)
+    infinite = EnvironmentSpec(None, (3,), "float32", 1, ContinuousActions((1,), (-np.inf,), (2.0,)))
+    with pytest.raises(ConfigurationError, match=r"finite bounds of actions, got low \(-inf,\)"):
+        SAC(infinite)
+
+
+def test_it_trains_and_tests_with_the_pages_defaults() -> None:
+    module = SAC("Pendulum-v1", warm_start_size=128)
+    trainer = quiet_trainer(max_steps=3)
+    trainer.fit(module)
+    assert trainer.global_step == 3
+    module = small_sac(toy(box=1))
+    assert list(quiet_trainer().test(module, verbose=False)[0]) == ["test/mean_reward"]
+
+
+def test_run_n_episodes_is_greedy_and_either_spelling_will_do() -> None:
+    module = small_sac(toy(box=2, lengths=(3,), pays=2.0))
+    assert module.run_n_episodes(SingleEnvironment(module.environment)) == [6.0]
+    assert module.run_n_episodes(SingleEnvironment(module.environment), 2) == [6.0] * 2
+    assert module.run_n_episodes(SingleEnvironment(module.environment), n_epsiodes=2, n_episodes=3) == [6.0] * 3
+
+
+# Counted updates.
+
+
+@pytest.mark.parametrize("k", [1, 32])
+def test_max_steps_counts_updates(k: int) -> None:
+    module = small_sac(updates_per_training_step=k)
+    watcher = UpdateWatcher()
+    trainer = quiet_trainer(watcher, max_steps=50)
+    trainer.fit(module)
+    assert trainer.global_step == 50
+    assert watcher.steps == list(range(1, 51))
+
+
+def test_a_training_step_of_k_batches_is_k_counted_updates() -> None:
+    batch = box_batch(4, 16)
+    ends = []
+    for batches in ([batch], batch.split()):
+        module = small_sac(seed=0)
+        trainer = quiet_trainer(max_epochs=1)
+        trainer.fit(module, Batches(batches))
+        assert trainer.global_step == 4
+        ends.append(copies(module))
+    assert same(*ends)
+
+
+# Whose parameters each loss reaches.
+
+
+def test_each_loss_reaches_its_own_parameters_alone() -> None:
+    module = small_sac()
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    learned = [p for p in parameters if p.requires_grad]
+    reached = []
+    for loss in module.separate_losses(box_batch(16)):
+        assert loss.shape == ()
+        gradients = torch.autograd.grad(loss, learned, allow_unused=True, retain_graph=True)
+        by_name = zip([n for n, p in zip(names, parameters, strict=True) if p.requires_grad], gradients, strict=True)
+        reached.append({name for name, gradient in by_name if gradient is not None and gradient.any()})
+    actor, critics, temperature = reached
+    assert actor == {name for name in names if name.startswith("policy.")}
+    assert critics == {name for name in names if name.startswith("critics.")}
+    assert temperature == {"log_alpha"}
+
+
+def test_one_backward_of_the_sum_is_that_of_each_alone() -> None:
+    module, batch = small_sac(), box_batch(16)
+    torch.manual_seed(0)
+    actor, critics, temperature = module.separate_losses(batch)
+    expected = [
+        *torch.autograd.grad(actor, list(module.policy.parameters())),
+        *torch.autograd.grad(critics, list(module.critics.parameters())),
+        *torch.autograd.grad(temperature, [module.log_alpha]),
+    ]
+    torch.manual_seed(0)
+    module.loss(batch).backward()
+    learned = [*module.policy.parameters(), *module.critics.parameters(), module.log_alpha]
+    for parameter, gradient in zip(learned, expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert all(parameter.requires_grad for parameter in module.critics.parameters())
+    assert all(parameter.grad is None for parameter in module.target_critics.parameters())
+
+
+# One update, against a twin that is written with PyTorch's distributions.
+
+
+def distribution(module: SAC, observation: Tensor) -> TransformedDistribution:
+    mean, raw = module.policy(observation).chunk(2, 1)
+    deviation = (-5.0 + 3.5 * (raw.tanh() + 1.0)).exp()
+    return TransformedDistribution(Independent(Normal(mean, deviation), 1), [TanhTransform()])
+
+
+def draw(module: SAC, observation: Tensor) -> tuple[Tensor, Tensor]:
+    """SampleIndices with the noise that the module would draw next."""
+    base = distribution(module, observation).base_dist.base_dist
+    raw = base.mean + base.stddev * torch.randn_like(base.mean)
+    unit = raw.tanh()
+    log_probability = Normal(base.mean, base.stddev).log_prob(raw) - (1 - unit.square()).log()
+    return unit, log_probability.sum(1)
+
+
+def twin_losses(module: SAC, batch: TransitionBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Equations 5, 7 and 18 of Haarnoja et al. 2018, for each transition by itself."""
+    alpha = module.log_alpha.exp().item()
+    with torch.no_grad():
+        next_unit, next_log = draw(module, batch.next_observation)
+        q_t = module.target_critics(batch.next_observation, next_unit)
+    unit, log = draw(module, batch.observation)
+    q_tm1 = module.critics(batch.observation, batch.action / 2.0)
+    frozen = copy.deepcopy(module.critics).requires_grad_(False)
+    q = frozen(batch.observation, unit)
+    of_critics, of_actor, of_temperature = [], [], []
+    for i in range(len(batch.reward)):
+        soft_value = min(q_t[0, i].item(), q_t[1, i].item()) - alpha * next_log[i].item()
+        target = batch.reward[i].item() + batch.discount[i].item() * soft_value
+        of_critics.append(0.5 * (q_tm1[0, i] - target) ** 2 + 0.5 * (q_tm1[1, i] - target) ** 2)
+        of_actor.append(alpha * log[i] - torch.minimum(q[0, i], q[1, i]))
+        of_temperature.append(-module.log_alpha.exp() * (log[i].item() + module.target_entropy))
+    return torch.stack(of_actor).mean(), torch.stack(of_critics).mean(), torch.stack(of_temperature).mean()
+
+
+def test_an_update_is_theta_minus_lr_times_grad() -> None:
+    """The deviations from the twin would show a density of the wrong sign, a mean of critics or one target for two."""
+    rates = {"policy_learning_rate": 0.1, "q_learning_rate": 0.05}
+    module = small_sac(optimizer="sgd", init_alpha=0.7, target_alpha=0.25, **rates)
+    with torch.no_grad():
+        for parameter in module.target_critics.parameters():
+            parameter.mul_(-1.5)
+    twin = copy.deepcopy(module)
+    old_target = copies(module.target_critics)
+    batch = box_batch(32)
+    torch.manual_seed(7)
+    actor, critics, temperature = twin_losses(twin, batch)
+    torch.manual_seed(7)
+    for loss, expected in zip(module.separate_losses(batch), (actor, critics, temperature), strict=True):
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+    class Seeded(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            torch.manual_seed(7)
+
+    quiet_trainer(Seeded(), max_steps=1).fit(module, Batches([batch]))
+    for loss, learned, moved, rate in (
+        (actor, list(twin.policy.parameters()), module.policy.parameters(), 0.1),
+        (critics, list(twin.critics.parameters()), module.critics.parameters(), 0.05),
+        (temperature, [twin.log_alpha], [module.log_alpha], 0.1),
+    ):
+        gradients = torch.autograd.grad(loss, learned)
+        for theta, gradient, after in zip(learned, gradients, moved, strict=True):
+            torch.testing.assert_close(after, theta - rate * gradient, rtol=1e-4, atol=1e-5)
+    for old, online, new in zip(old_target, copies(module.critics), copies(module.target_critics), strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * online)
+
+
+def critic_loss_of(module: SAC, batch: TransitionBatch) -> Tensor:
+    torch.manual_seed(0)
+    return module.separate_losses(batch)[1]
+
+
+def test_the_next_states_density_lowers_the_target() -> None:
+    """A rarer next action, of a lower density, is worth more: with q at 0 and V at 0 the target is -alpha log pi."""
+    module = small_sac(init_alpha=2.0)
+    with torch.no_grad():
+        for critics in (module.critics, module.target_critics):
+            for parameter in critics.parameters():
+                parameter.zero_()
+    batch = box_batch(1)._replace(reward=torch.zeros(1), discount=torch.tensor([0.5]))
+    for density in (-3.0, 3.0):
+        module._draw = lambda o, d=density: (torch.zeros(1, 1), torch.full((1,), d))  # type: ignore[method-assign, misc]
+        torch.testing.assert_close(module.separate_losses(batch)[1], torch.tensor(2 * 0.5 * (0.5 * 2.0 * density) ** 2))
+    # The sign: a critic that says 3 is right if the density is -3 and far off if it is +3.
+    with torch.no_grad():
+        module.critics.layers[-1].bias.fill_(3.0)  # type: ignore[operator, union-attr]
+    for density, expected in ((-3.0, 0.0), (3.0, 36.0)):
+        module._draw = lambda o, d=density: (torch.zeros(1, 1), torch.full((1,), d))  # type: ignore[method-assign, misc]
+        torch.testing.assert_close(module.separate_losses(batch)[1], torch.tensor(expected))
+
+
+def test_a_discount_of_0_drops_everything_of_the_next_state() -> None:
+    module, batch = small_sac(), box_batch(16)
+    over = batch._replace(discount=torch.zeros(16))
+    elsewhere = {"next_observation": torch.full((16, 3), 50.0)}
+    loss = critic_loss_of(module, over)
+    assert torch.equal(loss, critic_loss_of(module, over._replace(**elsewhere)))
+    q = module.critics(batch.observation, module.policy.to_unit(batch.action))
+    torch.testing.assert_close(loss, 0.5 * (q - batch.reward).square().mean(1).sum())
+    assert not torch.equal(critic_loss_of(module, batch), critic_loss_of(module, batch._replace(**elsewhere)))
+
+
+def test_soft_update_target_is_the_pages_weighted_sum() -> None:
+    module = small_sac(target_alpha=0.25)
+    online, target = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before, w_q = copies(target), copies(online)
+    module.soft_update_target(online, target)
+    for old, q, new in zip(before, w_q, copies(target), strict=True):
+        torch.testing.assert_close(new, 0.75 * old + 0.25 * q)
+    assert same(w_q, copies(online))
+
+
+@pytest.mark.parametrize(("k", "sync_rate"), [(1, 1), (1, 7), (32, 7)])
+def test_the_targets_move_by_target_alpha_every_sync_rate_updates(k: int, sync_rate: int) -> None:
+    module = small_sac(updates_per_training_step=k, sync_rate=sync_rate, target_alpha=0.3, q_learning_rate=0.01)
+    before = [copies(module.target_critics)]
+
+    def look(trainer: pl.Trainer, module: SAC) -> None:
+        after = copies(module.target_critics)
+        if trainer.global_step % sync_rate:
+            assert same(after, before[-1])
+        else:
+            for old, online, new in zip(before[-1], copies(module.critics), after, strict=True):
+                torch.testing.assert_close(new, 0.7 * old + 0.3 * online)
+            assert not same(after, before[-1])
+        before.append(after)
+
+    quiet_trainer(UpdateWatcher(look), max_steps=40).fit(module)
+    assert len(before) == 41
+
+
+def test_the_targets_begin_as_copies_that_nobody_optimizes() -> None:
+    module = small_sac()
+    assert same(copies(module.critics), copies(module.target_critics))
+    groups = module.configure_optimizers().param_groups
+    assert [group["lr"] for group in groups] == [3e-4, 3e-4, 3e-4]
+    optimized = {id(p) for group in groups for p in group["params"]}
+    assert optimized == {id(p) for p in (*module.policy.parameters(), *module.critics.parameters(), module.log_alpha)}
+    groups = small_sac(policy_learning_rate=0.1, q_learning_rate=0.2).configure_optimizers().param_groups
+    assert [group["lr"] for group in groups] == [0.1, 0.2, 0.1]
+
+
+def test_the_critics_differ_and_count_by_the_smaller() -> None:
+    module = small_sac()
+    values = module.critics(torch.randn(8, 3), torch.randn(8, 1))
+    assert values.shape == (2, 8)
+    assert not torch.allclose(values[0], values[1])
+
+
+# The temperature.
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_fixed_temperature_never_moves(max_grad_norm: float | None) -> None:
+    module = small_sac(learn_alpha=False, init_alpha=0.2, policy_learning_rate=0.1, max_grad_norm=max_grad_norm)
+    quiet_trainer(max_steps=20).fit(module)
+    assert module.log_alpha.exp().item() == pytest.approx(0.2)
+    assert module.latest_metrics["train/alpha"].item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("target", "rises"), [(50.0, True), (-50.0, False)])
+def test_the_temperature_rises_while_the_entropy_is_below_its_target(target: float, rises: bool) -> None:
+    module = small_sac(target_entropy=target, policy_learning_rate=0.01)
+    alphas = [1.0]
+    watcher = UpdateWatcher(lambda trainer, module: alphas.append(module.log_alpha.exp().item()))
+    quiet_trainer(watcher, max_steps=10).fit(module, Batches([box_batch(16, seed=n) for n in range(10)]))
+    assert alphas == sorted(alphas, reverse=not rises)
+    assert len(set(alphas)) == 11
+
+
+@pytest.mark.parametrize(("box", "given", "target"), [(1, None, -1.0), (6, None, -6.0), (6, 0.5, 0.5)])
+def test_the_target_is_minus_one_nat_a_dimension(box: int, given: float | None, target: float) -> None:
+    assert small_sac(toy(box=box), target_entropy=given).target_entropy == target
+
+
+def test_the_entropy_comes_to_its_target() -> None:
+    """A bandit that pays -10 a^2: without the temperature's help the policy would sharpen far below -1 nat."""
+    rng = torch.Generator().manual_seed(0)
+    action = torch.rand(400, 64, 1, generator=rng) * 4 - 2
+    bandit = box_batch(400, 64)._replace(
+        observation=torch.zeros(400, 64, 3),
+        action=action,
+        reward=-10 * (action[..., 0] / 2).square(),
+        discount=torch.zeros(400, 64),
+    )
+    rates = {"policy_learning_rate": 0.02, "q_learning_rate": 0.02}
+    module = small_sac(seed=0, init_alpha=0.5, target_entropy=-1.0, hidden_sizes=[32], **rates)
+    quiet_trainer(max_steps=400).fit(module, Batches(bandit.split()))
+    with torch.no_grad():
+        _, density = draw(module, torch.zeros(2_000, 3))
+    assert -density.mean().item() == pytest.approx(-1.0, abs=0.3)
+    assert module.policy.act(np.zeros((1, 3), np.float32), step=0, greedy=True).action[0, 0] == pytest.approx(
+        0.0, abs=0.3
+    )
+
+
+# Acting, seeds, checkpoints.
+
+
+def test_the_first_steps_are_drawn_uniformly_and_tests_are_not() -> None:
+    module = small_sac(toy(box=6), warm_start_size=16)
+    policy = module.policy
+    with torch.no_grad():
+        policy.head.bias.copy_(torch.tensor([20.0] * 6 + [-20.0] * 6))  # means, and deviations: all at the upper end
+    observation = np.zeros((500, 4), np.float32)
+    early = policy.act(observation, step=15).action
+    assert early.min() < -1.9
+    assert abs(early.mean()) < 0.1
+    assert policy.act(observation, step=16).action.min() > 1.0
+    assert policy.act(observation, step=0, greedy=True).action.min() > 1.99
+
+
+def trained(seed: int, **options: Any) -> SAC:
+    module = small_sac("Pendulum-v1", seed=seed, num_envs=2, policy_learning_rate=0.01, **options)
+    quiet_trainer(max_steps=20).fit(module)
+    return module
+
+
+def test_one_seed_is_one_training_and_zero_is_a_seed() -> None:
+    first = trained(0)
+    torch.rand(3), np.random.rand(3)  # whatever else happens in a process
+    again = trained(0)
+    assert same(copies(first), copies(again))
+    assert first.env_steps == again.env_steps
+    assert not same(copies(first), copies(trained(1)))
+
+
+def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
+    module = small_sac(policy_learning_rate=0.01, max_grad_norm=1.0, target_entropy=-0.5)
+    trainer = quiet_trainer(max_steps=5)
+    trainer.fit(module, Batches([box_batch(16, seed=n) for n in range(5)]))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = cast(SAC, load_algorithm(tmp_path / "a.ckpt"))
+    assert same(copies(loaded), copies(module))
+    assert loaded.log_alpha.item() == module.log_alpha.item() != 0.0
+    assert loaded.target_entropy == -0.5
+    observation = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    actions = [m.policy.act(observation, step=0, greedy=True).action for m in (module, loaded)]
+    np.testing.assert_array_equal(*actions)
+
+    saved = copy.deepcopy(trainer.optimizers[0].state_dict())
+    seen: list[Any] = []
+
+    class Start(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.append(copy.deepcopy(trainer.optimizers[0].state_dict()))
+
+    other = small_sac(policy_learning_rate=0.01, max_grad_norm=1.0, target_entropy=-0.5, seed=9)
+    again = quiet_trainer(Start(), max_steps=7)
+    again.fit(other, Batches([box_batch(16, seed=9)]), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert again.global_step == 7
+    (found,) = seen
+    assert found["param_groups"] == saved["param_groups"]
+    assert found["state"].keys() == saved["state"].keys()
+    for key, state in saved["state"].items():
+        assert same(list(found["state"][key].values()), list(state.values()))

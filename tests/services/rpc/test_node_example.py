@@ -1,0 +1,136 @@
+"""The Node.js example: the same dynamics as Gymnasium's, and a run that learns from it alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from tests.actors.test_rollout import make_spec
+from tests.services.rpc.test_experience import CARTPOLE, station
+from tests.services.running import Run
+
+EXAMPLE = Path(__file__).parents[3] / "deploy" / "examples" / "node"
+PROTO = Path(__file__).parents[3] / "services" / "rpc" / "squall.proto"
+
+COMPARE = """
+    import { readFileSync } from "node:fs";
+    const { CartPole } = await import(process.argv[2]);
+    const game = new CartPole();
+    const play = ({ first, actions }) => {
+      game.reset();
+      game.state = first;
+      return actions.map((action) => game.step(action));
+    };
+    console.log(JSON.stringify(JSON.parse(readFileSync(0)).map(play)));
+"""
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no node on this machine")
+needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="there is no npm on this machine")
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the example with what it depends on."""
+    folder = tmp_path_factory.mktemp("node") / "example"
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("node_modules"))
+    home = {"HOME": str(folder), "npm_config_cache": str(folder / "cache")}
+    install = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
+    done = subprocess.run(
+        install, cwd=folder, env={**os.environ, **home}, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@needs_node
+def test_the_dynamics_are_those_of_gymnasium(tmp_path: Path) -> None:
+    env = gym.make("CartPole-v1")
+    rng, episodes, expected = np.random.default_rng(0), [], []
+    for seed in range(5):
+        env.reset(seed=seed)
+        actions: list[int] = []
+        states = [[float(x) for x in env.unwrapped.state]]  # type: ignore[attr-defined]  # before it is rounded
+        ended = False
+        while not ended:
+            actions.append(int(rng.integers(2)))
+            _, _, terminated, truncated, _ = env.step(actions[-1])
+            states.append([float(x) for x in env.unwrapped.state])  # type: ignore[attr-defined]
+            ended = terminated or truncated
+        episodes.append({"first": states[0], "actions": actions})
+        expected.append(states[1:])
+    script = tmp_path / "compare.mjs"
+    script.write_text(COMPARE)
+    done = subprocess.run(
+        ["node", str(script), (EXAMPLE / "cartpole.js").as_uri()],
+        input=json.dumps(episodes),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    for played, states in zip(json.loads(done.stdout), expected, strict=True):
+        np.testing.assert_allclose([step["observation"] for step in played], states, rtol=1e-6, atol=1e-9)
+        assert [step["terminated"] for step in played] == [False] * (len(states) - 1) + [True]
+
+
+@pytest.mark.slow
+@needs_node
+@needs_npm
+def test_it_plays_until_the_run_has_its_steps(example: Path) -> None:
+    spec = make_spec(CARTPOLE, "epsilon_greedy", lanes=1)
+    with station(spec, most_steps=3_000) as here:
+        done = subprocess.run(
+            ["node", "play.js", "--address", here.address, "--environments", "5", "--proto", str(PROTO)],
+            cwd=example, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        here.settle()
+        assert json.loads(done.stdout) == {"environments": 5, "steps": here.env_steps}
+        assert here.env_steps >= 3_000
+        assert here.service.opened == 5
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(
+        tmp_path / "runs", "outside", "dqn", "CartPole-v1", "--actors", "0", "--serve", "--name", "outside",
+        "--steps", "40000", "--stop-at-return", "400", "--set", "eval_every=1500", "--set", "final_eval_episodes=20",
+    )  # fmt: skip
+    yield run
+    run.kill_everything()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@needs_node
+@needs_npm
+def test_a_run_without_actors_learns_from_it(run: Run, example: Path) -> None:
+    status = run.wait_for(lambda s: bool(s.get("endpoints")), 180)
+    address = status["endpoints"][0]["address"]
+    with (example / "play.err").open("w") as errors:
+        player = subprocess.Popen(
+            ["node", "play.js", "--address", address, "--run", "outside", "--proto", str(PROTO)],
+            cwd=example, stdout=subprocess.DEVNULL, stderr=errors,
+        )  # fmt: skip
+        try:
+            seen = run.wait_for(lambda s: s["env_steps"] > 0, 60)
+            assert not [process for process in seen["processes"] if process["role"] == "worker"]
+            word = next(process["last_word"] for process in seen["processes"] if process["role"] == "endpoint")
+            assert "8 sessions" in word
+            summary = run.finish(600)
+        finally:
+            player.kill()
+            player.wait(10)
+    assert summary["actors"] == 0
+    # Chance plays 22. How well DQN learns is told elsewhere; the best of a few evaluations plays worse, asked again.
+    assert summary["eval_return_mean"] >= 200, f"{summary}\n{(example / 'play.err').read_text()}"
+    assert run.leftovers() == []

@@ -1,0 +1,18 @@
+"""What of a run's progress survives a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from services.supervision.progress import BEST_RETURN, Progress
+
+
+def test_the_best_score_is_remembered_without_a_last_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / BEST_RETURN).write_text(json.dumps({"return_mean": 68.0, "env_steps": 4032}))
+    progress = Progress.resumed(tmp_path / "last.ckpt")
+    assert (progress.best_return, progress.resume_count, progress.counters.env_steps) == (68.0, 1, 0)
+
+
+def test_a_run_that_left_nothing_begins_anew(tmp_path: Path) -> None:
+    assert Progress.resumed(tmp_path / "last.ckpt") == Progress(resume_count=1)
