@@ -1,1 +1,1 @@
-"""How experience is made: environments, acting modules, versioned weights, rollouts and evaluation."""
+"""Rollouts: environments, policies, versioned weights, segment builders, rollout workers, and evaluation."""

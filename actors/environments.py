@@ -1,8 +1,13 @@
-"""Environment id -> vector environment and `EnvironmentSpec`.
+"""Environment specifications, and the vector environments that are made from them.
 
-Atari ids get ale-py's native vector environment with the standard DQN preprocessing; ids with a registered
-vector implementation get that; all others a `SyncVectorEnv` whose lanes are rebuilt when they fail. All follow
-Gymnasium's NEXT_STEP autoreset: the row after an episode's end is a reset whose action was ignored.
+A Gymnasium id determines the vector environment:
+
+- Atari ids use ale-py's native vector environment with the standard DQN preprocessing.
+- Ids with a registered vector implementation use that implementation.
+- All other ids use a `SyncVectorEnv` whose lanes are recreated when they fail.
+
+All follow Gymnasium's NEXT_STEP autoreset: the vector step after an episode's end resets the lane and ignores its
+action.
 """
 
 from __future__ import annotations
@@ -29,12 +34,12 @@ from replay.types import Array, Layout
 
 gym.register_envs(ale_py)
 
-LONGEST_EPISODE = 200_000
+LONGEST_EPISODE = 200_000  # steps; a longer episode raises EnvironmentFailed where whole episodes are needed
 
 
 @dataclass(frozen=True)
 class DiscreteActions:
-    """Actions 0 .. count - 1; the environment is given `start + action`."""
+    """A discrete action space: actions 0 .. count - 1; the environment receives `start + action`."""
 
     count: int
     start: int = 0
@@ -42,7 +47,14 @@ class DiscreteActions:
 
 @dataclass(frozen=True)
 class ContinuousActions:
-    """Actions in a box; `low` and `high` are flat, in the order of the flattened action, `dtype` is the box's own."""
+    """A box of continuous actions.
+
+    Attributes:
+        shape: shape of one action.
+        low: lower bounds, in the order of the flattened action.
+        high: upper bounds, in the same order.
+        dtype: NumPy name of the dtype that the environment expects.
+    """
 
     shape: tuple[int, ...]
     low: tuple[float, ...]
@@ -52,18 +64,18 @@ class ContinuousActions:
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
-    """What workers, learner, evaluation and serving need to know of an environment.
+    """The description of an environment that rollout workers, learner, evaluation, and serving share.
 
     Attributes:
-        id: Gymnasium id, or None for an outside simulator, which cannot be made here.
-        observation_shape: shape of one observation, `()` for a Discrete one.
-        observation_dtype: NumPy name of the dtype observations are kept in; float64 is narrowed to float32.
-        frame_stack: frames stacked in an observation, 1 if it is no stack.
+        id: Gymnasium id, or None for an external simulator, which Squall cannot make.
+        observation_shape: shape of one observation, `()` for a Discrete observation space.
+        observation_dtype: NumPy name of the dtype that observations are stored in; float64 is narrowed to float32.
+        frame_stack: frames stacked in an observation, 1 without stacking.
         actions: the action space.
         observation_count: n of a Discrete observation space, else None.
         arguments: keyword arguments for the environment's constructor.
         search_path: folders appended to `sys.path` before the id's module is imported.
-        description: the spaces as the environment prints them.
+        description: text of both spaces.
     """
 
     id: str | None
@@ -86,7 +98,7 @@ class EnvironmentSpec:
         return len(self.observation_shape) == 3 and self.observation_dtype == "uint8"
 
     def plain(self) -> dict[str, Any]:
-        """Return this specification as plain values, from which `specify` makes it again."""
+        """Return this specification as plain values; `specify` converts them back."""
         return {**asdict(self), "arguments": dict(self.arguments)}
 
     def layout(self, *, segment_length: int, n_steps: int) -> Layout:
@@ -106,29 +118,31 @@ class EnvironmentSpec:
         """Make a vector environment of `num_envs` lanes.
 
         Args:
-            num_envs: lanes.
-            rendered: make one whose `render()` returns a frame of each lane, `[height, width, 3]` uint8. The
-                episodes are those of the same seed without it.
+            num_envs: number of lanes.
+            rendered: whether `render()` returns a frame of each lane, `[height, width, 3]` uint8. Rendering does not
+                change the episodes of a seed.
 
         Raises:
-            ConfigurationError: num_envs is not positive, the spec has no id, or the environment has no frames to give.
+            ConfigurationError: num_envs is not positive, the spec has no id, or the environment cannot be rendered.
         """
         if num_envs < 1:
             raise ConfigurationError(f"the number of environments must be positive, got {num_envs}")
         if self.id is None:
-            raise ConfigurationError("this specification is of an outside simulator: there is no id to make it from")
+            raise ConfigurationError(
+                "this specification describes an external simulator: it has no id to make an environment from"
+            )
         return _make_vector(self.id, num_envs, self.arguments, self.search_path, rendered=rendered)
 
     def observe(self, observation: Array) -> Array:
-        """Return a batch of raw observations in the dtype they are kept in."""
+        """Return a batch of raw observations in `observation_dtype`."""
         return np.asarray(observation, self.observation_dtype)
 
     def to_environment(self, action: Array) -> Array:
-        """Return a batch of actions in the environment's own numbering and range."""
+        """Return a batch of actions in the environment's numbering, range, and dtype."""
         if isinstance(self.actions, DiscreteActions):
             return action + self.actions.start if self.actions.start else action
         low = np.reshape(self.actions.low, self.actions.shape)
-        # In the environment's own precision: a bound that is rounded may lie outside.
+        # Clip in the environment's precision: a bound that is rounded to float32 may lie outside the box.
         exact = action.astype(self.actions.dtype)
         clipped: Array = np.clip(exact, low, np.reshape(self.actions.high, self.actions.shape))
         return clipped.astype(self.actions.dtype)
@@ -137,16 +151,18 @@ class EnvironmentSpec:
 def specify(
     environment: str | EnvironmentSpec | Mapping[str, Any], arguments: Mapping[str, Any] | None = None
 ) -> EnvironmentSpec:
-    """Return the specification of an environment id, by making the environment once.
+    """Return the specification of an environment.
+
+    An id is specified by making the environment once.
 
     Args:
-        environment: a Gymnasium id, also in the form `module:EnvId-v0`; a specification is returned as it is,
-            and one in plain values is made again.
+        environment: a Gymnasium id, also in the form `module:EnvId-v0`; or a specification, which is returned
+            unchanged; or the plain values of a specification.
         arguments: keyword arguments for the environment's constructor.
 
     Raises:
-        ConfigurationError: an unknown id (with the nearest ones), a module that cannot be imported, arguments
-            that the environment does not take, or spaces that nothing here can use.
+        ConfigurationError: an unknown id (the error lists similar ids), a module that cannot be imported, arguments
+            that the environment does not accept, or a space that Squall does not support.
     """
     if isinstance(environment, EnvironmentSpec):
         return environment
@@ -170,21 +186,23 @@ def _describe(
     shape: tuple[int, ...] = ()
     if isinstance(observations, spaces.Discrete):
         if observations.start != 0:
-            raise ConfigurationError(f"{name} has Discrete observations that start at {observations.start}, not at 0")
+            raise ConfigurationError(
+                f"Discrete observations must start at 0; those of {name} start at {observations.start}"
+            )
         count, dtype = int(observations.n), "int64"
     elif isinstance(observations, spaces.Box):
         shape, dtype = observations.shape, "float32" if observations.dtype.kind == "f" else str(observations.dtype)
     else:
         raise ConfigurationError(
             f"Squall needs Box or Discrete observations; {name} has {observations}. "
-            f"Flatten it with gymnasium.wrappers.FlattenObservation in an environment of your own"
+            f"Wrap the environment in gymnasium.wrappers.FlattenObservation and register the result as an environment"
         )
-    described: DiscreteActions | ContinuousActions
+    action_space: DiscreteActions | ContinuousActions
     if isinstance(actions, spaces.Discrete):
-        described = DiscreteActions(int(actions.n), int(actions.start))
+        action_space = DiscreteActions(int(actions.n), int(actions.start))
     elif isinstance(actions, spaces.Box) and np.dtype(actions.dtype).kind == "f":
         low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (actions.low, actions.high))
-        described = ContinuousActions(actions.shape, low, high, str(actions.dtype))
+        action_space = ContinuousActions(actions.shape, low, high, str(actions.dtype))
     else:
         raise ConfigurationError(f"Squall needs Discrete or floating-point Box actions; {name} has {actions}")
     return EnvironmentSpec(
@@ -192,7 +210,7 @@ def _describe(
         observation_shape=tuple(shape),
         observation_dtype=dtype,
         frame_stack=shape[0] if isinstance(env, AtariVectorEnv) and len(shape) == 3 and shape[0] > 1 else 1,
-        actions=described,
+        actions=action_space,
         observation_count=count,
         arguments=arguments,
         search_path=search_path,
@@ -200,10 +218,10 @@ def _describe(
     )
 
 
-def _find(name: str, search_path: tuple[str, ...]) -> Any:
-    module, _, bare = name.rpartition(":")
+def _find_gym_spec(name: str, search_path: tuple[str, ...]) -> Any:
+    module, _, env_id = name.rpartition(":")
     if module:
-        # Appended, never in front: a user's folder must not replace our own packages.
+        # Append, never prepend: a module in a user's folder must not replace one of Squall's packages.
         sys.path.extend(path for path in search_path if path not in sys.path)
         try:
             importlib.import_module(module)
@@ -211,18 +229,18 @@ def _find(name: str, search_path: tuple[str, ...]) -> Any:
             raise ConfigurationError(
                 f"cannot import the module of environment {name}: {type(error).__name__}: {error}"
             ) from error
-    if bare in gym.registry:
-        return gym.spec(bare)
+    if env_id in gym.registry:
+        return gym.spec(env_id)
     try:
-        return gym.spec(bare)
+        return gym.spec(env_id)
     except gym.error.Error as error:
-        near = difflib.get_close_matches(bare, gym.registry, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        similar = difflib.get_close_matches(env_id, gym.registry, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
         raise ConfigurationError(f"unknown environment {name}{hint}") from error
 
 
 def family(name: str) -> str | None:
-    """Return "atari" or "mujoco" for an id of one of these, else None."""
+    """Return the family of an id: "atari", "mujoco", or None for all others."""
     spec = gym.registry.get(name)
     entry_point = str(spec.entry_point) if spec is not None else ""
     if entry_point == "ale_py.env:AtariEnv":
@@ -233,7 +251,7 @@ def family(name: str) -> str | None:
 def _make_vector(
     name: str, num_envs: int, arguments: Mapping[str, Any], search_path: tuple[str, ...], *, rendered: bool = False
 ) -> VectorEnv[Any, Any, Any]:
-    spec = _find(name, search_path)
+    spec = _find_gym_spec(name, search_path)
     atari = spec.entry_point == "ale_py.env:AtariEnv"
     native = atari and "obs_type" not in arguments
     if rendered and not native:
@@ -247,13 +265,13 @@ def _make_vector(
         if spec.vector_entry_point is not None and not atari:
             env = gym.make_vec(spec, num_envs=num_envs, **arguments)
         else:
-            lane = lambda: RebuildingEnv(lambda: gym.make(spec, disable_env_checker=True, **arguments))  # noqa: E731
-            env = SyncVectorEnv([lane] * num_envs)
+            make_lane = lambda: RebuildingEnv(lambda: gym.make(spec, disable_env_checker=True, **arguments))  # noqa: E731
+            env = SyncVectorEnv([make_lane] * num_envs)
     except (TypeError, gym.error.Error, ImportError) as error:
         raise ConfigurationError(f"cannot make environment {name}: {error}") from error
     if env.metadata.get("autoreset_mode") is not AutoresetMode.NEXT_STEP:
         env.close()
-        raise ConfigurationError(f"{name} must follow Gymnasium's NEXT_STEP autoreset, its vector form does not")
+        raise ConfigurationError(f"the vector environment of {name} must follow Gymnasium's NEXT_STEP autoreset")
     return env
 
 
@@ -261,28 +279,32 @@ def _check_render_modes(name: str, env: VectorEnv[Any, Any, Any]) -> None:
     modes = env.metadata.get("render_modes") or ()
     env.close()
     if RENDER_MODE not in modes:
-        has = f"its render modes are {', '.join(modes)}" if modes else "it has no render mode"
-        raise ConfigurationError(f"{name} cannot be recorded: a video needs render mode {RENDER_MODE}, {has}")
+        supported = f"its render modes are {', '.join(modes)}" if modes else "it has no render mode"
+        raise ConfigurationError(f"{name} cannot be recorded: a video needs render mode {RENDER_MODE}, {supported}")
 
 
 class SingleEnvironment(gym.Env[Any, Any]):
-    """One lane of the vector environment that workers step, as a single environment."""
+    """A single environment that behaves as one lane of the vector environment of the rollout workers."""
 
     def __init__(self, spec: EnvironmentSpec, seed: int | None = None) -> None:
-        """Make it; `seed` seeds the first reset that is given none."""
+        """Make the environment; `seed` is used by the first reset if that reset gets no seed."""
         self._spec, self._seed = spec, seed
         self._env = spec.make(1)
         self.observation_space, self.action_space = self._env.single_observation_space, self._env.single_action_space
         self.metadata = self._env.metadata
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode; a seed of 0 is a seed like any other."""
-        seed, self._seed = self._seed if seed is None else seed, None
+        """Begin an episode and return its first observation and info."""
+        seed, self._seed = self._seed if seed is None else seed, None  # 0 is a valid seed
         observation, info = self._env.reset(seed=seed, options=options)
         return self._spec.observe(observation)[0], info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Take one step with an action numbered from 0, or in the action space's box."""
+        """Take one step.
+
+        Args:
+            action: number of a discrete action, from 0, or a continuous action, which is clipped to the box.
+        """
         batch = self._spec.to_environment(np.asarray(action)[None])
         observation, reward, terminated, truncated, info = self._env.step(batch)
         return self._spec.observe(observation)[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
@@ -293,8 +315,11 @@ class SingleEnvironment(gym.Env[Any, Any]):
 
 
 def seeds_for(env: VectorEnv[Any, Any, Any], sequence: np.random.SeedSequence) -> Any:
-    """Return what `env.reset(seed=...)` takes so that every lane has a seed of its own."""
-    words = [int(word & 0x7FFFFFFF) for word in sequence.generate_state(env.num_envs)]
+    """Return the argument of `env.reset(seed=...)` that gives each lane a different seed.
+
+    An implementation that is neither `AtariVectorEnv` nor `SyncVectorEnv` gets one seed for all its lanes.
+    """
+    seeds = [int(word & 0x7FFFFFFF) for word in sequence.generate_state(env.num_envs)]
     if isinstance(env, AtariVectorEnv):
-        return np.array(words)
-    return words if isinstance(env, SyncVectorEnv) else words[0]
+        return np.array(seeds)
+    return seeds if isinstance(env, SyncVectorEnv) else seeds[0]

@@ -1,4 +1,4 @@
-"""Evaluation: greedy actions, whole episodes, true returns, with an episode quota for every lane."""
+"""Evaluation: whole greedy episodes with unclipped returns, and a fixed number of episodes for each lane."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from replay.remote import actor_class
 from replay.seeds import spawn_seed
 from replay.types import EpisodeResult
 
-_MOST_LANES = 8
+_MAX_LANES = 8
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Greedy episodes of one version of the weights."""
+    """The results of greedy episodes with one version of the weights."""
 
     version: int
     episodes: tuple[EpisodeResult, ...]
 
     @property
     def mean(self) -> float:
-        """Mean return."""
+        """Mean return of the episodes."""
         return float(np.mean([episode.episode_return for episode in self.episodes]))
 
     @property
     def std(self) -> float:
-        """Standard deviation of the returns over episodes."""
+        """Standard deviation of the episodes' returns."""
         return float(np.std([episode.episode_return for episode in self.episodes]))
 
 
@@ -51,74 +51,87 @@ def run_episodes(
 ) -> tuple[EpisodeResult, ...]:
     """Play whole episodes and return their results.
 
-    Each lane has its quota of episodes from the start. Taking the first N to finish, from any lane, would favour
-    short episodes.
+    The number of episodes of each lane is fixed in advance. The first N episodes to finish in any lane would be a
+    biased sample, because short episodes finish first.
 
     Args:
-        policy: acts; its environment is made anew.
-        episodes: how many, positive.
-        seed: of the environments; another seed gives other episodes.
-        lanes: lanes to play them in; None chooses.
-        greedy: take the best actions instead of exploring ones.
-        video: records the episodes; they are the same with it and without.
+        policy: selects the actions, in a new environment made from the policy's specification.
+        episodes: number of episodes, positive.
+        seed: seed of the environments and of the policy.
+        lanes: number of lanes; None selects it automatically.
+        greedy: whether to take the best actions instead of exploring.
+        video: recorder of the episodes; recording does not change them.
 
     Raises:
-        ConfigurationError: episodes is not positive, or there is nothing to record.
-        EnvironmentFailed: an episode that does not end; give such an environment a time limit.
+        ConfigurationError: episodes is not positive, or the environment cannot be recorded.
+        EnvironmentFailed: an episode does not end; such an environment needs a time limit.
     """
     if episodes < 1:
         raise ConfigurationError(f"the number of evaluation episodes must be positive, got {episodes}")
-    width = min(lanes or _MOST_LANES, episodes)
-    quota = np.full(width, episodes // width)
-    quota[: episodes % width] += 1
-    results: list[list[EpisodeResult]] = [[] for _ in range(width)]
+    lanes = min(lanes or _MAX_LANES, episodes)
+    quota = np.full(lanes, episodes // lanes)
+    quota[: episodes % lanes] += 1
+    results: list[list[EpisodeResult]] = [[] for _ in range(lanes)]
     environment_seed, policy_seed = seed.spawn(2)
     policy.begin(policy_seed)
-    driver = VectorRunner(policy.spec.environment, width, environment_seed, rendered=video is not None)
+    runner = VectorRunner(policy.spec.environment, lanes, environment_seed, rendered=video is not None)
     try:
-        driver.reset()
+        runner.reset()
         if video is not None:
-            video.begin(driver.env, policy.spec.environment.id)
-        rows = 0
-        while any(len(done) < most for done, most in zip(results, quota, strict=True)):
-            row = driver.step(policy, step=0, greedy=greedy)
+            video.begin(runner.env, policy.spec.environment.id)
+        vector_steps = 0
+        while any(len(finished) < wanted for finished, wanted in zip(results, quota, strict=True)):
+            step = runner.step(policy, step=0, greedy=greedy)
             if video is not None:
-                playing = [lane for lane in range(width) if len(results[lane]) < quota[lane]]
-                ended = {lane for lane, _ in row.episodes}
-                video.take(driver.env, playing, ended=ended, failed=set(np.flatnonzero(row.failed)))
-            for lane, result in row.episodes:
+                unfinished = [lane for lane in range(lanes) if len(results[lane]) < quota[lane]]
+                ended = {lane for lane, _ in step.episodes}
+                video.record(runner.env, unfinished, ended=ended, failed=set(np.flatnonzero(step.failed)))
+            for lane, result in step.episodes:
                 if len(results[lane]) < quota[lane]:
                     results[lane].append(result)
-            rows += 1
-            if rows > (LONGEST_EPISODE + 1) * quota[0]:
+            vector_steps += 1
+            # An episode of n steps takes n + 1 vector steps, because of the reset.
+            if vector_steps > (LONGEST_EPISODE + 1) * quota[0]:
                 raise EnvironmentFailed(f"an episode did not end within {LONGEST_EPISODE:,} steps; set a time limit")
     finally:
-        driver.close()
-    return tuple(result for lane in results for result in lane)
+        runner.close()
+    return tuple(result for of_lane in results for result in of_lane)
 
 
 class Evaluator:
-    """Evaluates versions of the weights in a process of its own."""
+    """The evaluator process: plays greedy episodes with a version of the weights."""
 
     def __init__(self, spec: PolicySpec, *, run_seed: int, threads: int | None = None) -> None:
-        """Build the policy; `threads` sets this process's PyTorch threads."""
+        """Build the policy.
+
+        Args:
+            spec: specification of the policy.
+            run_seed: the run's seed.
+            threads: PyTorch threads of this process; None keeps the current number.
+        """
         if threads is not None:
             torch.set_num_threads(threads)
         self._policy = spec.build()
         self._run_seed = run_seed
 
     def evaluate(self, weights: Weights, episodes: int, role: str, index: int) -> Evaluation:
-        """Play `episodes` greedy episodes with `weights`, seeded by `role` and `index`.
+        """Play greedy episodes and return their results.
+
+        Args:
+            weights: weights of the policy.
+            episodes: number of episodes.
+            role: role of the random stream; with `index` it determines the seed.
+            index: index of the random stream.
 
         Raises:
-            LayoutMismatch: the weights are of another network.
+            LayoutMismatch: the weights belong to a different network.
         """
         unpack(weights, self._policy)
         seed = spawn_seed(self._run_seed, role, index)
         return Evaluation(weights.version, run_episodes(self._policy, episodes, seed))
 
     def report(self) -> dict[str, Any]:
-        """Return this process's pid."""
+        """Return this process's id as `pid`."""
         return {"pid": os.getpid()}
 
 

@@ -1,4 +1,7 @@
-"""Torsos and heads, chosen by the observation space. The same modules act in workers and learn in the learner."""
+"""Neural networks: torsos that match the observation space, and heads for values and distributions.
+
+Rollout workers and the learner use the same modules.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,20 @@ from torch import Tensor, nn
 from actors.environments import EnvironmentSpec
 from replay.errors import ConfigurationError
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+NOISES = ("factorised", "independent")
+
 
 class NatureCNN(nn.Module):
     """The convolutional torso of Mnih et al. 2015: 32 8x8/4, 64 4x4/2, 64 3x3/1, then a dense layer.
 
-    Takes uint8 `[B, C, H, W]`, or `[B, H, W, C]` where the last axis is the channels; gives `[B, features]`.
+    Maps uint8 images `[B, C, H, W]`, or `[B, H, W, C]` with the channels last, to features `[B, features]`.
     """
 
     def __init__(self, shape: tuple[int, ...], features: int = 512) -> None:
         """Make the torso for images of `shape`, `(C, H, W)` or `(H, W, C)`.
+
+        The channels are last if the last axis has 1, 3, or 4 entries and the first axis more than 4.
 
         Raises:
             ConfigurationError: the image is too small for the three convolutions.
@@ -44,28 +52,31 @@ class NatureCNN(nn.Module):
         """Map images `[B, ...]` to features `[B, features]`."""
         if self.channels_last:
             observation = observation.movedim(-1, 1)
-        features: Tensor = self.dense(self.convolutions(_from_bytes(observation)))
+        features: Tensor = self.dense(self.convolutions(_scale_pixels(observation)))
         return features
 
 
-def _from_bytes(image: Tensor) -> Tensor:
-    """Return uint8 as [0, 1], at once in autocast's precision, which holds 0 .. 255 exactly."""
+def _scale_pixels(image: Tensor) -> Tensor:
+    """Scale uint8 to [0, 1].
+
+    Inside autocast, the conversion goes directly to autocast's dtype, which represents 0 .. 255 exactly.
+    """
     device = image.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     return image.to(dtype).div_(255.0)
 
 
 class RunningNorm(nn.Module):
-    """Shifts and scales vectors by the mean and deviation of those seen so far, and clips what is left to +-10.
+    """Normalization of vectors by the mean and standard deviation of all observed vectors, clipped to [-10, 10].
 
-    The statistics are persistent buffers, so they travel with the weights. `forward` never changes them: the learner
-    calls `observe`, after an update, so that an action's probability is the same in the worker and in the learner.
+    The statistics are persistent buffers, so they are published with the weights. `forward` does not change them. The
+    learner calls `observe` after an update, so that an action has the same probability in worker and learner.
     """
 
     limit = 10.0
 
     def __init__(self, features: int) -> None:
-        """Start as the identity (but for the clipping)."""
+        """Start with mean 0 and variance 1: the identity, apart from the clipping."""
         super().__init__()
         self.mean: Tensor
         self.variance: Tensor
@@ -75,25 +86,25 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, vector: Tensor) -> Tensor:
-        """Map `[B, features]` to the same shape."""
+        """Normalize vectors `[B, features]`."""
         scaled = (vector - self.mean) / (self.variance + 1e-8).sqrt()
         return scaled.clamp(-self.limit, self.limit)
 
     def observe(self, vector: Tensor) -> None:
-        """Take `[B, features]` into the statistics (Chan et al. 1979, parallel variance)."""
-        seen, new = self.count, len(vector)
+        """Update the statistics with vectors `[B, features]` (Chan et al. 1979, parallel variance)."""
+        old, new = self.count, len(vector)
         if not new:
             return
-        total = seen + new
+        total = old + new
         delta = vector.mean(0) - self.mean
-        squares = self.variance * seen + vector.var(0, correction=0) * new + delta.square() * seen * new / total
+        squares = self.variance * old + vector.var(0, correction=0) * new + delta.square() * old * new / total
         self.mean += delta * (new / total)
         self.variance.copy_(squares / total)
         self.count.copy_(total)
 
 
 class VectorTorso(nn.Module):
-    """Dense layers over a flat observation, or over the one-hot code of a discrete one."""
+    """Dense layers over a flattened observation, or over the one-hot encoding of a discrete observation."""
 
     def __init__(
         self,
@@ -104,7 +115,15 @@ class VectorTorso(nn.Module):
         normalize: bool = False,
         activation: str = "relu",
     ) -> None:
-        """Make a torso of one layer for each of `hidden_sizes`; `normalize` puts a `RunningNorm` in front."""
+        """Make the layers.
+
+        Args:
+            inputs: size of the flattened observation, or number of discrete observations.
+            hidden_sizes: width of each layer.
+            one_hot: whether observations are discrete.
+            normalize: whether a `RunningNorm` precedes the layers; ignored for discrete observations.
+            activation: activation after each layer, one of `ACTIVATIONS`.
+        """
         super().__init__()
         self.one_hot = inputs if one_hot else None
         self.norm = RunningNorm(inputs) if normalize and not one_hot else None
@@ -114,7 +133,7 @@ class VectorTorso(nn.Module):
             inputs = width
         self.features = inputs
 
-    def flat(self, observation: Tensor) -> Tensor:
+    def flatten(self, observation: Tensor) -> Tensor:
         """Return observations `[B, ...]` as float vectors `[B, inputs]`."""
         if self.one_hot is not None:
             observation = nn.functional.one_hot(observation, self.one_hot)
@@ -124,7 +143,7 @@ class VectorTorso(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Map observations `[B, ...]` to features `[B, features]`."""
-        vector = self.flat(observation)
+        vector = self.flatten(observation)
         if self.norm is not None:
             vector = self.norm(vector)
         for layer in self.layers:
@@ -132,27 +151,24 @@ class VectorTorso(nn.Module):
         return vector
 
     def observe(self, observation: Tensor) -> None:
-        """Take observations `[B, ...]` into the running statistics, if there are any."""
+        """Update the running statistics, if there are any, with observations `[B, ...]`."""
         if self.norm is not None:
-            self.norm.observe(self.flat(observation))
-
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+            self.norm.observe(self.flatten(observation))
 
 
 def make_torso(
     environment: EnvironmentSpec, hidden_sizes: Sequence[int], *, normalize: bool = False, activation: str = "relu"
 ) -> NatureCNN | VectorTorso:
-    """Return the Nature CNN for images and dense layers for everything else.
+    """Return a Nature CNN for image observations, and dense layers for all other observations.
 
     Args:
-        environment: whose observations the torso takes.
-        hidden_sizes: widths of the dense layers; for images the last one is the width after the convolutions.
-        normalize: whether vectors are normalised by running statistics; images are divided by 255 in any case.
-        activation: of the dense layers, one of `ACTIVATIONS`.
+        environment: environment whose observations are the torso's input.
+        hidden_sizes: widths of the dense layers; for images only the last width is used, after the convolutions.
+        normalize: whether vectors are normalized by running statistics; images are always divided by 255.
+        activation: activation of the dense layers for vectors, one of `ACTIVATIONS`.
 
     Raises:
-        ConfigurationError: no sizes, one that is not positive, or an unknown activation.
+        ConfigurationError: hidden_sizes is empty or has a width that is not positive, or the activation is unknown.
     """
     if not hidden_sizes or min(hidden_sizes) < 1:
         raise ConfigurationError(f"hidden_sizes must name at least one positive width, got {list(hidden_sizes)}")
@@ -170,9 +186,9 @@ def _vector_torso(environment: EnvironmentSpec, hidden_sizes: Sequence[int], **o
 
 
 def in_full_precision(head: nn.Module, features: Tensor) -> Tensor:
-    """Return `head(features)` in float32, also inside autocast.
+    """Return `head(features)`, computed in float32 even inside autocast.
 
-    A head costs little, and what matters of values is often their difference: bfloat16 tells 1.00 from 1.01, no less.
+    A head is cheap, and small differences between values matter, but bfloat16 has steps of about 0.01 near 1.0.
     """
     output: Tensor
     if torch.is_autocast_enabled(features.device.type):
@@ -184,9 +200,10 @@ def in_full_precision(head: nn.Module, features: Tensor) -> Tensor:
 
 
 class Critics(nn.Module):
-    """Several action values `(observation, action) -> [C, B]`, independent of each other, computed side by side.
+    """C independent critics `(observation, action) -> [C, B]`, computed in parallel.
 
-    Each is dense layers over the observation and the action; images go through a Nature CNN that the critics share.
+    Each critic is a stack of dense layers over the observation and the action. For images, the critics share a Nature
+    CNN.
     """
 
     def __init__(
@@ -199,7 +216,16 @@ class Critics(nn.Module):
         normalize: bool = False,
         activation: str = "relu",
     ) -> None:
-        """Make `count` critics of flat actions of `actions` numbers; the other arguments are those of `make_torso`."""
+        """Make the critics.
+
+        Args:
+            environment: environment whose observations are the input.
+            actions: size of the flattened action.
+            hidden_sizes: widths of the dense layers.
+            count: number of critics.
+            normalize: see `make_torso`.
+            activation: see `make_torso`.
+        """
         super().__init__()
         self.torso: NatureCNN | VectorTorso
         if environment.is_image:
@@ -215,17 +241,20 @@ class Critics(nn.Module):
         self.layers.append(ParallelLinear(count, inputs, 1))
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Return `[C, B]` values of observations `[B, ...]` and flat actions `[B, actions]`."""
+        """Return the values `[C, B]` of observations `[B, ...]` and flattened actions `[B, actions]`."""
         features = self.torso(observation)
-        both = torch.cat([features, action], 1)
-        return in_full_precision(self.layers, both.expand(self.count, -1, -1))[..., 0]
+        inputs = torch.cat([features, action], 1)
+        return in_full_precision(self.layers, inputs.expand(self.count, -1, -1))[..., 0]
 
 
 class ParallelLinear(nn.Module):
-    """`count` linear layers in one batched product, each begun as `nn.Linear` would begin it."""
+    """`count` linear layers, computed as one batched product.
+
+    Each layer is initialized as `nn.Linear` is.
+    """
 
     def __init__(self, count: int, inputs: int, outputs: int) -> None:
-        """Make the layers."""
+        """Make the layers, each from `inputs` to `outputs` features."""
         super().__init__()
         bound = inputs**-0.5
         self.weight = nn.Parameter(torch.empty(count, inputs, outputs).uniform_(-bound, bound))
@@ -239,26 +268,32 @@ class ParallelLinear(nn.Module):
 class NoisyLinear(nn.Module):
     """A linear layer with learned noise on its weights (Fortunato et al. 2017, https://arxiv.org/abs/1706.10295).
 
-    In training mode every forward draws noise anew, one draw for the whole batch; in evaluation mode the layer
-    acts on its means. The noise is no state: it is neither saved nor sent.
+    In training mode each forward pass samples new noise, shared by the whole batch. In evaluation mode the layer uses
+    the means of its weights. The noise is not part of the state: it is neither saved nor published.
 
     - "factorised" (section 3b): `eps_ij = f(e_i) f(e_j)` with `f(x) = sign(x) sqrt(|x|)`; mu from
       `U(-1/sqrt(p), 1/sqrt(p))`, sigma `sigma_init / sqrt(p)` for p inputs.
-    - "independent" (section 3a): a draw for every weight; mu from `U(-sqrt(3/p), sqrt(3/p))`, sigma 0.017.
+    - "independent" (section 3a): one sample per weight; mu from `U(-sqrt(3/p), sqrt(3/p))`, sigma 0.017.
     """
 
     def __init__(self, inputs: int, outputs: int, noise: str = "factorised", sigma_init: float = 0.5) -> None:
         """Make the layer.
 
+        Args:
+            inputs: number of input features.
+            outputs: number of output features.
+            noise: "factorised" or "independent".
+            sigma_init: initial scale of factorized noise.
+
         Raises:
-            ConfigurationError: a noise that is neither "factorised" nor "independent".
+            ConfigurationError: the noise is neither "factorised" nor "independent".
         """
         super().__init__()
         if noise not in NOISES:
             raise ConfigurationError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
-        self.factorised = noise == "factorised"
-        bound = inputs**-0.5 if self.factorised else (3.0 / inputs) ** 0.5
-        sigma = sigma_init * inputs**-0.5 if self.factorised else 0.017
+        self.factorized = noise == "factorised"
+        bound = inputs**-0.5 if self.factorized else (3.0 / inputs) ** 0.5
+        sigma = sigma_init * inputs**-0.5 if self.factorized else 0.017
         self.weight = nn.Parameter(torch.empty(outputs, inputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
         self.weight_sigma = nn.Parameter(torch.full((outputs, inputs), sigma))
@@ -268,16 +303,13 @@ class NoisyLinear(nn.Module):
         """Map `[B, inputs]` to `[B, outputs]`."""
         if not self.training:
             return nn.functional.linear(features, self.weight, self.bias)
-        if self.factorised:
-            into, out = _scaled_noise(self.weight[0]), _scaled_noise(self.bias)
-            weight_noise, bias_noise = torch.outer(out, into), out
+        if self.factorized:
+            input_noise, output_noise = _scaled_noise(self.weight[0]), _scaled_noise(self.bias)
+            weight_noise, bias_noise = torch.outer(output_noise, input_noise), output_noise
         else:
             weight_noise, bias_noise = torch.randn_like(self.weight), torch.randn_like(self.bias)
         weight = self.weight + self.weight_sigma * weight_noise
         return nn.functional.linear(features, weight, self.bias + self.bias_sigma * bias_noise)
-
-
-NOISES = ("factorised", "independent")
 
 
 def _scaled_noise(like: Tensor) -> Tensor:
@@ -286,9 +318,9 @@ def _scaled_noise(like: Tensor) -> Tensor:
 
 
 class QNetwork(nn.Module):
-    """Action values `[B, ...]` -> `[B, actions]`: a torso and a head, plain or dueling, noisy or not.
+    """Action values of discrete actions, `[B, ...]` -> `[B, actions]`: a torso and a head.
 
-    The dueling head (Wang et al. 2015, https://arxiv.org/abs/1511.06581, equation 9) gives
+    The dueling head (Wang et al. 2015, https://arxiv.org/abs/1511.06581, equation 9) returns
     `V(s) + A(s, a) - mean_a A(s, a)`.
     """
 
@@ -303,9 +335,16 @@ class QNetwork(nn.Module):
         normalize: bool = False,
         activation: str = "relu",
     ) -> None:
-        """Make the network for `actions` discrete actions; `noise` makes the head's layers noisy.
+        """Make the network.
 
-        `normalize` and `activation` are those of `make_torso`.
+        Args:
+            environment: environment whose observations are the input.
+            actions: number of discrete actions.
+            hidden_sizes: widths of the torso's dense layers, see `make_torso`.
+            dueling: whether the head is dueling.
+            noise: noise of the head's layers, see `NoisyLinear`; None means that they have no noise.
+            normalize: see `make_torso`.
+            activation: see `make_torso`.
         """
         super().__init__()
         self.torso = make_torso(environment, hidden_sizes, normalize=normalize, activation=activation)

@@ -1,4 +1,4 @@
-"""OnPolicyWorker: produces the units it holds permits for, each under exactly the weights the permit names."""
+"""The on-policy rollout worker: produces one trajectory per permit, with exactly the weights that the permit names."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from replay.remote import actor_class
 from replay.types import EpisodeResult
 
 _SECONDS_FOR_WEIGHTS = 300.0
-_SECONDS_BEFORE_ASKING_AGAIN = 0.02
-_SECONDS_TO_GIVE_BACK = 2.0
+_SECONDS_BEFORE_RETRY = 0.02
+_SECONDS_TO_REVOKE = 2.0
 
 
 class Queue(Protocol):
-    """Where permits come from and trajectories go: a `TrajectoryClient`."""
+    """The source of permits and receiver of trajectories: a `TrajectoryClient`."""
 
     waiting_for: str | None
 
     def request_permits(
         self, worker: int, incarnation: int, count: int, *, stop: threading.Event | None = None
     ) -> PermitReply | None:
-        """See `TrajectoryClient.request_permits`."""
+        """Block until permits are available and return at most `count`, or None if `stop` was set first."""
         ...
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
-        """See `TrajectoryClient.insert`."""
+        """Send a push and return the reply, or None if `stop` was set first."""
         ...
 
     def revoke(self, worker: int, incarnation: int, *, seconds: float | None = None) -> None:
-        """See `TrajectoryClient.revoke`."""
+        """Revoke the open permits of a worker, within `seconds`."""
         ...
 
 
 class OnPolicyWorker(RolloutWorker):
-    """A rollout worker whose trajectories each begin under a permit, and end before the weights change."""
+    """The rollout loop of an on-policy run: each trajectory has a permit, and no trajectory mixes weight versions."""
 
     def __init__(self, spec: RolloutSpec, *, queue: Queue, **process: Any) -> None:
         """Make the environment and the policy.
 
         Args:
-            spec: what to roll out; its `trajectory_rows` says how long a unit is.
-            queue: where permits come from and trajectories go.
+            spec: the description of the rollout; `trajectory_rows` is the length of a trajectory.
+            queue: source of permits and receiver of trajectories.
             process: the other arguments of `RolloutWorker`.
         """
         super().__init__(spec, replay=queue, **process)
@@ -55,61 +55,77 @@ class OnPolicyWorker(RolloutWorker):
 
     def _roll_out(self) -> None:
         builder = TrajectoryBuilder(self.spec.num_envs, self.spec.gamma, rows=self.spec.trajectory_rows)
-        builder.begin(self._lanes.reset())
+        builder.begin(self._runner.reset())
         episodes: list[EpisodeResult] = []
         while not self._sender.finished and not self._stop.is_set():
-            if not builder.busy and not self._begin_units(builder):
+            if not builder.busy and not self._begin_trajectories(builder):
                 continue
-            asked_for = builder.holding
-            row = self._lanes.step(self._policy, step=self._sender.env_steps)
-            self._count(row)
-            episodes += (r for lane, r in row.episodes if lane in asked_for or not self._whole_episodes)
-            complete = builder.add(
-                row.action, row.log_probability, row.reward, row.terminated, row.truncated, row.observation, row.failed
+            permitted = builder.permitted
+            step = self._runner.step(self._policy, step=self._sender.env_steps)
+            self._count(step)
+            # In whole-episode mode, the results of episodes without a permit are not sent.
+            episodes += (result for lane, result in step.episodes if lane in permitted or not self._whole_episodes)
+            trajectories = builder.add(
+                step.action,
+                step.log_probability,
+                step.reward,
+                step.terminated,
+                step.truncated,
+                step.observation,
+                step.failed,
             )
-            if complete:
-                self._send(trajectories=complete, episodes=episodes)
+            if trajectories:
+                self._send(trajectories=trajectories, episodes=episodes)
                 episodes = []
 
-    def _leave(self) -> None:
-        # A server that is away forgets the permits with everything else, and the coordinator takes them back too.
+    def _release(self) -> None:
+        # A server that does not answer has lost the permits with its other state; the coordinator revokes them too.
         with contextlib.suppress(DeadlineExceeded):
-            self._queue.revoke(self.worker, self.incarnation, seconds=_SECONDS_TO_GIVE_BACK)
+            self._queue.revoke(self.worker, self.incarnation, seconds=_SECONDS_TO_REVOKE)
 
     @property
     def _whole_episodes(self) -> bool:
         return self.spec.trajectory_rows is None
 
-    def _begin_units(self, builder: TrajectoryBuilder) -> bool:
-        """Wait for permits and for their weights, and assign them to lanes; False if that came to nothing.
+    def _begin_trajectories(self, builder: TrajectoryBuilder) -> bool:
+        """Wait for permits and their weights, then assign the permits to lanes; return False if that failed.
 
-        Whole episodes begin at a reset, so lanes that are inside an episode nobody asked for are reset.
+        A whole episode begins at a reset, so all lanes are reset, including lanes inside an episode without a permit.
         """
-        begun = time.monotonic()
+        started = time.monotonic()
         reply = self._queue.request_permits(self.worker, self.incarnation, self.spec.num_envs, stop=self._stop)
-        self._seconds_waited += time.monotonic() - begun
+        self._seconds_waited += time.monotonic() - started
         if reply is None or reply.finished:
             self._stop.set()
             return False
         if not self._load_version(reply.permits[0].version):
-            # They are those of a server or store that was recreated; the learner is about to publish anew.
+            # The permits name an older version, because the trajectory server or the weight store was recreated. The
+            # learner is about to publish the current version.
             self._queue.revoke(self.worker, self.incarnation)
-            self._stop.wait(_SECONDS_BEFORE_ASKING_AGAIN)
+            self._stop.wait(_SECONDS_BEFORE_RETRY)
             return False
         if self._whole_episodes:
-            builder.begin(self._lanes.reset())
+            builder.begin(self._runner.reset())
         for lane, permit in zip(builder.idle, reply.permits, strict=False):
             builder.assign(lane, permit)
         return True
 
     def _load_version(self, version: int) -> bool:
-        """Wait until the policy has the weights of `version`; False if they are already newer, or on a stop."""
-        end = time.monotonic() + _SECONDS_FOR_WEIGHTS
+        """Wait until the policy has the weights of `version`.
+
+        Return False if the policy already has newer weights or if `stop` was called.
+
+        Raises:
+            DeadlineExceeded: the weights did not arrive in time.
+        """
+        deadline = time.monotonic() + _SECONDS_FOR_WEIGHTS
         self._waiting_for = f"version {version} of the weights"
         while self._weights.version < version and not self._stop.wait(0.001):
-            self._pull()
-            if time.monotonic() > end:
-                raise DeadlineExceeded(f"version {version} of the weights did not come in {_SECONDS_FOR_WEIGHTS:.0f} s")
+            self._poll_weights()
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"version {version} of the weights did not arrive within {_SECONDS_FOR_WEIGHTS:.0f} s"
+                )
         self._waiting_for = None
         return self._weights.version == version
 

@@ -1,4 +1,4 @@
-"""Rebuilding."""
+"""A single environment that recreates itself after a failure, as one lane of a vector environment."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ import gymnasium as gym
 
 from replay.errors import EnvironmentFailed
 
-FAILURE = "squall_failure"  # in a step's info: what a lane failed with; a user's own keys may be called anything
+FAILURE = "squall_failure"  # key of the failure's text in a step's info; the prefix keeps it apart from users' keys
 
 
 class RebuildingEnv(gym.Env[Any, Any]):
-    """One lane that is made anew when it raises, so that one failure does not end its neighbours' episodes.
+    """One lane that recreates its environment when the environment raises, so that other lanes' episodes continue.
 
-    The failing step comes back as a truncated one with `info[FAILURE]`; the caller drops the lane's unsent rows.
-    A failing reset is tried again and comes back with `info[FAILURE]` too.
+    A failing step is returned as a truncation, with the failure's text in `info[FAILURE]`; the caller must drop the
+    lane's unsent steps. A failing reset is retried; it also sets `info[FAILURE]`.
+
+    Attributes:
+        max_failures: failures that are tolerated within `failure_window` steps.
+        failure_window: length of the window, in steps of this lane.
     """
 
-    most_failures = 5
-    within_steps = 1_000
+    max_failures = 5
+    failure_window = 1_000
 
     def __init__(self, factory: Callable[[], gym.Env[Any, Any]]) -> None:
-        """Make the environment; a failure here is not caught."""
+        """Make the environment; a failure at this point is not caught."""
         self._factory = factory
         self._env = factory()
         self._steps = 0
-        self._failures: deque[int] = deque(maxlen=self.most_failures)
+        self._failures: deque[int] = deque(maxlen=self.max_failures)  # the step count at each failure
         self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
         self.metadata, self.render_mode, self.spec = self._env.metadata, self._env.render_mode, self._env.spec
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset, on a rebuilt environment if need be.
+        """Reset the environment; recreate it if the reset fails.
 
         Raises:
-            EnvironmentFailed: more than `most_failures` failures within `within_steps` steps.
+            EnvironmentFailed: more than `max_failures` failures within `failure_window` steps.
         """
         if seed is not None:
             super().reset(seed=seed)
@@ -51,10 +55,10 @@ class RebuildingEnv(gym.Env[Any, Any]):
                 seed = self._rebuild(error)
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
-        """Step; a failure rebuilds the environment and reads as a truncation.
+        """Step the environment; after a failure, recreate it and return a truncation.
 
         Raises:
-            EnvironmentFailed: more than `most_failures` failures within `within_steps` steps.
+            EnvironmentFailed: more than `max_failures` failures within `failure_window` steps.
         """
         self._steps += 1
         try:
@@ -64,10 +68,10 @@ class RebuildingEnv(gym.Env[Any, Any]):
             return observation, 0.0, False, True, {FAILURE: f"{type(error).__name__}: {error}"}
 
     def _rebuild(self, error: Exception) -> int:
-        """Make the environment anew; return a seed for its first episode, drawn from this lane's own seed."""
-        if len(self._failures) == self.most_failures and self._steps - self._failures[0] < self.within_steps:
+        """Recreate the environment; return a seed for its first episode, derived from this lane's seed."""
+        if len(self._failures) == self.max_failures and self._steps - self._failures[0] < self.failure_window:
             raise EnvironmentFailed(
-                f"the environment failed {self.most_failures + 1} times within {self.within_steps} steps, "
+                f"the environment failed {self.max_failures + 1} times within {self.failure_window} steps, "
                 f"last with {type(error).__name__}: {error}"
             ) from error
         self._failures.append(self._steps)
@@ -75,11 +79,11 @@ class RebuildingEnv(gym.Env[Any, Any]):
             self._env.close()
         try:
             self._env = self._factory()
-        except Exception as again:
+        except Exception as rebuild_error:
             raise EnvironmentFailed(
-                f"the environment failed with {type(error).__name__}: {error}, and cannot be made anew: "
-                f"{type(again).__name__}: {again}"
-            ) from again
+                f"the environment failed with {type(error).__name__}: {error}, and cannot be recreated: "
+                f"{type(rebuild_error).__name__}: {rebuild_error}"
+            ) from rebuild_error
         return int(self.np_random.integers(2**31))
 
     def render(self) -> Any:

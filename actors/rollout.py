@@ -1,4 +1,4 @@
-"""RolloutWorker: steps a vector environment, chooses all lanes' actions in one forward pass, sends what came of it."""
+"""The rollout worker: steps a vector environment with the newest weights and sends the experience to the replay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from actors.policies import PolicySpec
-from actors.push_sender import SECONDS_TO_SEND_THE_REST, PushSender, Replay
+from actors.push_sender import DRAIN_SECONDS, PushSender, Replay
 from actors.segments import SegmentBuilder
 from actors.vector_runner import VectorRunner, VectorStep
 from actors.weights import Weights, unpack
@@ -22,40 +22,41 @@ from replay.remote import actor_class
 from replay.seeds import spawn_seed
 from replay.types import EpisodeResult, Layout, Moments
 
-_ROWS_BETWEEN_REFRESHES = 16
-_SECONDS_BETWEEN_REFRESHES = 0.1  # to ask costs a small network more than to act
+_STEPS_BETWEEN_POLLS = 16  # vector steps
+_SECONDS_BETWEEN_POLLS = 0.1  # a poll costs more than an action of a small network
 _SECONDS_FOR_FIRST_WEIGHTS = 300.0
 
 
 class WeightSource(Protocol):
-    """Where a worker gets its weights: a `WeightClient`."""
+    """The source of a worker's weights: a `WeightClient`."""
 
     version: int
 
     @property
     def pending(self) -> bool:
-        """Whether an answer is on its way."""
+        """Whether a request is in flight."""
         ...
 
     def poll(self) -> Weights | None:
-        """See `WeightClient.poll`."""
+        """Return newer weights if they have arrived, else None."""
         ...
 
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """What a `RolloutWorker` is made from.
+    """The description from which a `RolloutWorker` is made.
 
     Attributes:
-        policy: the acting module, and with it the environment.
+        policy: specification of the policy and its environment.
         num_envs: lanes of the vector environment.
         segment_length: rows in a segment.
-        n_steps: steps in a stored reward.
+        n_steps: steps summed into each stored reward.
         gamma: discount of one step.
-        clip_rewards: whether the learner sees rewards clipped to [-1, 1]; returns are never clipped.
+        clip_rewards: whether the learner sees rewards clipped to [-1, 1]; episode returns are never clipped.
         run_seed: the run's seed.
-        trajectory_rows: rows in an on-policy trajectory; None makes whole episodes.
-        track_return_statistics: whether pushes tell of discounted returns, by which the learner may scale rewards.
+        trajectory_rows: rows in an on-policy trajectory; None means that a trajectory is a whole episode.
+        track_return_statistics: whether pushes carry the moments of discounted returns, by which the learner may
+            scale rewards.
     """
 
     policy: PolicySpec
@@ -74,7 +75,7 @@ class RolloutSpec:
         return self.policy.environment.layout(segment_length=self.segment_length, n_steps=self.n_steps)
 
     def make_runner(self, seed: np.random.SeedSequence) -> VectorRunner:
-        """Make the environments."""
+        """Make the vector environment and its runner."""
         environment = self.policy.environment
         return VectorRunner(
             environment,
@@ -87,29 +88,33 @@ class RolloutSpec:
 
     @property
     def largest_push(self) -> int:
-        """Transitions in the largest push: a segment a lane, or at the end what a tail of n - 1 steps adds to one."""
+        """Transitions in the largest push.
+
+        Each lane contributes one full segment, or, in the last push, at most `segment_length - 1` rows and the n-step
+        tail of `n_steps - 1` rows.
+        """
         return self.num_envs * (self.segment_length + max(self.n_steps - 2, 0))
 
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What a worker says of itself.
+    """The status report of a worker.
 
     Attributes:
-        worker: its index.
-        incarnation: how often it was recreated.
-        pid: of its process.
-        node: host it runs on.
-        env_steps: steps it took in this incarnation.
-        episodes: episodes it finished.
-        pushes: pushes of it that were accepted.
-        steps_sent: steps in those.
-        steps_unsent: steps in pushes that were made and have not been accepted.
-        weights_version: of the weights it acts with.
-        failures: environment lanes it had to rebuild.
-        seconds_waited: in which it took no steps, because what it had made was not yet taken.
-        waiting_for: what it waits for, or None.
-        status_message: the last thing worth telling.
+        worker: index of the worker.
+        incarnation: number of times the worker was recreated.
+        pid: process id.
+        node: host name.
+        env_steps: environment steps that this incarnation took.
+        episodes: episodes that ended.
+        pushes: pushes that the replay server accepted.
+        steps_sent: environment steps in those pushes.
+        steps_unsent: environment steps in pushes that are not accepted yet.
+        weights_version: version of the weights that select the actions.
+        failures: number of recreated environments.
+        seconds_waited: seconds in which the worker took no steps, because it waited for a push or for permits.
+        waiting_for: the reason why the worker waits, or None.
+        status_message: the newest status message.
     """
 
     worker: int
@@ -129,9 +134,10 @@ class WorkerReport:
 
 
 class RolloutWorker:
-    """The rollout loop: `run` returns when stopped, or when the run has all its steps.
+    """The rollout loop of an off-policy run.
 
-    The other calls may come from another thread meanwhile.
+    `run` returns when `stop` is called or when the run has all its steps. The other methods may be called from another
+    thread while `run` is running.
     """
 
     def __init__(
@@ -148,19 +154,19 @@ class RolloutWorker:
         """Make the environment and the policy.
 
         Args:
-            spec: what to roll out.
-            worker: this worker's index, below `workers`.
-            workers: how many workers there are, for exploration that differs between them.
-            incarnation: how often this worker was recreated; each incarnation has seeds of its own.
-            replay: where experience goes.
-            weights: where weights come from.
-            threads: PyTorch threads of this process; None leaves them.
+            spec: the description of the rollout.
+            worker: index of this worker, below `workers`.
+            workers: number of workers; exploration may differ between them.
+            incarnation: number of times this worker was recreated; each incarnation has different seeds.
+            replay: receiver of the experience.
+            weights: source of the weights.
+            threads: PyTorch threads of this process; None keeps the current number.
         """
         if threads is not None:
             torch.set_num_threads(threads)
         self.spec, self.worker, self.incarnation = spec, worker, incarnation
         environment_seed, policy_seed = spawn_seed(spec.run_seed, "worker", worker, incarnation).spawn(2)
-        self._lanes = spec.make_runner(environment_seed)
+        self._runner = spec.make_runner(environment_seed)
         self._policy = spec.policy.build()
         self._policy.begin(policy_seed, worker, workers)
         self._weights = weights
@@ -172,11 +178,11 @@ class RolloutWorker:
         self._status_message = "starting"
 
     def run(self) -> WorkerReport:
-        """Roll out until `stop` is called or the replay server says that the run is finished.
+        """Roll out until `stop` is called or the replay server reports that the run is finished.
 
         Raises:
-            DeadlineExceeded: no weights came, or the replay server took no push, in time.
-            EnvironmentFailed: an environment failed again and again.
+            DeadlineExceeded: no weights arrived in time, or the replay server accepted no push in time.
+            EnvironmentFailed: an environment failed repeatedly.
         """
         try:
             self._wait_for_weights()
@@ -184,24 +190,27 @@ class RolloutWorker:
             self._roll_out()
         finally:
             self._sender.close()
-            self._leave()
-            self._lanes.close()
+            self._release()
+            self._runner.close()
         self._sender.check()
         self._status_message = "done"
         return self.report()
 
-    def _leave(self) -> None:
-        """Give back what was held, once everything is sent."""
+    def _release(self) -> None:
+        """Release what this worker holds on the server, after the last push."""
 
     def _wait_for_weights(self) -> None:
-        end = time.monotonic() + _SECONDS_FOR_FIRST_WEIGHTS
+        deadline = time.monotonic() + _SECONDS_FOR_FIRST_WEIGHTS
         self._waiting_for = "the learner's first weights"
-        while not self._pull() and not self._stop.wait(0.02):
-            if time.monotonic() > end:
-                raise DeadlineExceeded(f"no weights came within {_SECONDS_FOR_FIRST_WEIGHTS:.0f} s")
+        while not self._poll_weights() and not self._stop.wait(0.02):
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    f"the learner's first weights did not arrive within {_SECONDS_FOR_FIRST_WEIGHTS:.0f} s"
+                )
         self._waiting_for = None
 
-    def _pull(self) -> bool:
+    def _poll_weights(self) -> bool:
+        """Load newer weights if they have arrived; return whether they had."""
         weights = self._weights.poll()
         if weights is not None:
             unpack(weights, self._policy)
@@ -209,47 +218,49 @@ class RolloutWorker:
 
     def _roll_out(self) -> None:
         builder = SegmentBuilder(self.spec.layout, self.spec.num_envs, self.spec.gamma)
-        builder.begin(self._lanes.reset())
+        builder.begin(self._runner.reset())
         episodes: list[EpisodeResult] = []
-        rows, refresh_at = 0, 0.0
+        vector_steps, next_poll = 0, 0.0
         while not self._stop.is_set() and not self._sender.finished:
-            row = self._lanes.step(self._policy, step=self._sender.env_steps)
-            episodes += (result for _, result in row.episodes)
-            self._count(row)
-            segments = builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
+            step = self._runner.step(self._policy, step=self._sender.env_steps)
+            episodes += (result for _, result in step.episodes)
+            self._count(step)
+            segments = builder.add(
+                step.action, step.reward, step.terminated, step.truncated, step.observation, step.failed
+            )
             if segments:
                 self._send(segments=segments, episodes=episodes)
                 episodes = []
-            rows += 1
-            # Asked for after a push, not before it: an answer that comes at once would grow old while the push waits.
-            after_a_while = segments or rows % _ROWS_BETWEEN_REFRESHES == 0
-            if self._weights.pending or (after_a_while and time.monotonic() >= refresh_at):
-                refresh_at = time.monotonic() + _SECONDS_BETWEEN_REFRESHES
-                self._pull()
+            vector_steps += 1
+            # Poll after a push, not before it: weights that arrive before a push would age while the push waits.
+            poll_due = segments or vector_steps % _STEPS_BETWEEN_POLLS == 0
+            if self._weights.pending or (poll_due and time.monotonic() >= next_poll):
+                next_poll = time.monotonic() + _SECONDS_BETWEEN_POLLS
+                self._poll_weights()
         self._send(segments=builder.flush(), episodes=episodes)
 
     def _send(self, **content: Any) -> None:
-        self._sender.put(returns=self._lanes.returns, **content)
-        self._lanes.returns = Moments()
+        self._sender.put(returns=self._runner.returns, **content)
+        self._runner.returns = Moments()
 
-    def _count(self, row: VectorStep) -> None:
-        self._env_steps += row.steps
-        self._episodes += len(row.episodes)
-        if row.failures:
-            self._failures += len(row.failures)
-            self._status_message = f"rebuilt an environment after {row.failures[-1]}"
+    def _count(self, step: VectorStep) -> None:
+        self._env_steps += step.steps
+        self._episodes += len(step.episodes)
+        if step.failures:
+            self._failures += len(step.failures)
+            self._status_message = f"recreated an environment after {step.failures[-1]}"
 
     def stop(self, seconds: float | None = None) -> None:
-        """Ask `run` to send what it has, within `seconds` or else a short time, and return."""
-        self._sender.drain(SECONDS_TO_SEND_THE_REST if seconds is None else seconds)
+        """Stop `run` after it has sent its unsent experience, within `seconds` (default `DRAIN_SECONDS`)."""
+        self._sender.drain(DRAIN_SECONDS if seconds is None else seconds)
         self._stop.set()
 
     def set_rank(self, rank: int, workers: int) -> None:
-        """Take note of which of how many workers this is now, on which a ladder of exploration rates depends."""
+        """Set this worker's rank among the current workers, which the ladder of exploration rates depends on."""
         self._policy.worker, self._policy.workers = rank, workers
 
     def report(self) -> WorkerReport:
-        """Return what `squall status` shows."""
+        """Return the status report, which `squall status` displays."""
         return WorkerReport(
             worker=self.worker,
             incarnation=self.incarnation,
@@ -259,7 +270,7 @@ class RolloutWorker:
             episodes=self._episodes,
             pushes=self._sender.accepted,
             steps_sent=self._sender.steps_sent,
-            steps_unsent=self._sender.steps_taken - self._sender.steps_sent,
+            steps_unsent=self._sender.steps_submitted - self._sender.steps_sent,
             weights_version=self._weights.version,
             failures=self._failures,
             seconds_waited=self._seconds_waited + self._sender.seconds_waited,

@@ -1,8 +1,8 @@
-"""VectorRunner of steps -> segments (off-policy, n-step) and trajectories (on-policy).
+"""Builders that turn vector steps into segments (off-policy, n-step) and trajectories (on-policy).
 
-Both builders are fed one row of all lanes at a time, under NEXT_STEP autoreset: the row that ends an episode
-shows its final observation, the step taken from it is ignored by the environment and is no step, and the next
-row is the new episode's first.
+Both builders receive one vector step at a time. A row is one position in a lane's history: an observation and the
+action taken in it. Under NEXT_STEP autoreset an episode's last row holds its final observation. The environment ignores
+the action in that row, so the row is no environment step, and the next row is the first of the new episode.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ class SegmentBuilder:
     """Cuts the rows of B lanes into segments of `layout.segment_length` rows, all lanes at the same time."""
 
     def __init__(self, layout: Layout, lanes: int, gamma: float) -> None:
-        """Allocate one block of rows for `lanes` lanes; call `begin` next."""
+        """Allocate the arrays for one segment of each lane; call `begin` next.
+
+        Args:
+            layout: shapes and dtypes of the experience, the segment length, and n.
+            lanes: number of lanes.
+            gamma: discount of one step.
+        """
         self.layout, self.lanes, self.gamma = layout, lanes, gamma
         rows = layout.max_segment_frames
-        self._lead = layout.stack - 1
+        self._lead = layout.stack - 1  # frames before a segment's first row that its stacks need
         self._frames = np.zeros((rows, lanes, *layout.frame_shape), layout.frame_dtype)
         self._age = np.zeros((rows, lanes), np.uint8)
         self._action = np.zeros((rows, lanes, *layout.action_shape), layout.action_dtype)
@@ -37,7 +43,7 @@ class SegmentBuilder:
         self._rows = 0
 
     def begin(self, observation: Array) -> None:
-        """Start afresh from the observations of a reset, `[B, *observation_shape]`; unsent rows are dropped."""
+        """Start from the observations of a reset, `[B, *observation_shape]`; drop all rows that are not cut yet."""
         self._rows = self._lead
         self._after_end = np.zeros(self.lanes, np.bool_)
         self._append(observation, np.zeros(self.lanes, np.uint8))
@@ -56,16 +62,16 @@ class SegmentBuilder:
         observation: Array,
         failed: Array | None = None,
     ) -> Segments | None:
-        """Add what every lane's step brought; return the segments that became complete, at most one a lane, or None.
+        """Add one vector step; return the completed segments, at most one per lane, or None.
 
         Args:
-            action: `[B, *action_shape]`, taken in the row added last.
-            reward: `[B]`, as the learner shall see it.
+            action: `[B, *action_shape]`, taken in the newest row.
+            reward: `[B]`, as the learner should see it.
             terminated: `[B]` bool.
             truncated: `[B]` bool.
-            observation: `[B, *observation_shape]`, of the row that followed.
-            failed: `[B]` bool, lanes whose environment failed in this step, which must read as truncated. Their
-                unsent steps are dropped, this one too.
+            observation: `[B, *observation_shape]`, of the next row.
+            failed: `[B]` bool, lanes whose environment failed in this step. They must be marked as truncated. Their
+                unsent steps are dropped, including this one.
         """
         row, after_end = self._rows - 1, self._after_end
         self._action[row] = action
@@ -75,11 +81,11 @@ class SegmentBuilder:
         self._is_step[row] = ~after_end
         age = self._age[row]
         if self._lead:
-            # A frame's age is that of the one before and one more, up to all that a stack needs.
+            # A frame's age counts the frames since the reset, up to `stack - 1`.
             age = np.where(after_end, 0, np.minimum(age, self._lead - 1) + 1)
         self._append(observation, age)
         if failed is not None and failed.any():
-            # Before anything is cut: the failing step bootstraps from an episode that is not its own.
+            # Do this before the cut: the failing step would bootstrap from the recreated environment's episode.
             self._is_step[:, failed] = False
         if self._rows < self.layout.max_segment_frames:
             return None
@@ -88,8 +94,8 @@ class SegmentBuilder:
         return segments
 
     def _keep_tail(self) -> None:
-        kept = self._lead + self.layout.n_steps
-        for block in (
+        tail = self._lead + self.layout.n_steps
+        for array in (
             self._frames,
             self._age,
             self._action,
@@ -98,32 +104,35 @@ class SegmentBuilder:
             self._ended,
             self._is_step,
         ):
-            block[:kept] = block[self._rows - kept : self._rows]
-        self._rows = kept
+            array[:tail] = array[self._rows - tail : self._rows]
+        self._rows = tail
 
     def flush(self) -> Sequence[Segment]:
-        """Cut what is left, with fewer than n steps and gamma**k at the very end; call `begin` before adding more."""
+        """Cut the remaining rows; call `begin` before the next `add`.
+
+        The last n - 1 steps have shorter returns: k < n rewards, and a discount of gamma**k.
+        """
         stop, length = self._rows - 1, self.layout.segment_length
-        # The tail behind a segment is n - 1 steps, so what is left may be more than one segment holds.
+        # With the tail of n - 1 steps, the remaining rows may exceed one segment.
         cuts = [self._cut(first, min(first + length, stop)) for first in range(self._lead, stop, length)]
         self._rows = 0
         return cuts[0] if len(cuts) == 1 else [segment for cut in cuts for segment in cut]
 
     def _cut(self, first: int, stop: int) -> Segments:
-        """Make segments whose starts are the steps in rows `first` to `stop`."""
+        """Make segments that start at the steps in rows `first` to `stop - 1`."""
         last = self._rows - 1
         rows = np.arange(first, stop)
-        goes_on = self._is_step[first:stop].copy()
-        reward, discount = np.zeros(goes_on.shape), np.ones(goes_on.shape)
+        continues = self._is_step[first:stop].copy()
+        reward, discount = np.zeros(continues.shape), np.ones(continues.shape)
         bootstrap = np.repeat(rows[:, None], self.lanes, axis=1)
-        for ahead in range(self.layout.n_steps):
-            at = np.minimum(rows + ahead, last - 1)
-            goes_on &= (rows + ahead < last)[:, None]
-            reward += np.where(goes_on, discount * self._reward[at], 0.0)
-            discount = np.where(goes_on, discount * self.gamma * ~self._terminated[at], discount)
-            bootstrap += goes_on
-            goes_on &= ~self._ended[at]
-        # From here on lane after lane: each lane's steps, then the frames they need.
+        for k in range(self.layout.n_steps):
+            later = np.minimum(rows + k, last - 1)
+            continues &= (rows + k < last)[:, None]
+            reward += np.where(continues, discount * self._reward[later], 0.0)
+            discount = np.where(continues, discount * self.gamma * ~self._terminated[later], discount)
+            bootstrap += continues
+            continues &= ~self._ended[later]
+        # From here on the order is lane by lane: each lane's steps, then the frames that these steps need.
         base = first - self._lead
         lane, start = np.nonzero(self._is_step[first:stop].T)
         row, bootstrap_row = rows[start], bootstrap[start, lane]
@@ -146,48 +155,54 @@ class SegmentBuilder:
 
 
 class TrajectoryBuilder:
-    """Collects one trajectory for each lane that holds a permit: T rows, or one whole episode."""
+    """Builds one trajectory for each lane that has a permit: T rows, or one whole episode."""
 
     def __init__(self, lanes: int, gamma: float, *, rows: int | None) -> None:
-        """Make a builder of trajectories of `rows` rows, or, if None, of whole episodes."""
+        """Prepare an empty trajectory for each lane; call `begin` next.
+
+        Args:
+            lanes: number of lanes.
+            gamma: discount of one step.
+            rows: rows in a trajectory; None means that a trajectory is a whole episode.
+        """
         self.lanes, self.gamma, self.rows = lanes, gamma, rows
         self._permits: list[Permit | None] = [None] * lanes
-        self._begun: list[list[Any]] = [[] for _ in range(lanes)]
+        self._unfinished: list[list[Any]] = [[] for _ in range(lanes)]
         self._after_end = np.zeros(lanes, np.bool_)
         self._observation: Array | None = None
 
     def begin(self, observation: Array) -> None:
-        """Start afresh from the observations of a reset; permits held are dropped."""
+        """Start from the observations of a reset, `[B, *observation_shape]`; drop all permits."""
         self._observation = observation
         self._permits = [None] * self.lanes
-        self._begun = [[] for _ in range(self.lanes)]
+        self._unfinished = [[] for _ in range(self.lanes)]
         self._after_end[:] = False
 
     @property
-    def holding(self) -> set[int]:
-        """VectorRunner that hold a permit."""
+    def permitted(self) -> set[int]:
+        """Lanes that have a permit."""
         return {lane for lane in range(self.lanes) if self._permits[lane] is not None}
 
     @property
     def idle(self) -> list[int]:
-        """VectorRunner that hold no permit and could begin a trajectory with the next row.
+        """Lanes without a permit that can begin a trajectory with the next row.
 
-        A whole episode begins at a reset, so while a lane is inside an episode it is not idle for one.
+        A whole episode begins at a reset, so a lane inside an episode is not idle in that mode.
         """
         return [lane for lane in range(self.lanes) if self._permits[lane] is None and self._may_begin(lane)]
 
     def _may_begin(self, lane: int) -> bool:
-        return self.rows is not None or not self._begun[lane]
+        return self.rows is not None or not self._unfinished[lane]
 
     @property
     def busy(self) -> bool:
-        """Whether any lane holds a permit."""
-        return bool(self.holding)
+        """Whether any lane has a permit."""
+        return bool(self.permitted)
 
     def assign(self, lane: int, permit: Permit) -> None:
-        """Begin a trajectory under `permit` with the lane's next row, which for a whole episode follows a reset."""
+        """Begin a trajectory with the lane's next row, under `permit`; a whole episode must follow a reset."""
         self._permits[lane] = permit
-        self._begun[lane] = []
+        self._unfinished[lane] = []
 
     def add(
         self,
@@ -199,36 +214,44 @@ class TrajectoryBuilder:
         observation: Array,
         failed: Array | None = None,
     ) -> list[tuple[Permit, Trajectory]]:
-        """Add what every lane's step brought; return the trajectories that became complete.
+        """Add one vector step; return the completed trajectories with their permits.
 
-        Args are as in `SegmentBuilder.add`, with `log_probability` `[B]` of each action. A lane that failed begins
-        its trajectory again, under the same permit.
+        A lane that failed restarts its trajectory under the same permit.
+
+        Args:
+            action: `[B, *action_shape]`, taken in the newest row.
+            log_probability: `[B]`, of the actions.
+            reward: `[B]`, as the learner should see it.
+            terminated: `[B]` bool.
+            truncated: `[B]` bool.
+            observation: `[B, *observation_shape]`, of the next row.
+            failed: `[B]` bool, lanes whose environment failed in this step.
 
         Raises:
-            EnvironmentFailed: an episode that does not end.
+            EnvironmentFailed: an episode is longer than `LONGEST_EPISODE`.
         """
-        assert self._observation is not None, "begin comes first"
+        assert self._observation is not None, "call begin before add"
         complete = []
         for lane in range(self.lanes):
             if failed is not None and failed[lane]:
-                self._begun[lane] = []
+                self._unfinished[lane] = []
                 self._after_end[lane] = True
                 continue
             valid = not self._after_end[lane]
             ended = valid and bool(terminated[lane] or truncated[lane])
             discount = self.gamma * (not terminated[lane]) if valid else 0.0
             permit = self._permits[lane]
-            if len(self._begun[lane]) >= LONGEST_EPISODE:
+            if len(self._unfinished[lane]) >= LONGEST_EPISODE:
                 raise EnvironmentFailed(f"an episode did not end within {LONGEST_EPISODE:,} steps; set a time limit")
             if self.rows is not None or valid:
                 row = (self._observation[lane], action[lane], reward[lane], discount, valid, log_probability[lane])
-                self._begun[lane].append(row if permit else None)
-            whole = ended if self.rows is None else len(self._begun[lane]) == self.rows
-            if whole and permit is not None:
-                complete.append((permit, self._trajectory(self._begun[lane], observation[lane], permit.version)))
+                self._unfinished[lane].append(row if permit else None)  # without a permit only the row count matters
+            finished = ended if self.rows is None else len(self._unfinished[lane]) == self.rows
+            if finished and permit is not None:
+                complete.append((permit, self._trajectory(self._unfinished[lane], observation[lane], permit.version)))
                 self._permits[lane] = None
-            if whole or (self.rows is not None and permit is None):
-                self._begun[lane] = []
+            if finished or (self.rows is not None and permit is None):
+                self._unfinished[lane] = []
             self._after_end[lane] = ended
         self._observation = observation
         return complete

@@ -1,4 +1,4 @@
-"""Vector runner."""
+"""The vector runner: steps a vector environment with a policy and measures the episodes' returns."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from replay.types import Array, EpisodeResult, Moments
 
 @dataclass(frozen=True)
 class VectorStep:
-    """What one step of all B lanes brought.
+    """One step of all B lanes.
 
     Attributes:
-        action: `[B, *action_shape]`, as the learner sees it.
-        log_probability: `[B]` float32, of the actions; 0 where the policy is no distribution.
-        reward: `[B]` float64, as the learner sees it.
+        action: `[B, *action_shape]`, as the learner sees it, not clipped.
+        log_probability: `[B]` float32, of the actions; 0 if the policy has no log-probabilities.
+        reward: `[B]` float64, as the learner sees it, clipped if the runner clips rewards.
         terminated: `[B]` bool.
         truncated: `[B]` bool.
-        observation: `[B, *observation_shape]`, of the following row.
-        failed: `[B]` bool, lanes whose step failed, so that their environment was rebuilt.
-        failures: what failed, as text, in steps and in resets.
-        steps: how many of the B were steps: all but those that failed or followed an episode's end.
-        episodes: `(lane, result)` of the episodes that ended.
+        observation: `[B, *observation_shape]`, after the step.
+        failed: `[B]` bool, lanes whose step failed, so that their environment was recreated.
+        failures: texts of the failures, in steps and in resets.
+        steps: number of environment steps: B without the lanes that failed or that only reset after an episode's end.
+        episodes: `(lane, result)` of each episode that ended.
     """
 
     action: Array
@@ -42,10 +42,15 @@ class VectorStep:
 
 
 class VectorRunner:
-    """A vector environment driven by a policy, with the episodes' true returns.
+    """A vector environment that is stepped with a policy.
 
-    If asked to, it keeps `returns` beside them, the moments of `G_t = gamma G_{t-1} + r_t` over all steps, by whose
-    deviation rewards may be scaled (as in OpenAI Baselines' `VecNormalize`); whoever sends them on sets them back.
+    Attributes:
+        environment: specification of the environment.
+        lanes: number of lanes.
+        env: the vector environment.
+        returns: moments of the discounted returns `G_t = gamma G_{t-1} + r_t` over all steps, if they are tracked.
+            Rewards may be scaled by their standard deviation, as OpenAI Baselines' `VecNormalize` does. A caller that
+            sends the moments on resets them.
     """
 
     def __init__(
@@ -59,37 +64,37 @@ class VectorRunner:
         track_return_statistics: bool = False,
         rendered: bool = False,
     ) -> None:
-        """Make the environment; `reset` it before the first step.
+        """Make the environment; call `reset` before the first step.
 
         Args:
-            environment: what to make.
-            lanes: how many.
-            seed: of the environments.
+            environment: specification of the environment.
+            lanes: number of lanes.
+            seed: seed of the environments.
             gamma: discount of one step.
             clip_rewards: whether the learner sees rewards clipped to [-1, 1]; the episodes' returns are never clipped.
-            track_return_statistics: whether to keep `returns`.
-            rendered: whether the environment can draw itself.
+            track_return_statistics: whether to update `returns`.
+            rendered: whether the environment can be rendered.
         """
         self.environment, self.lanes = environment, lanes
-        self._gamma, self._clip, self._measure = gamma, clip_rewards, track_return_statistics
-        self._discounted = np.zeros(lanes)
+        self._gamma, self._clip_rewards, self._track_returns = gamma, clip_rewards, track_return_statistics
+        self._discounted_returns = np.zeros(lanes)
         self.returns = Moments()
         self.env = environment.make(lanes, rendered=rendered)
         self._seed = seed
         self._observation: Array = np.empty(0)
-        self._returns = np.zeros(lanes)
-        self._lengths = np.zeros(lanes, np.int64)
-        self._after_end = np.zeros(lanes, np.bool_)
-        self._no_lane = np.zeros(lanes, np.bool_)
-        self._no_lane.flags.writeable = False
+        self._episode_returns = np.zeros(lanes)
+        self._episode_lengths = np.zeros(lanes, np.int64)
+        self._after_end = np.zeros(lanes, np.bool_)  # lanes whose next vector step is a reset
+        self._none_failed = np.zeros(lanes, np.bool_)
+        self._none_failed.flags.writeable = False
 
     def reset(self) -> Array:
-        """Reset every lane, each time with other seeds, and return the observations."""
+        """Reset every lane, with new seeds each time, and return the observations."""
         observation, _ = self.env.reset(seed=seeds_for(self.env, self._seed.spawn(1)[0]))
         self._observation = self.environment.observe(observation)
-        self._returns[:] = 0.0
-        self._lengths[:] = 0
-        self._discounted[:] = 0.0
+        self._episode_returns[:] = 0.0
+        self._episode_lengths[:] = 0
+        self._discounted_returns[:] = 0.0
         self._after_end[:] = False
         return self._observation
 
@@ -97,43 +102,40 @@ class VectorRunner:
         """Take one step in every lane.
 
         Args:
-            policy: chooses the actions.
-            step: the global step count, which exploration follows.
-            greedy: take the best actions.
+            policy: selects the actions.
+            step: global count of environment steps, which the exploration schedule depends on.
+            greedy: whether to take the best actions instead of exploring.
         """
-        chosen = policy.act(self._observation, step=step, greedy=greedy)
-        observation, reward, terminated, truncated, info = self.env.step(self.environment.to_environment(chosen.action))
-        reward, density = np.asarray(reward, np.float64), chosen.log_probability
-        is_step, failed = ~self._after_end, self._no_lane
+        selected = policy.act(self._observation, step=step, greedy=greedy)
+        observation, reward, terminated, truncated, info = self.env.step(
+            self.environment.to_environment(selected.action)
+        )
+        reward, log_probability = np.asarray(reward, np.float64), selected.log_probability
+        is_step, failed = ~self._after_end, self._none_failed
         failures: tuple[str, ...] = ()
         if FAILURE in info:
             rebuilt = np.asarray(info[f"_{FAILURE}"], np.bool_)
             failures = tuple(str(info[FAILURE][lane]) for lane in np.flatnonzero(rebuilt))
             failed = rebuilt & is_step
-        np.add(self._returns, reward, out=self._returns, where=is_step)
-        self._lengths += is_step
+        np.add(self._episode_returns, reward, out=self._episode_returns, where=is_step)
+        self._episode_lengths += is_step
         ended = (terminated | truncated) & is_step
         if failures:
             is_step = is_step & ~failed
-        learned = np.clip(reward, -1.0, 1.0) if self._clip else reward
-        if self._measure:
-            self._discounted = self._gamma * self._discounted + learned
-            self.returns = self.returns.merged(Moments.of(self._discounted[is_step]))
-            # The row after an end is no step, and its reward none.
-            self._discounted[ended | self._after_end] = 0.0
-        episodes: tuple[tuple[int, EpisodeResult], ...] = ()
-        whole = np.flatnonzero(ended & is_step)
-        if len(whole):
-            results = map(EpisodeResult, self._returns[whole].tolist(), self._lengths[whole].tolist())
-            episodes = tuple(zip(whole.tolist(), results, strict=True))
-        self._returns[ended] = 0.0
-        self._lengths[ended] = 0
+        learner_reward = np.clip(reward, -1.0, 1.0) if self._clip_rewards else reward
+        if self._track_returns:
+            self._update_discounted_returns(learner_reward, is_step, ended)
+        episodes = self._results(np.flatnonzero(ended & is_step))
+        self._episode_returns[ended] = 0.0
+        self._episode_lengths[ended] = 0
         self._after_end = ended
         self._observation = self.environment.observe(observation)
         return VectorStep(
-            action=chosen.action,
-            log_probability=np.zeros(self.lanes, np.float32) if density is None else density.astype(np.float32),
-            reward=learned,
+            action=selected.action,
+            log_probability=np.zeros(self.lanes, np.float32)
+            if log_probability is None
+            else log_probability.astype(np.float32),
+            reward=learner_reward,
             terminated=terminated,
             truncated=truncated,
             observation=self._observation,
@@ -142,6 +144,19 @@ class VectorRunner:
             steps=int(np.count_nonzero(is_step)),
             episodes=episodes,
         )
+
+    def _update_discounted_returns(self, reward: Array, is_step: Array, ended: Array) -> None:
+        self._discounted_returns = self._gamma * self._discounted_returns + reward
+        self.returns = self.returns.merged(Moments.of(self._discounted_returns[is_step]))
+        # A vector step that resets a lane is no environment step, and its reward does not count.
+        self._discounted_returns[ended | self._after_end] = 0.0
+
+    def _results(self, lanes: Array) -> tuple[tuple[int, EpisodeResult], ...]:
+        """Return `(lane, result)` of the episodes that ended in `lanes`."""
+        if not len(lanes):
+            return ()
+        results = map(EpisodeResult, self._episode_returns[lanes].tolist(), self._episode_lengths[lanes].tolist())
+        return tuple(zip(lanes.tolist(), results, strict=True))
 
     def close(self) -> None:
         """Close the environment."""

@@ -1,7 +1,7 @@
-"""Video: episodes of a vector environment's lanes, written to one H.264 mp4 file, one episode after the other.
+"""A video recorder: writes the episodes of a vector environment to one H.264 mp4 file, one episode after another.
 
-Lanes play at the same time, so each episode is encoded by itself, in memory, while it is played. At the end the
-episodes are put into the file, lane after lane, without being encoded again.
+All lanes are recorded at the same time. Therefore each episode is encoded separately, in memory, while it is played. At
+the end the episodes are copied to the file, lane by lane, without encoding them again.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from gymnasium.vector import VectorEnv
 from replay.errors import ConfigurationError, EnvironmentFailed, VideoFailed
 from replay.types import Array
 
-MOST_FRAMES = 20_000
-_BITS_A_FRAME = 100_000  # on average, at most: with MOST_FRAMES a file has at most about 250 MB
-_FRAMES_PER_SECOND = 30  # where an environment does not say
+MAX_FRAMES = 20_000
+_BITS_PER_FRAME = 100_000  # maximum of the average; with MAX_FRAMES a file has at most about 250 MB
+_FRAMES_PER_SECOND = 30  # if the environment does not specify `render_fps`
 _CODEC: Final = "libx264"
 
 
 class Video:
-    """Records what lanes play. Use as a `with` block: the file appears at its end, unless an error ends it.
+    """A context manager that records episodes and writes the file when the block ends without an error.
 
     Attributes:
-        frames: in the file; an episode of n steps has n + 1.
-        left_out: frames that were not recorded, because a lane had its share of `MOST_FRAMES`.
+        path: path of the file.
+        frames: frames in the file; an episode of n steps has n + 1 frames.
+        left_out: frames that were not recorded, because their lane had reached its share of `MAX_FRAMES`.
     """
 
     def __init__(self, path: Path) -> None:
-        """Check that a video can be written to `path`; a file that is there is replaced at the end.
+        """Check that a video can be encoded and that `path` names an mp4 file; an existing file is replaced at the end.
 
         Raises:
-            ConfigurationError: another suffix than .mp4, a folder that is missing, or no PyAV.
+            ConfigurationError: the suffix is not .mp4, the path is a folder, or PyAV or its H.264 encoder is missing.
         """
         if path.suffix.lower() != ".mp4":
-            raise ConfigurationError(f"a video is an .mp4 file, got {path}")
+            raise ConfigurationError(f"the path of a video must end in .mp4, got {path}")
         if path.is_dir():
             raise ConfigurationError(f"cannot write {path}: it is a folder")
         try:
@@ -52,24 +53,25 @@ class Video:
             raise ConfigurationError("a video needs PyAV, which is not installed: pip install av") from error
         except ValueError as error:
             raise ConfigurationError(
-                f"this PyAV has no {_CODEC}; its wheels have: pip install --force-reinstall --only-binary av av"
+                f"the installed PyAV has no {_CODEC} encoder; PyAV's wheels include it: "
+                "pip install --force-reinstall --only-binary av av"
             ) from error
-        # Frames are drawn off screen; without this, pygame looks for a display and complains that there is none.
+        # Render off screen; otherwise pygame searches for a display and reports that there is none.
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
         self.path = path
         self.frames = self.left_out = 0
         self._partial = path.with_name(f".{path.name}.part")
         self._rate = Fraction(_FRAMES_PER_SECOND)
-        self._most = MOST_FRAMES
-        self._open: dict[int, _Episode] = {}
-        self._done: list[list[_Episode]] = []
+        self._frames_per_lane = MAX_FRAMES
+        self._current: dict[int, _EncodedEpisode] = {}  # lane -> its episode in progress
+        self._finished: list[list[_EncodedEpisode]] = []  # of each lane
 
     def __enter__(self) -> Video:
-        """Begin the file.
+        """Create the temporary file.
 
         Raises:
-            ConfigurationError: it cannot be written.
+            ConfigurationError: the file cannot be written.
         """
         try:
             self._partial.touch()
@@ -78,14 +80,18 @@ class Video:
         return self
 
     def begin(self, env: VectorEnv[Any, Any, Any], name: str | None) -> None:
-        """Take the first frame of every lane of a rendered environment that was just reset.
+        """Record the first frame of every lane, directly after a reset.
+
+        Args:
+            env: the rendered environment.
+            name: its id, for errors.
 
         Raises:
-            ConfigurationError: it does not render, or something that is no frame.
+            ConfigurationError: the environment cannot render, or renders something that is not a frame.
         """
         try:
             frames: Any = env.render()
-        except Exception as error:  # a renderer raises whatever its libraries do
+        except Exception as error:  # renderers raise errors of many libraries
             raise ConfigurationError(f"cannot render {name}: {type(error).__name__}: {error}") from error
         for frame in [None] if frames is None else list(frames):
             shape: tuple[int, ...] = getattr(frame, "shape", ())
@@ -98,64 +104,69 @@ class Video:
         rate = env.metadata.get("render_fps")
         if isinstance(rate, int | float) and 1 <= rate <= 1_000:
             self._rate = Fraction(rate).limit_denominator(1_000)
-        self._most = MOST_FRAMES // env.num_envs
-        self._done = [[] for _ in range(env.num_envs)]
+        self._frames_per_lane = MAX_FRAMES // env.num_envs
+        self._finished = [[] for _ in range(env.num_envs)]
         for lane in range(env.num_envs):
             self._add(lane, frames[lane])
 
-    def take(
+    def record(
         self,
         env: VectorEnv[Any, Any, Any],
-        playing: Collection[int],
+        lanes: Collection[int],
         *,
         ended: Collection[int],
         failed: Collection[int],
     ) -> None:
-        """Take the frames after a step.
+        """Record the frames after a step.
 
         Args:
-            env: the environment.
-            playing: lanes to record.
+            env: the rendered environment.
+            lanes: lanes to record.
             ended: lanes whose episode ended with this step.
-            failed: lanes whose environment was made anew; the episode is dropped.
+            failed: lanes whose environment was recreated; their current episode is dropped.
+
+        Raises:
+            EnvironmentFailed: the environment cannot be rendered.
         """
         try:
             frames: Any = env.render()
         except Exception as error:
-            raise EnvironmentFailed(f"the environment cannot be drawn: {type(error).__name__}: {error}") from error
-        for lane in playing:
+            raise EnvironmentFailed(f"cannot render the environment: {type(error).__name__}: {error}") from error
+        for lane in lanes:
             if lane in failed:
-                self._open.pop(lane, None)
+                self._current.pop(lane, None)
                 continue
             self._add(lane, frames[lane])
-            if lane in ended and lane in self._open:
-                episode = self._open.pop(lane)
+            if lane in ended and lane in self._current:
+                episode = self._current.pop(lane)
                 episode.end()
-                self._done[lane].append(episode)
+                self._finished[lane].append(episode)
 
     def _add(self, lane: int, frame: Array) -> None:
-        used = sum(episode.frames for episode in self._done[lane])
-        if used + (self._open[lane].frames if lane in self._open else 0) >= self._most:
+        recorded = sum(episode.frames for episode in self._finished[lane])
+        if lane in self._current:
+            recorded += self._current[lane].frames
+        if recorded >= self._frames_per_lane:
             self.left_out += 1
             return
-        if lane not in self._open:
-            self._open[lane] = _Episode(frame, self._rate)
-        self._open[lane].add(frame)
+        if lane not in self._current:
+            self._current[lane] = _EncodedEpisode(frame, self._rate)
+        self._current[lane].add(frame)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Write the file, or nothing after an error.
+        """Write the file, unless an error ended the block; an existing file is then kept.
 
         Raises:
-            VideoFailed: it cannot be written.
+            VideoFailed: the file cannot be written.
         """
         try:
             if kind is None:
                 self._write()
                 os.replace(self._partial, self.path)
-        except OSError as problem:
-            raise VideoFailed(f"cannot write {self.path}: {problem}") from problem
+        except OSError as write_error:
+            raise VideoFailed(f"cannot write {self.path}: {write_error}") from write_error
         finally:
             self._partial.unlink(missing_ok=True)
 
@@ -163,36 +174,37 @@ class Video:
         import av
 
         with self._partial.open("wb") as file, av.open(file, "w", format="mp4") as container:
-            stream, begin = None, 0
-            for episode in (episode for lane in self._done for episode in lane):
-                with av.open(episode.file, "r") as piece:
-                    source = piece.streams.video[0]
+            stream, offset = None, 0
+            for episode in (episode for of_lane in self._finished for episode in of_lane):
+                with av.open(episode.file, "r") as encoded:
+                    source = encoded.streams.video[0]
                     stream = stream or container.add_stream_from_template(source)
-                    for packet in piece.demux(source):
-                        if packet.pts is None or packet.dts is None:  # the demuxer's sign of the end
+                    for packet in encoded.demux(source):
+                        if packet.pts is None or packet.dts is None:  # the demuxer's end marker
                             continue
-                        packet.stream, packet.pts, packet.dts = stream, packet.pts + begin, packet.dts + begin
+                        packet.stream, packet.pts, packet.dts = stream, packet.pts + offset, packet.dts + offset
                         container.mux(packet)
-                    begin += source.duration or 0
+                    offset += source.duration or 0
                 self.frames += episode.frames
 
 
-class _Episode:
-    """One episode, encoded into an mp4 of its own in memory; all are encoded alike, so they can be put together."""
+class _EncodedEpisode:
+    """One episode as an mp4 file in memory; all episodes have the same encoding, so their packets can be joined."""
 
     def __init__(self, frame: Array, rate: Fraction) -> None:
+        """Start the encoder, for frames of the size of `frame`; `rate` is in frames per second."""
         import av
 
         self.file, self.frames = BytesIO(), 0
-        limit = str(round(rate * _BITS_A_FRAME))
+        limit = str(round(rate * _BITS_PER_FRAME))
         self._container = av.open(self.file, "w", format="mp4")
         self._stream = self._container.add_stream(
             _CODEC, rate=rate, options={"preset": "veryfast", "crf": "20", "maxrate": limit, "bufsize": limit}
         )
-        # H.264 with colours at half resolution, which every player reads, has even sides only.
+        # Every player supports yuv420p. It stores color at half resolution, so the width and height must be even.
         self._stream.height, self._stream.width = (max(side - side % 2, 2) for side in frame.shape[:2])
         self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.max_b_frames = 0  # so that pieces follow each other without a gap
+        self._stream.codec_context.max_b_frames = 0  # with B-frames there would be gaps between episodes
         self._stream.codec_context.thread_count = 1
 
     def add(self, frame: Array) -> None:
@@ -204,7 +216,7 @@ class _Episode:
         self.frames += 1
 
     def end(self) -> None:
-        """Finish the piece; `file` is ready to be read."""
+        """Finish the encoding; `file` can then be read."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
         self.file.seek(0)

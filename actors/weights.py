@@ -1,7 +1,7 @@
-"""Versioned weights: one contiguous array and its layout, the store that serves it, the client that fetches it.
+"""Versioned weights: the weights as one contiguous array, the weight store, and the client that fetches them.
 
-What travels is the state of the acting module: its parameters and persistent buffers. A hash of the layout
-travels along, so that weights of another network are refused instead of loaded.
+Weights are the state of a policy: its parameters and persistent buffers. They carry a hash of their layout, so that
+weights of a different network are rejected instead of loaded.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from replay.types import Array
 if TYPE_CHECKING:
     from torch import nn
 
-SECONDS_HELD = 10.0
-_MOST_ASKS = 100_000  # held at once; they are no threads
+LONG_POLL_SECONDS = 10.0
+_MAX_REQUESTS = 100_000  # concurrent long polls; they are coroutines, not threads
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One version of an acting module's state.
+    """One version of a policy's state.
 
     Attributes:
-        version: grows by 1 or more with each publication of a run.
-        layout: hash of the names, shapes and dtypes, in order.
-        data: `[bytes]` uint8, the tensors one after the other.
+        version: number that increases by 1 or more with each publication of a run.
+        layout: hash of the tensors' names, shapes, and dtypes, in order.
+        data: `[bytes]` uint8, all tensors concatenated.
     """
 
     version: int
@@ -45,14 +45,14 @@ class Weights:
 
 
 def parameters_hash(module: nn.Module) -> str:
-    """Return the hash of the names, shapes and dtypes of a module's state."""
-    rows = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in module.state_dict().items()]
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+    """Return a hash of the names, shapes, and dtypes of a module's state."""
+    lines = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in module.state_dict().items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def pack(module: nn.Module, version: int) -> Weights:
     """Copy a module's state into one array."""
-    import torch  # here, for the store's process needs none, and without it starts 0.8 s sooner
+    import torch  # not at module level: the weight store needs no PyTorch, and starts 0.8 s faster without it
 
     parts = [value.detach().cpu().contiguous().view(-1).view(torch.uint8) for value in module.state_dict().values()]
     data = torch.cat(parts).numpy() if parts else np.empty(0, np.uint8)
@@ -63,13 +63,13 @@ def unpack(weights: Weights, module: nn.Module) -> None:
     """Copy weights into a module.
 
     Raises:
-        LayoutMismatch: they are of a module with other names, shapes or dtypes; the module is unchanged.
+        LayoutMismatch: the weights have other names, shapes, or dtypes than the module; the module is unchanged.
     """
     import torch
 
     if weights.layout != parameters_hash(module):
         raise LayoutMismatch(
-            f"the weights (layout {weights.layout}) are not of this network (layout {parameters_hash(module)})"
+            f"the weights (layout {weights.layout}) do not fit this network (layout {parameters_hash(module)})"
         )
     offset = 0
     with torch.no_grad():
@@ -77,92 +77,100 @@ def unpack(weights: Weights, module: nn.Module) -> None:
             size = value.numel() * value.element_size()
             if not size:
                 continue
-            # A copy: the array may be a read-only view into the object store.
+            # Copy, because the array may be a read-only view into the object store.
             part = torch.from_numpy(weights.data[offset : offset + size].copy())
             value.copy_(part.view(value.dtype).view(value.shape))
             offset += size
 
 
 class WeightStore:
-    """Keeps the newest published weights and hands them out, to each asker as soon as there are newer ones than it has.
+    """The weight store: keeps the newest published weights and serves them by long polling.
 
-    It puts each version into the object store itself, once: an object lives only as long as the process that put it
-    there, and the weights must outlive the learner. All methods run on one event loop.
+    The weight store itself puts each version into the object store, once. An object exists only as long as the process
+    that put it there, and the weights must outlive the learner. All methods run on one event loop.
     """
 
     def __init__(self, put: Callable[[Weights], Any] = lambda weights: weights) -> None:
-        """Start empty; `put` stores weights and returns what stands for them (`ray.put` in a Ray actor)."""
+        """Start without weights.
+
+        Args:
+            put: stores weights and returns a reference to them: `ray.put` in a Ray actor.
+        """
         self._put = put
         self._version = -1
-        self._held: Any = None
+        self._stored: Any = None
         self._published = asyncio.Event()
 
     def publish(self, weights: Weights) -> int:
-        """Keep `weights` if they are newer than what is held; return the version held afterwards."""
+        """Store `weights` if they are newer than the stored weights; return the stored version."""
         if weights.version > self._version:
-            self._held = [self._put(weights)]
+            self._stored = [self._put(weights)]
             self._version = weights.version
             self._published.set()
             self._published = asyncio.Event()
         return self._version
 
-    async def newer_than(self, version: int, within: float = SECONDS_HELD) -> Any:
-        """Return `[stored weights]` once they are newer than `version`; None if none came `within` seconds."""
+    async def newer_than(self, version: int, within: float = LONG_POLL_SECONDS) -> Any:
+        """Wait for weights newer than `version`; return `[reference]`, or None after `within` seconds."""
         try:
             async with asyncio.timeout(within):
                 while self._version <= version:
                     await self._published.wait()
         except TimeoutError:
             return None
-        return self._held
+        return self._stored
 
     def report(self) -> dict[str, Any]:
-        """Return the version held, this process's pid and its node."""
+        """Return the stored version, and this process's id and node."""
         return {"version": self._version, "pid": os.getpid(), "node": socket.gethostname()}
 
 
 class WeightClient:
-    """Fetches weights without ever making the caller wait; a failed fetch keeps the old ones.
+    """A client of the weight store that never blocks its caller; after a failed fetch the caller keeps its weights.
 
-    The store holds an ask back until it has newer weights, so a `poll` meanwhile only looks at a flag.
+    The weight store replies to a request only when it has newer weights. Until then, `poll` only checks a flag.
+
+    Attributes:
+        version: version of the weights that `poll` returned last, -1 before the first.
+        failed_fetches: number of failed requests.
     """
 
     def __init__(self, actor: RemoteActor) -> None:
-        """Hold `actor`, the name of a `WeightStore`."""
+        """Prepare requests to `actor`, a `WeightStore`."""
         self._actor = actor
-        self._asked: Future[Any] | None = None
-        self._fetching: Any = None
+        self._request: Future[Any] | None = None
+        self._reference: Any = None  # to weights that are being fetched
         self.version = -1
         self.failed_fetches = 0
 
     @property
     def pending(self) -> bool:
-        """Whether an answer is on its way, so that a `poll` may bring it."""
-        return self._asked is not None or self._fetching is not None
+        """Whether a request is in flight, so that a later `poll` may return weights."""
+        return self._request is not None or self._reference is not None
 
     def poll(self) -> Weights | None:
-        """Return newer weights if they have arrived, and ask for the next; None otherwise."""
+        """Return newer weights if they have arrived, else None; send a request if none is in flight."""
         try:
-            if self._fetching is None:
-                if self._asked is None:
-                    self._asked = self._actor.later("newer_than", self.version).future()
-                if not self._asked.done():
+            if self._reference is None:
+                if self._request is None:
+                    self._request = self._actor.later("newer_than", self.version).future()
+                if not self._request.done():
                     return None
-                held, self._asked = self._asked.result(), None
-                if held is None:
+                stored, self._request = self._request.result(), None
+                if stored is None:
                     return None
-                self._fetching = held[0]
-            if not is_ready(self._fetching):
+                self._reference = stored[0]
+            if not is_ready(self._reference):
                 return None
-            weights: Weights = ray.get(self._fetching)
+            weights: Weights = ray.get(self._reference)
         except (ray.exceptions.RayError, ValueError):
-            self._asked = self._fetching = None
+            self._request = self._reference = None
             self._actor.forget()
             self.failed_fetches += 1
             return None
-        self._fetching = None
+        self._reference = None
         self.version = weights.version
         return weights
 
 
-WeightStoreActor = actor_class(WeightStore, max_concurrency=_MOST_ASKS)
+WeightStoreActor = actor_class(WeightStore, max_concurrency=_MAX_REQUESTS)

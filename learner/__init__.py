@@ -1,4 +1,4 @@
-"""How it is learned: algorithms as LightningModules, fed by replay in this process or across Ray."""
+"""Algorithms as LightningModules, trained on experience from the same process or from a replay server."""
 
 from replay.imports import no_collections
 

@@ -1,4 +1,4 @@
-"""Acceleration."""
+"""Acceleration: process and Trainer settings that make updates faster and do not change an algorithm."""
 
 from __future__ import annotations
 
@@ -14,58 +14,55 @@ from torch import Tensor
 
 from learner.algorithms.algorithm import Algorithm
 
-# glibc's M_ARENA_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, the last at its largest; see mallopt(3).
-_KEEP = ((-8, 1), (-1, 2**30), (-3, 2**25))
-
-
-_HOOKS_OF_PRECISION = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
-
-
-_FAST_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # of torch.cpu, private: they may go
+# M_ARENA_MAX, M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD of glibc, the last with its maximum; see mallopt(3).
+_MALLOPT_SETTINGS = ((-8, 1), (-1, 2**30), (-3, 2**25))
+_PRECISION_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
+_FAST_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private functions of torch.cpu
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, as far as the C library is glibc.
+    """Make glibc keep the memory that this process frees. Has no effect with other C libraries.
 
-    An update frees and takes the same large activations again. By default glibc gives such memory back to the kernel at
-    once, which must then clear every page anew: 2,600 page faults an update of Nature's network, a sixth of its time.
+    Each update frees and allocates the same large activations. By default glibc returns such memory to the kernel at
+    once, and the kernel must clear every page again: 2,600 page faults per update of Nature's network, a sixth of the
+    update's time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in _KEEP:
+        for parameter, value in _MALLOPT_SETTINGS:
             mallopt(parameter, value)
 
 
 def choose_precision(name: str, *, images: bool, gpu: bool | None = None) -> Any:
-    """Return Lightning's name of a precision; "auto" takes bfloat16 for images where the device is fast at it.
+    """Return Lightning's name of a precision. "auto" selects bfloat16 for images if the device is fast in bfloat16.
 
-    Dense layers of a few hundred units gain nothing from it: what they spend is spent on calls.
+    Dense layers of a few hundred units do not benefit from bfloat16: their time is spent on calls, not on arithmetic.
     """
     if name != "auto":
         return name
     if torch.cuda.is_available() if gpu is None else gpu:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = any(getattr(torch.cpu, asks, bool)() for asks in _FAST_BFLOAT16)
+        fast = any(getattr(torch.cpu, function, bool)() for function in _FAST_BFLOAT16)
     return "bf16-mixed" if images and fast else "32-true"
 
 
 def trainer_precision(name: str, module: Algorithm, *, gpu: bool | None = None) -> dict[str, Any]:
-    """Return the Trainer's arguments that set a precision, of which `choose_precision` takes the name.
+    """Return the Trainer's arguments for a precision, whose name `choose_precision` resolves.
 
-    In single precision, where nothing is left for a plugin to do, they are a plugin that does only that, unless the
-    module listens to a hook that Lightning's calls.
+    In single precision the arguments select `BarePrecision`, unless the module overrides one of the hooks that
+    `BarePrecision` skips.
     """
     chosen = choose_precision(name, images=module.environment.is_image, gpu=gpu)
-    heard = any(is_overridden(hook, module) for hook in _HOOKS_OF_PRECISION)
-    return {"precision": chosen} if heard or chosen != "32-true" else {"plugins": [BarePrecision()]}
+    needs_hooks = any(is_overridden(hook, module) for hook in _PRECISION_HOOKS)
+    return {"precision": chosen} if needs_hooks or chosen != "32-true" else {"plugins": [BarePrecision()]}
 
 
 class BarePrecision(Precision):
-    """Single precision, and none of the hooks around `backward` and the optimizer's step.
+    """Single precision without the hooks around `backward` and the optimizer's step.
 
-    Callbacks are not told of them either, and gradients are not clipped: in manual optimization Lightning does not. In
-    a learner nobody listens, and for small networks telling nobody takes a twentieth of an update.
+    Callbacks are not called either, and gradients are not clipped, which Lightning never does in manual optimization.
+    The learner process has no such callbacks; for small networks, the skipped calls take a twentieth of an update.
     """
 
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
@@ -73,7 +70,7 @@ class BarePrecision(Precision):
         return tensor
 
     def post_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
-        """Return the loss, without its graph."""
+        """Return the loss, detached."""
         return tensor.detach()
 
     def optimizer_step(  # type: ignore[override]

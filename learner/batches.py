@@ -1,4 +1,4 @@
-"""Batches."""
+"""Batches of transitions and of trajectories as tensors, the input of an update."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ Item = TypeVar("Item", "TransitionBatch", "TrajectoryBatch")
 
 
 class TransitionBatch(NamedTuple):
-    """A `Batch` as tensors, `[k, B, ...]` or `[B, ...]`; see there for the fields, which may share memory.
+    """One batch of transitions, `[B, ...]`, or k batches, `[k, B, ...]`; the first eight fields are those of `Batch`.
 
-    `target_values_ahead` `[k, B, A]` is None, or the target network's values of the next observations as
-    `Algorithm.precompute_targets` computed them after `target_syncs` copies of that network. `weight` `[B]` weights the
-    losses; None weights all alike.
+    Attributes:
+        target_values_ahead: `[k, B, A]` target network's values of the next observations, computed in advance by
+            `Algorithm.precompute_targets`, or None.
+        target_syncs: number of copies of the target network at that time.
+        weight: `[B]` weights of the losses, or None for equal weights.
     """
 
     observation: Tensor
@@ -37,7 +39,7 @@ class TransitionBatch(NamedTuple):
 
     @classmethod
     def of(cls, batch: Batch) -> TransitionBatch:
-        """Turn a batch into tensors, and copy what is a view that pins the object store."""
+        """Return a batch's arrays as tensors; read-only arrays are copied, others share their memory."""
         return cls(
             observation=_tensor(batch.observation),
             action=_tensor(batch.action),
@@ -55,7 +57,7 @@ class TransitionBatch(NamedTuple):
         return self.observation
 
     def split(self) -> list[TransitionBatch]:
-        """Return the k batches in here, each `[B, ...]`."""
+        """Return the k batches, each `[B, ...]`."""
         if self.reward.ndim == 1:
             return [self]
         k = len(self.reward)
@@ -63,31 +65,31 @@ class TransitionBatch(NamedTuple):
         return [TransitionBatch._make(part) for part in zip(*columns, strict=True)]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TransitionBatch:
-        """Return a batch with `function` applied to every tensor in it."""
+        """Return a batch with `function` applied to every tensor."""
         return TransitionBatch._make(function(value) if isinstance(value, Tensor) else value for value in self)
 
 
 def _tensor(array: Array) -> Tensor:
-    """Return a tensor of an array's values; what lies in the object store is not to be written on."""
+    # Read-only arrays are views of Ray's object store: a tensor that shares their memory would pin and could change it.
     return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
 
 
 def pin(tensor: Tensor) -> Tensor:
-    """Return a tensor where a GPU can fetch it by itself, in one piece."""
+    """Return a contiguous copy of a tensor in page-locked memory, from which a GPU copies asynchronously."""
     return tensor.contiguous().pin_memory()
 
 
 class TrajectoryBatch(NamedTuple):
-    """U trajectories as tensors, `[U, T, ...]`; shorter ones are filled up with rows that are not valid.
+    """U trajectories as tensors, `[U, T, ...]`; shorter trajectories are padded with invalid rows.
 
     Attributes:
-        observation: `[U, T + 1, *observation_shape]`.
-        action: `[U, T, *action_shape]`.
-        reward: `[U, T]`.
-        discount: `[U, T]`, gamma, or 0 where a step terminated.
+        observation: `[U, T + 1, *observation_shape]` observations.
+        action: `[U, T, *action_shape]` actions.
+        reward: `[U, T]` rewards.
+        discount: `[U, T]` discounts: gamma, or 0 where a step terminated.
         valid: `[U, T]` bool, see `Trajectory`.
-        log_probability: `[U, T]` of the actions under the policy that took them.
-        version: of the oldest weights that took them.
+        log_probability: `[U, T]` log-probabilities of the actions under the behavior policy.
+        version: version of the oldest weights that took these actions.
     """
 
     observation: Tensor
@@ -100,16 +102,16 @@ class TrajectoryBatch(NamedTuple):
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
-        """Copy trajectories into tensors of their own."""
+        """Return copies of trajectories, padded to the longest."""
         rows = max(len(trajectory.action) for trajectory in trajectories)
 
         def stacked(name: str, length: int) -> Tensor:
             arrays = [getattr(trajectory, name) for trajectory in trajectories]
             whole = np.zeros((len(arrays), length, *arrays[0].shape[1:]), arrays[0].dtype)
-            for into, array in zip(whole, arrays, strict=True):
-                into[: len(array)] = array
-                # The row after an episode's last is where it bootstraps; what follows it is filled up like it.
-                into[len(array) :] = array[-1] if name == "observation" else 0
+            for target, array in zip(whole, arrays, strict=True):
+                target[: len(array)] = array
+                # The observation after the last step is the one to bootstrap from; the padding repeats it.
+                target[len(array) :] = array[-1] if name == "observation" else 0
             return torch.from_numpy(whole)
 
         return cls(
@@ -128,10 +130,10 @@ class TrajectoryBatch(NamedTuple):
         return self.observation[:, :-1][self.valid]
 
     def split(self) -> list[TrajectoryBatch]:
-        """Return this batch: it is one update's."""
+        """Return this batch, which is the batch of one update."""
         return [self]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TrajectoryBatch:
-        """Return a batch with `function` applied to every tensor in it."""
+        """Return a batch with `function` applied to every tensor."""
         changed: dict[str, Any] = {k: v if k == "version" else function(v) for k, v in self._asdict().items()}
         return TrajectoryBatch(**changed)

@@ -1,4 +1,4 @@
-"""Checkpoints."""
+"""Checkpoints: reading files and recreating algorithms from them; names of the files that a run writes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from learner.algorithms.algorithm import Algorithm
 from replay.errors import ConfigurationError
 
 LAST = "last.ckpt"
-
-
 BEST = "best.ckpt"
 
 
 def make_algorithm(name: str, hyperparameters: Mapping[str, Any]) -> Algorithm:
-    """Return the algorithm `name`, made from its hyper-parameters, `env` among them.
+    """Return a new algorithm from its name and its hyper-parameters, which include `env`.
 
     Raises:
-        ConfigurationError: no algorithm of that name, or hyper-parameters it refuses.
+        ConfigurationError: an unknown name, or invalid hyper-parameters.
     """
     return _algorithm_class(name)(**hyperparameters)
 
@@ -34,17 +32,17 @@ def _algorithm_class(name: str) -> type[Algorithm]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's content; its part `"squall"` holds the algorithm's name and the run's progress.
+    """Return a checkpoint's content. The key `"squall"` contains the algorithm's name and the run's progress.
 
     Raises:
-        ConfigurationError: the file is no checkpoint of Squall's.
+        ConfigurationError: the file is not a Squall checkpoint.
     """
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler raises whatever its input makes of it
-        raise ConfigurationError(f"{path} is no checkpoint of Squall's: {error}") from error
+    except Exception as error:  # which exception depends on the bytes that are unpickled
+        raise ConfigurationError(f"{path} is not a Squall checkpoint: {error}") from error
     if not (isinstance(content, dict) and "algorithm" in content.get("squall", ())):
-        raise ConfigurationError(f"{path} is no checkpoint of Squall's")
+        raise ConfigurationError(f"{path} is not a Squall checkpoint")
     return content
 
 
@@ -52,7 +50,7 @@ def load_algorithm(path: Path) -> Algorithm:
     """Return the algorithm in a checkpoint, with its weights.
 
     Raises:
-        ConfigurationError: the file is no checkpoint of Squall's, or of an algorithm unknown here.
+        ConfigurationError: the file is not a Squall checkpoint, or its algorithm is unknown.
     """
     algorithm = _algorithm_class(read_checkpoint(path)["squall"]["algorithm"])
     return algorithm.load_from_checkpoint(path, map_location="cpu", weights_only=True)

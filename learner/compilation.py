@@ -1,6 +1,6 @@
-"""Compiled updates: the loss of a batch and its gradients as one program of torch.compile's.
+"""Compiled updates: the loss of a batch and its gradients as one program of `torch.compile`.
 
-On a CPU that saves calls and passes over memory, on a GPU it is a CUDA graph: one launch for a whole update.
+On a CPU the program makes fewer calls and passes over memory. On a GPU it is a CUDA graph: one launch per update.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from replay.errors import ConfigurationError
 
 LossFunction = Callable[[TransitionBatch], dict[str, Tensor]]
 NOT_SCALED = "compile_updates works in the precisions 32-true and bf16-mixed, not in 16-mixed"
-_ADVICE = "It needs a C++ compiler and Python's headers there, such as Debian's g++ and python3-dev."
+_ADVICE = "It needs a C++ compiler and Python's headers, such as Debian's g++ and python3-dev."
 
 
 def find_compiler() -> None:
-    """Look for the C++ compiler that a CPU's programs are compiled by.
+    """Check that this machine has the C++ compiler that compiles programs for a CPU.
 
     Raises:
-        ConfigurationError: there is none on this machine.
+        ConfigurationError: the compiler is not installed.
     """
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(name) is None:
@@ -33,30 +33,31 @@ def find_compiler() -> None:
 
 
 def compile_backward(losses: LossFunction, parameters: Sequence[nn.Parameter]) -> LossFunction:
-    """Return a function of a batch that leaves the loss's gradients in `parameters`, and returns what was found.
+    """Return a function that stores the gradients of a batch's loss in `parameters` and returns the detached results.
 
-    It is compiled at its first call, which takes 3 to 15 seconds; PyTorch keeps what it compiled on disk. Random
-    numbers are drawn from another sequence than uncompiled, and results agree up to rounding.
+    The first call compiles the function, which takes 3 to 15 seconds; PyTorch caches compiled programs on disk. The
+    function uses another sequence of random numbers than the uncompiled one; the results agree up to rounding.
 
     Args:
-        losses: returns tensors by name, among them `loss`, a scalar. It may read tensors, in the batch and in
-            modules, and must change nothing; a number that it reads is a reason to compile anew when it changes.
-        parameters: the loss depends on each of them; they are on one device. What gradients they hold is lost.
+        losses: function that returns tensors by name, among them the scalar `loss`. It may read tensors of the batch
+            and of modules, and must have no side effects. A number that it reads causes a recompilation whenever the
+            number changes.
+        parameters: parameters on one device that the loss depends on. Their existing gradients are overwritten.
 
     Raises:
-        ConfigurationError: from the returned function, if PyTorch cannot compile on this machine.
+        ConfigurationError: PyTorch cannot compile on this machine. The returned function raises this error.
     """
-    from torch._dynamo.exc import BackendCompilerFailed  # the compiler takes a second to import
+    from torch._dynamo.exc import BackendCompilerFailed  # importing the compiler takes a second
     from torch._inductor.exc import CppCompileError, GPUTooOldForTriton, InvalidCxxCompiler, TritonMissing
 
     on_gpu = parameters[0].is_cuda
-    torch._dynamo.config.trace_autograd_ops = True  # or `autograd.grad` ends the program
+    torch._dynamo.config.trace_autograd_ops = True  # otherwise `autograd.grad` splits the program
     if not on_gpu:
-        torch._inductor.config.compile_threads = 1  # a few kernels are not worth processes that stay behind
+        torch._inductor.config.compile_threads = 1  # worker processes, which stay alive, do not pay off for few kernels
 
     def differentiate(batch: TransitionBatch) -> tuple[list[Tensor], dict[str, Tensor]]:
         results = losses(batch)
-        # Fused optimizers read a gradient as its parameter lies; `backward` would see to that.
+        # Fused optimizers need gradients with the strides of their parameters, as `backward` makes them.
         gradients = [
             gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
             for gradient, parameter in zip(torch.autograd.grad(results["loss"], parameters), parameters, strict=True)
@@ -66,7 +67,7 @@ def compile_backward(losses: LossFunction, parameters: Sequence[nn.Parameter]) -
     program = torch.compile(differentiate, fullgraph=True, mode="reduce-overhead" if on_gpu else "default")
 
     def backward(batch: TransitionBatch) -> dict[str, Tensor]:
-        if on_gpu:  # what the last update's graph returned is overwritten by this one's
+        if on_gpu:  # this call of the CUDA graph overwrites the tensors that the last call returned
             for parameter in parameters:
                 parameter.grad = None
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -78,7 +79,7 @@ def compile_backward(losses: LossFunction, parameters: Sequence[nn.Parameter]) -
             reason = next((line for line in lines if "error:" in line), lines[0])
             advice = f" {_ADVICE}" if isinstance(cause, CppCompileError | InvalidCxxCompiler) else ""
             raise ConfigurationError(
-                f"compile_updates: PyTorch cannot compile where the learner runs: {reason.strip()}{advice}"
+                f"compile_updates: PyTorch cannot compile on the learner's machine: {reason.strip()}{advice}"
             ) from error
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -1,6 +1,6 @@
-"""Sized iterables that feed a Trainer: from this process, or from a replay server with prefetch.
+"""Sized iterables of batches that feed a Trainer: generated in this process, or fetched from a server.
 
-Both have a length, because Lightning prefetches from an iterable without one, and a prefetched batch is stale.
+They have a length because Lightning prefetches a batch from an iterable without one. A prefetched batch is stale.
 """
 
 from __future__ import annotations
@@ -27,96 +27,105 @@ from replay.table import TransitionTable
 from replay.trajectory_server import QueueSpec
 from replay.types import Array, EpisodeResult, Moments, Trajectory
 
-_SAMPLES_AHEAD = 1  # fetched; and one more is asked for
+_PREFETCHED_SAMPLES = 1  # sample calls whose batches are ready in advance; the client has one more in flight
 
 
 class Experience(Generic[Item]):
-    """What feeds a Trainer: an iterable of batches, of a known length, that goes on where the last epoch ended."""
+    """An iterable of batches for a Trainer. Each epoch has the same length and continues where the last one ended.
+
+    Attributes:
+        returns: moments of the discounted return.
+    """
 
     def __init__(self, length: int) -> None:
-        """Yield `length` items an epoch."""
+        """Set the number of items in an epoch to `length`."""
         self._length = length
         self.returns = Moments()
 
     def __len__(self) -> int:
-        """Return the items in an epoch."""
+        """Return the number of items in an epoch."""
         return self._length
 
-    def published(self, version: int) -> None:
-        """Take note that the learner published a version of its weights."""
+    def on_publish(self, version: int) -> None:
+        """Handle the event that the learner published a version of its weights."""
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
-        """Say how much is to be learned from transitions, `[B]` each; trajectories have no priorities."""
+        """Set the priorities of transitions, `[B]` each. Trajectories have no priorities."""
         raise NotImplementedError
 
-    # A stream has no place to go back to; with these two Lightning lets it go on in the middle of an epoch.
+    # A stream has no position to restore. With these two methods Lightning can resume in the middle of an epoch.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing back."""
+        """Ignore the state, which is empty."""
 
 
 class LocalExperience(Experience[Item]):
-    """Rolls out in this process, in turn with the updates."""
+    """Experience generated in this process, alternating with the updates.
+
+    Attributes:
+        env_steps: environment steps so far.
+        episodes: results of the episodes that ended; the reader clears the list.
+    """
 
     def __init__(self, policy: Policy, rollout: RolloutSpec, *, length: int) -> None:
-        """Make the environments.
+        """Create the environments.
 
         Args:
-            policy: acts; it is the learner's own, so its weights are never stale.
-            rollout: how experience is made.
-            length: items in an epoch.
+            policy: acting module; the learner's own, so that its weights are never stale.
+            rollout: specification of the rollout.
+            length: number of items in an epoch.
         """
         super().__init__(length)
         self._policy = policy
         environment_seed, policy_seed = spawn_seed(rollout.run_seed, "worker").spawn(2)
         policy.begin(policy_seed)
-        self._lanes = rollout.make_runner(environment_seed)
+        self._runner = rollout.make_runner(environment_seed)
         self.env_steps = 0
         self.episodes: list[EpisodeResult] = []
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield one epoch; the next goes on where this one ended."""
+        """Yield one epoch, which continues where the last one ended."""
         for _ in range(len(self)):
             yield self.next()
 
     def next(self) -> Item:
-        """Roll out as far as the next batch asks for, and return it."""
+        """Step the environments as often as the next item needs, and return the item."""
         raise NotImplementedError
 
     def _step(self) -> VectorStep:
-        row = self._lanes.step(self._policy, step=self.env_steps)
-        self.env_steps += row.steps
-        self.episodes += (result for _, result in row.episodes)
-        self.returns = self.returns.merged(self._lanes.returns)
-        self._lanes.returns = Moments()
-        return row
+        step = self._runner.step(self._policy, step=self.env_steps)
+        self.env_steps += step.steps
+        self.episodes += (result for _, result in step.episodes)
+        self.returns = self.returns.merged(self._runner.returns)
+        self._runner.returns = Moments()
+        return step
 
 
 class LocalTransitions(LocalExperience[TransitionBatch]):
-    """Stores and samples in this process too, at the ratio of the rate limiter."""
+    """Transitions generated, stored, and sampled in this process, at the ratio of the rate limiter."""
 
     def __init__(self, policy: Policy, rollout: RolloutSpec, replay: ReplaySpec, *, length: int) -> None:
-        """Make the environments and the table.
+        """Create the environments and the replay table.
 
         Args:
-            policy: acts.
-            rollout: how experience is made.
-            replay: how it is kept and at which rate it is drawn.
-            length: batches in an epoch.
+            policy: acting module.
+            rollout: specification of the rollout.
+            replay: specification of the replay table and of the rate limiter.
+            length: number of batches in an epoch.
         """
         super().__init__(policy, rollout, length=math.ceil(length / replay.batches_per_sample))
         self._replay = replay
         self._builder = SegmentBuilder(rollout.layout, rollout.num_envs, rollout.gamma)
         self._table = TransitionTable(replay.table, seed=spawn_seed(rollout.run_seed, "replay"))
         self._limiter = replay.limiter()
-        self._begun = False
+        self._was_reset = False
 
     def next(self) -> TransitionBatch:
-        """Roll out as far as the limiter asks for, and draw k batches."""
+        """Step the environments until the rate limiter admits a sample, and sample k batches."""
         k, batch_size = self._replay.batches_per_sample, self._replay.batch_size
         while self._limiter.sample_waits_for(k * batch_size) is not None:
             self._roll_out()
@@ -124,11 +133,13 @@ class LocalTransitions(LocalExperience[TransitionBatch]):
         return TransitionBatch.of(self._table.sample(k, batch_size))
 
     def _roll_out(self) -> None:
-        if not self._begun:
-            self._builder.begin(self._lanes.reset())
-            self._begun = True
-        row = self._step()
-        segments = self._builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
+        if not self._was_reset:
+            self._builder.begin(self._runner.reset())
+            self._was_reset = True
+        step = self._step()
+        segments = self._builder.add(
+            step.action, step.reward, step.terminated, step.truncated, step.observation, step.failed
+        )
         if segments:
             self._table.insert(segments)
             self._limiter.record_insert(segments.steps)
@@ -139,89 +150,99 @@ class LocalTransitions(LocalExperience[TransitionBatch]):
 
 
 class LocalTrajectories(LocalExperience[TrajectoryBatch]):
-    """Whole batches of trajectories under the newest weights, which are those of this very process."""
+    """Batches of trajectories generated in this process by the newest weights."""
 
     def __init__(self, policy: Policy, rollout: RolloutSpec, queue: QueueSpec, *, length: int) -> None:
-        """Make the environments.
+        """Create the environments.
 
         Args:
-            policy: acts.
-            rollout: how experience is made.
-            queue: how many trajectories make a batch.
-            length: batches in an epoch.
+            policy: acting module.
+            rollout: specification of the rollout.
+            queue: specification of the trajectory queue, which sets the number of trajectories in a batch.
+            length: number of batches in an epoch.
         """
-        # A lane without a share in the batch would step for nothing.
+        # More lanes than trajectories in a batch would step for nothing.
         rollout = replace(rollout, num_envs=min(rollout.num_envs, queue.units_per_batch))
         super().__init__(policy, rollout, length=length)
         self._units = queue.units_per_batch
         self._whole_episodes = rollout.trajectory_rows is None
         self._builder = TrajectoryBuilder(rollout.num_envs, rollout.gamma, rows=rollout.trajectory_rows)
         self._batches = 0
-        self._begun = False
+        self._was_reset = False
 
     def next(self) -> TrajectoryBatch:
-        """Roll out one batch, its size in trajectories fixed in advance."""
+        """Generate and return one batch, whose number of trajectories is fixed in advance."""
         done: dict[int, Trajectory] = {}
         unissued = list(range(self._units))
         while len(done) < self._units:
             if not self._builder.busy:
                 self._begin(unissued)
-            row = self._step()
+            step = self._step()
             for permit, trajectory in self._builder.add(
-                row.action, row.log_probability, row.reward, row.terminated, row.truncated, row.observation, row.failed
-            ):
+                step.action, step.log_probability, step.reward, step.terminated, step.truncated, step.observation,
+                step.failed,
+            ):  # fmt: skip
                 done[permit.unit] = trajectory
         self._batches += 1
         return TrajectoryBatch.of([done[unit] for unit in range(self._units)])
 
     def _begin(self, unissued: list[int]) -> None:
-        if not self._begun or self._whole_episodes:
-            self._builder.begin(self._lanes.reset())
-            self._begun = True
+        """Assign units of the batch, which are removed from `unissued`, to the idle lanes."""
+        if not self._was_reset or self._whole_episodes:
+            self._builder.begin(self._runner.reset())
+            self._was_reset = True
         for lane in self._builder.idle[: len(unissued)]:
             self._builder.assign(lane, Permit(self._batches, unissued.pop(0), self._batches))
 
 
 class RemoteExperience(Experience[Item]):
-    """Batches from a server, fetched by a thread, until the server says that nothing more will come."""
+    """Batches from a server, fetched by a thread, until the server reports the end of the run.
 
-    def __init__(self, client: ReplayClient | TrajectoryClient, *, length: int, ahead: int) -> None:
-        """Start nothing yet; the thread starts with the first batch.
+    Attributes:
+        while_waiting: called repeatedly by the iterating thread while no batch is ready.
+        precompute_targets: called by the prefetch thread on each item, unless `pin_memory` is set.
+        pin_memory: whether the prefetch thread copies items to page-locked memory.
+        seconds_waited: time that the iterating thread waited for batches.
+        finished: whether no more batches will come: the run has ended, or `interrupt` was called.
+    """
+
+    def __init__(self, client: ReplayClient | TrajectoryClient, *, length: int, prefetch: int) -> None:
+        """Prepare the prefetch thread, which starts with the first iteration.
 
         Args:
-            client: of the server.
-            length: items in an epoch.
-            ahead: items fetched before they are asked for.
+            client: client of the server.
+            length: number of items in an epoch.
+            prefetch: number of items fetched before they are requested.
         """
         super().__init__(length)
         self._client = client
-        # What may be fetched now: `ahead` items, and one more for each that is asked for.
-        self._wanted = threading.Semaphore(ahead)
+        # One slot for each item that the thread may fetch now: `prefetch` slots, and one more per requested item.
+        self._fetch_slots = threading.Semaphore(prefetch)
         self._fetched: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self.while_waiting: Callable[[], None] = lambda: None
-        self.precompute_targets: Callable[[Item], Item] = lambda item: item  # called by the thread, on what it fetched
-        self.for_gpu = False  # whether items are put where a GPU can fetch them by itself
+        self.precompute_targets: Callable[[Item], Item] = lambda item: item
+        self.pin_memory = False
         self.seconds_waited = 0.0
         self.finished = False
 
     @property
     def waiting_for(self) -> str | None:
-        """What the next batch waits for, or None."""
+        """The server's reason why the next batch must wait, or None."""
         return self._client.waiting_for
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield one epoch, or less if the server has nothing more; `while_waiting` is called while none is there.
+        """Yield one epoch, or less if the run ends; call `while_waiting` while no batch is ready.
 
         Raises:
-            Exception: what the fetching thread met.
+            Exception: the exception that ended the prefetch thread.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._fetch_all, name="prefetch", daemon=True)
             self._thread.start()
         for _ in range(len(self)):
-            self._wanted.release()
+            self._fetch_slots.release()
             item = self._next()
             if item is None:
                 self.finished = True
@@ -230,64 +251,65 @@ class RemoteExperience(Experience[Item]):
 
     def _next(self) -> Item | None:
         while not self._stop.is_set() and not self.finished:
-            begun = time.monotonic()
+            start = time.monotonic()
             try:
                 item = self._fetched.get(timeout=0.1)
             except queue.Empty:
-                self.seconds_waited += time.monotonic() - begun
+                self.seconds_waited += time.monotonic() - start
                 self.while_waiting()
                 continue
-            self.seconds_waited += time.monotonic() - begun
+            self.seconds_waited += time.monotonic() - start
             if isinstance(item, BaseException):
                 raise item
             return item
         return None
 
     def _fetch_all(self) -> None:
+        """Fetch items until the end of the run or `_stop`; then put None, or the exception that ended the thread."""
         item: Item | BaseException | None = None
         try:
             while not self._stop.is_set():
-                if not self._wanted.acquire(timeout=0.1):
+                if not self._fetch_slots.acquire(timeout=0.1):
                     continue
                 item = self._fetch()
                 if item is None:
                     break
-                self._fetched.put(item.map(pin) if self.for_gpu else self.precompute_targets(item))
+                self._fetched.put(item.map(pin) if self.pin_memory else self.precompute_targets(item))
             item = None
         except BaseException as error:
             item = error
         self._fetched.put(item)
 
     def _fetch(self) -> Item | None:
-        """Return the server's next item, or None if there is nothing more or `_stop` was set."""
+        """Return the server's next item, or None if the run has ended or `_stop` was set."""
         raise NotImplementedError
 
     def interrupt(self) -> None:
-        """End the wait for a batch, if there is one, and the iteration."""
+        """End the iteration, and the wait for a batch if there is one."""
         self._stop.set()
 
     def close(self) -> None:
-        """End the thread; what it fetched ahead is dropped."""
+        """Stop the prefetch thread and drop the prefetched items."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(5.0)
 
 
 class RemoteTransitions(RemoteExperience[TransitionBatch]):
-    """Batches from a replay server, fetched ahead."""
+    """Batches of transitions prefetched from a replay server."""
 
     _client: ReplayClient
 
     def __init__(self, replay: ReplayClient, *, k: int, batch_size: int, length: int) -> None:
-        """Start nothing yet.
+        """Prepare the prefetch thread, which starts with the first iteration.
 
         Args:
-            replay: the server.
-            k: batches in one call.
+            replay: client of the replay server.
+            k: number of batches per sample call.
             batch_size: transitions in a batch.
-            length: batches in an epoch.
+            length: number of batches in an epoch.
         """
-        super().__init__(replay, length=math.ceil(length / k), ahead=_SAMPLES_AHEAD)
+        super().__init__(replay, length=math.ceil(length / k), prefetch=_PREFETCHED_SAMPLES)
         self._k, self._batch_size = k, batch_size
 
     def _fetch(self) -> TransitionBatch | None:
@@ -298,40 +320,40 @@ class RemoteTransitions(RemoteExperience[TransitionBatch]):
         return TransitionBatch.of(reply.batch)
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
-        """Send new priorities to the server without waiting."""
+        """Send new priorities to the server without waiting for a reply."""
         self._client.update_priorities(ids, priorities)
 
 
 class RemoteTrajectories(RemoteExperience[TrajectoryBatch]):
-    """Batches from a trajectory server, each fetched only when it is asked for."""
+    """Batches of trajectories from a trajectory server, each fetched only when it is requested."""
 
     _client: TrajectoryClient
 
     def __init__(self, client: TrajectoryClient, *, max_policy_lag: int, length: int) -> None:
-        """Start nothing yet.
+        """Prepare the fetching thread, which starts with the first iteration.
 
         Args:
-            client: of the server.
-            max_policy_lag: versions that a trajectory may be older than the newest published one.
-            length: batches in an epoch.
+            client: client of the trajectory server.
+            max_policy_lag: maximum number of versions that a trajectory may be older than the last published version.
+            length: number of batches in an epoch.
         """
-        super().__init__(client, length=length, ahead=0)
+        super().__init__(client, length=length, prefetch=0)
         self._max_policy_lag = max_policy_lag
         self._version = 0
 
-    def published(self, version: int) -> None:
-        """Tell the server, which issues permits for this version from now on."""
+    def on_publish(self, version: int) -> None:
+        """Send the version to the server, which from now on issues permits for it."""
         self._version = version
         self._client.publish(version)
 
     def _fetch(self) -> TrajectoryBatch | None:
+        # Read before the call: during the call, the same weights may be published again for a recreated store.
         published = self._version
         reply = self._client.take(stop=self._stop)
         if reply is None or reply.trajectories is None:
             return None
         self.returns = reply.returns
         batch = TrajectoryBatch.of(reply.trajectories)
-        # Meanwhile the same weights may have been published anew, for a store that was recreated.
         if batch.version < published - self._max_policy_lag:
-            raise StalePolicy(f"a trajectory of version {batch.version} came when {published} was published")
+            raise StalePolicy(f"a trajectory of version {batch.version} arrived after {published} was published")
         return batch

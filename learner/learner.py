@@ -1,7 +1,7 @@
-"""Learner: runs a Trainer over an algorithm, publishes its weights, writes and resumes checkpoints.
+"""The learner process: runs a Trainer, publishes weights to the weight store, writes and resumes checkpoints.
 
-All state of the fit is touched by one thread only. Others put requests on a queue, which that thread looks at
-after each training step and while it waits for data.
+Only the thread of `fit` accesses the state of the fit. Other threads put requests into a queue, which the thread of
+`fit` serves after each training step and while it waits for data.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from replay.client import ReplayClient, TrajectoryClient
 from replay.remote import GONE, RemoteActor, actor_class, is_ready
 from replay.seeds import integer_seed, spawn_seed
 
-_SECONDS_FOR_STORE = 60.0
-_VERSIONS_UNHEARD = 1_000
+_STORE_DEADLINE_SECONDS = 60.0
+_VERSION_GAP = 1_000  # versions that may have been published since the caller's newest known version
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
-_SECONDS_BEFORE_PUBLISHING_AGAIN = 0.5
+_PUBLISH_RETRY_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """What a `Learner` is made from.
+    """The specification of a `Learner`.
 
     Attributes:
-        algorithm: a name in `ALGORITHMS`.
-        hyperparameters: the constructor's arguments, `env` included, as plain values.
+        algorithm: key of `ALGORITHMS`.
+        hyperparameters: the algorithm's arguments, including `env`, as plain values.
         checkpoints: folder of the checkpoints.
-        checkpoint_every: updates between step-numbered checkpoints.
-        keep_checkpoints: step-numbered checkpoints kept.
+        checkpoint_every: updates between numbered checkpoints.
+        keep_checkpoints: number of numbered checkpoints to keep.
         publish_every: updates between published versions of the weights.
         precision: Lightning's name of the precision, or "auto".
-        on_gpu: whether it computes on a GPU; None takes one where there is one.
+        on_gpu: whether to use a GPU; None uses a GPU if the process has one.
     """
 
     algorithm: str
@@ -62,25 +62,25 @@ class LearnerSpec:
 
     @property
     def gpu(self) -> bool:
-        """Whether a learner in this process computes on a GPU."""
+        """Whether a learner in this process uses a GPU."""
         return torch.cuda.is_available() if self.on_gpu is None else self.on_gpu
 
 
 @dataclass(frozen=True)
 class LearnerReport:
-    """What a learner says of itself.
+    """The learner's status report.
 
     Attributes:
-        pid: of its process.
-        node: host it runs on.
-        state: "starting", "learning", "waiting", "done" or "stopped".
-        updates: updates made in the run, those before a resume included.
-        weights_version: published last.
-        metrics: what the algorithm logged last.
-        seconds_waited: in which it made no updates, because there was no batch.
-        waiting_for: what it waits for, or None.
-        checkpoint_updates: updates in the newest checkpoint.
-        device: where it computes.
+        pid: process ID.
+        node: host name.
+        state: "starting", "learning", "waiting", "done", or "stopped".
+        updates: updates made in the run, including those before a resume.
+        weights_version: last published version of the weights.
+        metrics: last logged metrics of the algorithm.
+        seconds_waited: time spent waiting for batches.
+        waiting_for: reason why the learner waits, or None.
+        checkpoint_updates: number of updates in the newest checkpoint.
+        device: device of the networks.
     """
 
     pid: int
@@ -96,9 +96,9 @@ class LearnerReport:
 
 
 class Learner:
-    """The learner process: `fit` returns when stopped, or when the replay server has nothing more.
+    """Trains an algorithm on experience from a server. `fit` returns at the end of the run, or after `stop`.
 
-    The other calls may come from another thread meanwhile.
+    During `fit`, other threads may call `checkpoint`, `publish_again`, `note_progress`, `stop`, and `report`.
     """
 
     def __init__(
@@ -109,21 +109,21 @@ class Learner:
         weights: RemoteActor,
         threads: int | None = None,
     ) -> None:
-        """Make the module.
+        """Create the algorithm.
 
         Args:
-            spec: what to learn.
-            replay: where batches come from.
+            spec: specification of the learner.
+            replay: client of the server that provides batches.
             weights: the weight store.
-            threads: PyTorch threads of this process; None leaves them.
+            threads: PyTorch threads of `fit`; None keeps PyTorch's setting.
 
         Raises:
-            ConfigurationError: the algorithm refuses its hyper-parameters.
+            ConfigurationError: invalid hyper-parameters.
         """
-        gc.freeze()  # what imports made is not looked through again while updates are made
+        gc.freeze()  # the garbage collector need not traverse the imported modules again during updates
         keep_freed_memory()
-        # Threads that more than one of this process's threads asks for are more than there are cores, and OpenMP's
-        # workers then sleep between kernels. So they are for `fit` alone, which Ray runs in a thread of its own.
+        # If several threads of this process had OpenMP threads, there would be more threads than cores, and OpenMP's
+        # threads would sleep between kernels. Therefore only `fit`, which Ray runs in its own thread, uses them.
         self._threads = torch.get_num_threads() if threads is None else threads
         torch.set_num_threads(1)
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -132,8 +132,8 @@ class Learner:
         self._weights = weights
         self._experience = self._module.make_remote_experience(replay)
         self._experience.while_waiting = self._serve
-        self._experience.for_gpu = spec.gpu
-        if self._threads == 1:  # with more, they and the workers have the cores
+        self._experience.pin_memory = spec.gpu
+        if self._threads == 1:  # with more threads, no core is free for the prefetch thread
             self._experience.precompute_targets = self._module.precompute_targets
         self._module.experience = self._experience
         self._requests: queue.Queue[tuple[Callable[[], Any], Future[Any]]] = queue.Queue()
@@ -141,21 +141,21 @@ class Learner:
         self._publishing: Any = None
         self._version = -1
         self._published_updates = -1
-        self._undelivered: Weights | None = None
-        self._deliver_after = self._save_after = 0.0
+        self._unsent: Weights | None = None
+        self._send_after = self._save_after = 0.0
         self._checkpointed = 0
         self._stop = threading.Event()
         self._state = "starting"
 
     def fit(self, resume: str | None = None, version: int = -1) -> LearnerReport:
-        """Learn until stopped, or until the run's experience is used up; write a last checkpoint.
+        """Train until the end of the run or until `stop`, then write the last checkpoint.
 
         Args:
-            resume: path of a checkpoint to go on from.
-            version: the newest version of the weights that anybody heard of.
+            resume: path of the checkpoint to resume, or None.
+            version: newest version of the weights that the caller knows.
 
         Raises:
-            Exception: what the algorithm or the replay server met.
+            Exception: an error of the algorithm, or of the server.
         """
         torch.set_num_threads(self._threads)
         checkpoints = Path(self.spec.checkpoints)
@@ -181,46 +181,48 @@ class Learner:
             self._refuse_requests()
         return self.report()
 
-    # Called by the callback and by the experience, in the thread of `fit`.
+    # Called by the callback and by the experience, in the thread of `fit`:
 
     def on_start(self) -> None:
-        """Publish the first weights of this learner, numbered after whatever the store holds."""
-        # Seeded by the updates made, or a resumed fit would draw the same noise again.
+        """Publish this learner's first weights, with a version number higher than the store's."""
+        # The number of updates is part of the seed: otherwise a resumed fit would sample the same noise again.
         torch.manual_seed(integer_seed(spawn_seed(self._module.seed, "updates", 0, self._updates)))
-        held: dict[str, int] = self._weights.call("report", seconds=_SECONDS_FOR_STORE)
-        # Workers refuse what is not newer. A new store knows no version, and the newest heard of may be a little old.
-        self._version = max(held["version"], self._version + _VERSIONS_UNHEARD if self._version >= 0 else -1)
+        stored: dict[str, int] = self._weights.call("report", seconds=_STORE_DEADLINE_SECONDS)
+        # Workers ignore a version that is not newer. A recreated store has no version, and the caller's newest known
+        # version may be stale.
+        self._version = max(stored["version"], self._version + _VERSION_GAP if self._version >= 0 else -1)
         self._checkpointed = self._updates
         self._save_after = time.monotonic() + _SECONDS_BETWEEN_CHECKPOINTS
         self.publish()
         self._state = "learning"
 
     def on_update(self) -> None:
-        """Publish and checkpoint when their updates have come."""
+        """Publish weights and write checkpoints when they are due after this update."""
         if self._updates % self.spec.publish_every == 0:
             self.publish()
         if self._updates % self.spec.checkpoint_every == 0:
             self._save_numbered()
         elif time.monotonic() > self._save_after:
-            # An on-policy run may make few updates in all; what a death costs is told in seconds.
+            # Bounds the time that a failure loses: an on-policy run may make few updates in total.
             self.save(Path(self.spec.checkpoints) / LAST)
 
     def on_step(self) -> None:
-        """Look at what others asked for, and stop if the experience ended or somebody said so."""
+        """Serve requests, and stop the Trainer after `stop` or at the end of the experience."""
         self._serve()
         assert self._trainer is not None
         if self._stop.is_set() or self._experience.finished:
             self._trainer.should_stop = True
 
     def _serve(self) -> None:
-        if self._undelivered is not None and time.monotonic() > self._deliver_after:
-            self._deliver(self._undelivered)
+        """Retry to send weights that could not be sent, and serve the requests of other threads."""
+        if self._unsent is not None and time.monotonic() > self._send_after:
+            self._send(self._unsent)
         while not self._requests.empty():
-            work, answer = self._requests.get()
+            function, future = self._requests.get()
             try:
-                answer.set_result(work())
+                future.set_result(function())
             except Exception as error:
-                answer.set_exception(error)
+                future.set_exception(error)
 
     def _refuse_requests(self) -> None:
         self._stop.set()
@@ -228,17 +230,17 @@ class Learner:
             self._requests.get()[1].set_exception(RuntimeError("the learner has ended"))
 
     def publish(self) -> Weights:
-        """Send the acting module's weights to the store, as a new version."""
+        """Send the acting module's weights to the store as a new version; return them."""
         self._version += 1
         weights = pack(self._module.policy, self._version)
-        self._deliver(weights)
+        self._send(weights)
         self._published_updates = self._updates
-        self._experience.published(self._version)
+        self._experience.on_publish(self._version)
         return weights
 
-    def _deliver(self, weights: Weights) -> None:
-        """Send weights to the store; while there is none they are kept, and sent by `_serve`."""
-        self._undelivered = None
+    def _send(self, weights: Weights) -> None:
+        """Send weights to the store. If there is no store, keep them for `_serve`, which tries again."""
+        self._unsent = None
         try:
             if self._publishing is not None and is_ready(self._publishing):
                 ray.get(self._publishing)
@@ -247,14 +249,14 @@ class Learner:
         try:
             self._publishing = self._weights.later("publish", weights)
         except (*GONE, ValueError):
-            # There is no store, or not yet: the coordinator makes one.
+            # There is no store until the coordinator recreates it.
             self._weights.forget()
             self._publishing = None
-            self._undelivered = weights
-            self._deliver_after = time.monotonic() + _SECONDS_BEFORE_PUBLISHING_AGAIN
+            self._unsent = weights
+            self._send_after = time.monotonic() + _PUBLISH_RETRY_SECONDS
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; a reader never sees half of one."""
+        """Write a checkpoint atomically: the file never contains a part of a checkpoint."""
         assert self._trainer is not None
         temporary = path.with_suffix(".tmp")
         self._trainer.save_checkpoint(temporary)
@@ -274,55 +276,56 @@ class Learner:
     def _updates(self) -> int:
         return 0 if self._trainer is None else self._trainer.global_step
 
-    # Called by others, in other threads.
+    # Called by other threads:
 
-    def _ask(self, work: Callable[[], Any], seconds: float) -> Any:
-        answer: Future[Any] = Future()
+    def _request(self, function: Callable[[], Any], seconds: float) -> Any:
+        """Return the result of a function that the thread of `fit` calls, within a deadline in seconds."""
+        future: Future[Any] = Future()
         if self._stop.is_set():
             raise RuntimeError("the learner is stopping")
-        self._requests.put((work, answer))
-        return answer.result(seconds)
+        self._requests.put((function, future))
+        return future.result(seconds)
 
     def checkpoint(self, name: str = LAST, seconds: float = 60.0) -> Weights:
-        """Write a checkpoint now; return the weights in it, which are published as a version.
+        """Write a checkpoint now; return the weights in it, which are also a published version.
 
         Raises:
-            TimeoutError: the learner did not come to it in time.
+            TimeoutError: the learner did not serve the request within `seconds`.
         """
 
-        def work() -> Weights:
+        def save_and_publish() -> Weights:
             self.save(Path(self.spec.checkpoints) / name)
-            # Published again they would be a new version, for which on-policy experience starts anew.
+            # Weights that are already published keep their version: a new version restarts on-policy experience.
             if self._published_updates == self._updates:
                 return pack(self._module.policy, self._version)
             return self.publish()
 
-        weights: Weights = self._ask(work, seconds)
+        weights: Weights = self._request(save_and_publish, seconds)
         return weights
 
     def publish_again(self, seconds: float = 60.0) -> int:
-        """Publish now, because the weight store is a new one; return the version."""
+        """Publish now, because the weight store was recreated; return the version."""
 
-        def work() -> Weights:
-            # The handle is of the store that died, and takes calls for it without a word.
+        def forget_and_publish() -> Weights:
+            # The handle is that of the store that has exited, and would accept calls without an error.
             self._weights.forget()
             self._publishing = None
             return self.publish()
 
-        weights: Weights = self._ask(work, seconds)
+        weights: Weights = self._request(forget_and_publish, seconds)
         return weights.version
 
     def note_progress(self, env_steps: int, progress: dict[str, Any]) -> None:
-        """Take note of how far the run is, in plain values, for the checkpoints."""
+        """Store the run's progress, as plain values, for the checkpoints."""
         self._module.env_steps, self._module.run_progress = env_steps, progress
 
     def stop(self) -> None:
-        """Ask `fit` to write its last checkpoint and return."""
+        """Make `fit` write the last checkpoint and return."""
         self._stop.set()
         self._experience.interrupt()
 
     def report(self) -> LearnerReport:
-        """Return what `squall status` shows."""
+        """Return the status report that `squall status` shows."""
         waiting = self._experience.waiting_for if self._state == "learning" else None
         return LearnerReport(
             pid=os.getpid(),
@@ -339,7 +342,7 @@ class Learner:
 
 
 class _LearnerCallback(pl.Callback):
-    """The one place where a fit looks at what others asked for."""
+    """Calls the learner's hooks during a fit."""
 
     def __init__(self, learner: Learner) -> None:
         self._learner = learner

@@ -1,4 +1,4 @@
-"""Optimizers by name, fused where the device has it, and how their learning rate falls over a run."""
+"""Optimizers by name, fused where PyTorch has a fused kernel, gradient clipping, and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -17,53 +17,54 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 _FUSED = ("adam", "adamw", "sgd")
 
+# Factor of the initial learning rate as a function of the completed fraction of the run, 0 to 1.
 SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "constant": lambda fraction: 1.0,
+    "linear": lambda fraction: 1.0 - fraction,
+    "cosine": lambda fraction: 0.5 * (1.0 + math.cos(math.pi * fraction)),
 }
 
 
 def make_optimizer(
     name: str, *groups: tuple[Iterable[nn.Parameter], float], options: Mapping[str, Any] | None = None
 ) -> torch.optim.Optimizer:
-    """Return the optimizer `name`; one fused kernel for all of its parameters where there is one.
+    """Return an optimizer, with one fused kernel for all of its parameters where PyTorch has one.
 
     Args:
-        name: one of `OPTIMIZERS`.
-        groups: parameters, each with their learning rate.
-        options: other arguments of the optimizer, such as `eps`.
+        name: key of `OPTIMIZERS`.
+        groups: pairs of parameters and their learning rate.
+        options: further arguments of the optimizer, such as `eps`.
     """
     fused = {"fused": True} if name in _FUSED else {}
-    made = [{"params": list(parameters), "lr": rate, "initial_lr": rate} for parameters, rate in groups]
-    return OPTIMIZERS[name](made, **fused, **(options or {}))
+    parameter_groups = [{"params": list(parameters), "lr": rate, "initial_lr": rate} for parameters, rate in groups]
+    return OPTIMIZERS[name](parameter_groups, **fused, **(options or {}))
 
 
 def zero_grad(optimizer: torch.optim.Optimizer) -> None:
-    """Leave no gradient in an optimizer's parameters: its `zero_grad`, without what that tells a profiler."""
+    """Set the gradients of an optimizer's parameters to None, like `optimizer.zero_grad` without its profiler hooks."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
 
 
-def clip_gradient(parameters: Iterable[nn.Parameter], longest: float) -> None:
-    """Scale the gradients of parameters, which are on one device, together to a length of at most `longest`, in place.
+def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale the gradients of parameters in place so that their total norm is at most `max_norm`.
 
-    It is `torch.nn.utils.clip_grad_norm_` without what that does for several devices, layouts and norms: for small
-    networks more than the arithmetic.
+    The parameters must be on one device. The result is that of `torch.nn.utils.clip_grad_norm_`, which also supports
+    several devices, layouts, and kinds of norm; for small networks that support costs more than the arithmetic.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
-        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        torch._foreach_mul_(gradients, (length + 1e-6).reciprocal_().mul_(longest).clamp_(max=1.0))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, (norm + 1e-6).reciprocal_().mul_(max_norm).clamp_(max=1.0))
 
 
 def set_learning_rate(optimizer: Any, schedule: str, step: int, last_frame: int) -> None:
-    """Set every group's learning rate to its first one times the schedule's factor at an environment step.
+    """Set every group's learning rate to its initial value times the schedule's factor at an environment step.
 
     Args:
-        optimizer: made by `make_optimizer`.
-        schedule: one of `SCHEDULES`, functions of the part of the run that is done, from 1 to 0.
+        optimizer: optimizer from `make_optimizer`.
+        schedule: key of `SCHEDULES`.
         step: environment steps so far, over all workers.
         last_frame: environment step at which the schedule ends.
     """

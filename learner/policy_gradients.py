@@ -1,7 +1,7 @@
-"""Policy gradients: the published formulas as pure functions of tensors.
+"""Policy gradients: published formulas as pure functions of tensors.
 
-Trajectories are `[B, T]`, time last. `discount` is gamma, or 0 where a step terminated. `valid` is False in the
-row after an episode's end, which is no step: what follows it is another episode.
+Trajectories are `[B, T]`, with time as the last dimension. `discount` is gamma, or 0 where a step terminated. `valid`
+is False in the row after an episode's end, which is not a step: the next row starts another episode.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from torch import Tensor
 
 @torch.no_grad()
 def n_step_returns(reward: Tensor, discount: Tensor, valid: Tensor, value: Tensor) -> Tensor:
-    """Return for every step the rewards to come, bootstrapped where the trajectory or the episode is cut.
+    """Return every step's discounted future rewards, bootstrapped where the trajectory or the episode ends.
 
     Mnih et al. 2016 (https://arxiv.org/abs/1602.01783), algorithm S3, backwards from the last step:
-    `R_t = r_t + discount_t * R_{t+1}`, with `value` in place of `R_{t+1}` after the last step and where row t+1
-    is no step: there the episode ended, by truncation (and its discount is gamma) or termination (and it is 0).
+    `R_t = r_t + discount_t * R_{t+1}`. `value` replaces `R_{t+1}` after the last step and where row t+1 is not a step.
+    Before such a row the episode ended, by truncation (`discount_t` is gamma) or by termination (`discount_t` is 0).
 
     Args:
-        reward: `[B, T]`.
-        discount: `[B, T]`.
-        valid: `[B, T]` bool.
+        reward: `[B, T]` rewards.
+        discount: `[B, T]` discounts.
+        valid: `[B, T]` bool, whether the row is a step.
         value: `[B, T + 1]` values of the observations.
 
     Returns:
-        `[B, T]` returns, without a gradient; of no meaning in invalid rows.
+        `[B, T]` returns, without a gradient; meaningless in invalid rows.
 
     Raises:
-        ValueError: shapes do not agree.
+        ValueError: the shapes do not match.
     """
-    agree = reward.ndim == 2 and reward.shape == discount.shape == valid.shape
-    if not agree or value.shape != (reward.shape[0], reward.shape[1] + 1):
+    match = reward.ndim == 2 and reward.shape == discount.shape == valid.shape
+    if not match or value.shape != (reward.shape[0], reward.shape[1] + 1):
         raise ValueError(
             f"reward, discount and valid must be [B, T] and value [B, T + 1], got {tuple(reward.shape)}, "
             f"{tuple(discount.shape)}, {tuple(valid.shape)} and {tuple(value.shape)}"
@@ -45,17 +45,17 @@ def n_step_returns(reward: Tensor, discount: Tensor, valid: Tensor, value: Tenso
 
 
 def rewards_to_go(reward: Tensor, gamma: float) -> Tensor:
-    """Return `sum_k gamma**k r_{t+k}` for every step of one whole episode, without a bootstrap.
+    """Return `sum_k gamma**k r_{t+k}` for every step of one whole episode, without bootstrapping.
 
-    Sutton et al. 1999; Williams 1992 (https://doi.org/10.1007/BF00992696). A truncated episode is not
-    bootstrapped: there is no value function to do it with.
+    Sutton et al. 1999; Williams 1992 (https://doi.org/10.1007/BF00992696). A truncated episode does not bootstrap
+    either, since there is no value function.
 
     Args:
-        reward: `[T]`.
+        reward: `[T]` rewards.
         gamma: discount of one step.
 
     Returns:
-        `[T]`.
+        `[T]` rewards to go.
 
     Raises:
         ValueError: the rewards are not `[T]`.
@@ -71,16 +71,16 @@ def rewards_to_go(reward: Tensor, gamma: float) -> Tensor:
 
 
 def policy_gradient_loss(log_probability: Tensor, advantage: Tensor) -> Tensor:
-    """Return `-mean(log_probability * advantage)`, whose gradient is the policy gradient with the sign reversed.
+    """Return `-mean(log_probability * advantage)`, whose gradient is the negative policy gradient.
 
-    Sutton et al. 1999 (policy gradient theorem), equation 2. No gradient flows into the advantage.
+    Sutton et al. 1999 (policy gradient theorem), equation 2. The advantage receives no gradient.
 
     Args:
-        log_probability: `[N]` of the actions taken, under the policy that is trained.
-        advantage: `[N]`.
+        log_probability: `[N]` log-probabilities of the actions taken, under the trained policy.
+        advantage: `[N]` advantages.
 
     Raises:
-        ValueError: shapes differ, which would otherwise broadcast silently.
+        ValueError: the shapes differ; the tensors would otherwise broadcast silently.
     """
     if log_probability.shape != advantage.shape or log_probability.ndim != 1:
         raise ValueError(f"both must be [N], got {tuple(log_probability.shape)} and {tuple(advantage.shape)}")

@@ -1,1 +1,4 @@
-"""What was experienced: segments, tables, samplers and the replay server. NumPy only, except `server`."""
+"""Experience replay: segments, replay tables, the trajectory queue, and their servers and clients.
+
+Nothing here imports PyTorch.
+"""

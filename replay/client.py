@@ -1,4 +1,4 @@
-"""WaitingClient: asks a server again while it answers "wait", until a deadline."""
+"""Clients of the replay server and the trajectory server, which repeat a call while the server replies "wait"."""
 
 from __future__ import annotations
 
@@ -15,41 +15,49 @@ from replay.messages import InsertReply, PermitReply, Push, SampleReply, TakeRep
 from replay.remote import GONE, RemoteActor, argument
 from replay.types import Array
 
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
-# Of what the waits of late took. Where a limiter holds a caller back, waits are much alike: a first pause of most of
-# one saves calls that can only be told to wait again, and the rest is too short to be late by.
-_FIRST_PAUSE, _NEXT_PAUSES, _WEIGHT_OF_THE_NEWEST = 0.7, 0.15, 0.25
+_MIN_PAUSE, _MAX_PAUSE = 0.001, 0.05
+# Pauses as fractions of the average wait. Under a rate limiter, consecutive waits have similar lengths: a long first
+# pause saves calls whose reply can only be "wait", and short pauses after it keep the delay small.
+_FIRST_PAUSE, _NEXT_PAUSES = 0.7, 0.15
+_NEWEST_WEIGHT = 0.25  # weight of the newest wait in the moving average
 
 
 class WaitingClient:
-    """Base of the thin clients of experience servers; `waiting_for` says what the call under way waits for."""
+    """Base class of the clients of experience servers.
+
+    Attributes:
+        waiting_for: reason why the current call waits, or None.
+        seconds_waited: total time in seconds between the first reply "wait" of a call and its final reply.
+    """
 
     def __init__(self, actor: RemoteActor, *, deadline_seconds: float = 300.0) -> None:
-        """Hold `actor`, the name of the server's process; every wait ends after `deadline_seconds`."""
+        """Store `actor`, the server's process; each call has a deadline of `deadline_seconds`."""
         self._actor, self._deadline = actor, deadline_seconds
         self.waiting_for: str | None = None
-        self.seconds_waited = 0.0  # from each first answer "wait" to the answer that was none
-        self._usual_wait = 0.0
+        self.seconds_waited = 0.0
+        self._average_wait = 0.0
 
-    def _until_served(self, method: str, *arguments: Any, stop: threading.Event | None, asked: Any = None) -> Any:
-        """Return the server's first answer that is not "wait"; None if `stop` was set meanwhile.
+    def _call_until_served(
+        self, method: str, *arguments: Any, stop: threading.Event | None, pending: Any = None
+    ) -> Any:
+        """Return the server's first reply that is not "wait", or None if `stop` is set first.
 
-        `asked` is the reference to the first answer, if this call was made before.
+        `pending` is the reference to the first reply if the call was already made.
 
         Raises:
-            DeadlineExceeded: it said "wait" until the deadline; the text has its last reason.
-            Exception: what the server raised, as itself.
+            DeadlineExceeded: the server replied "wait" until the deadline; the message contains its last reason.
+            Exception: the exception that the server raised.
         """
-        begun, waiting_since, again = time.monotonic(), None, False
-        pause = _within(_FIRST_PAUSE * self._usual_wait)
+        start, waiting_since, repeated = time.monotonic(), None, False
+        pause = _clip_pause(_FIRST_PAUSE * self._average_wait)
         try:
             while True:
-                remaining = begun + self._deadline - time.monotonic()
-                reply = self._actor.call(method, *arguments, seconds=max(remaining, 0.1), stop=stop, asked=asked)
-                early, asked = asked is not None, None
+                remaining = start + self._deadline - time.monotonic()
+                reply = self._actor.call(method, *arguments, seconds=max(remaining, 0.1), stop=stop, pending=pending)
+                prefetched, pending = pending is not None, None
                 if reply is None or reply.wait is None:
                     return reply
-                if early:  # that was said before anybody waited for it
+                if prefetched:  # the server may have sent this reply long ago: call again before pausing
                     continue
                 self.waiting_for = reply.wait
                 waiting_since = waiting_since or time.monotonic()
@@ -59,88 +67,91 @@ class WaitingClient:
                     time.sleep(pause)
                 elif stop.wait(pause):
                     return None
-                pause = _within(max(1.5 * pause if again else 0.0, _NEXT_PAUSES * self._usual_wait))
-                again = True
+                pause = _clip_pause(max(1.5 * pause if repeated else 0.0, _NEXT_PAUSES * self._average_wait))
+                repeated = True
         finally:
             self.waiting_for = None
             waited = 0.0 if waiting_since is None else time.monotonic() - waiting_since
             self.seconds_waited += waited
-            self._usual_wait += _WEIGHT_OF_THE_NEWEST * (waited - self._usual_wait)
+            self._average_wait += _NEWEST_WEIGHT * (waited - self._average_wait)
 
 
-def _within(pause: float) -> float:
-    return min(max(pause, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+def _clip_pause(pause: float) -> float:
+    return min(max(pause, _MIN_PAUSE), _MAX_PAUSE)
 
 
 class ReplayClient(WaitingClient):
-    """Thin client of a replay actor. Every wait has a deadline and raises with the reason it waited for."""
+    """Client of a replay server.
+
+    Each call has a deadline. The `DeadlineExceeded` that a call raises contains the server's reason to wait.
+    """
 
     def __init__(self, actor: RemoteActor, *, deadline_seconds: float = 300.0) -> None:
-        """Hold `actor`, the name of the server's process; every wait ends after `deadline_seconds`."""
+        """Store `actor`, the server's process; each call has a deadline of `deadline_seconds`."""
         super().__init__(actor, deadline_seconds=deadline_seconds)
         self._shared_frames = SharedFrames()
-        self._asked: dict[tuple[Any, ...], Any] = {}
-        actor.when_gone = self._let_go
+        self._prefetched: dict[tuple[Any, ...], Any] = {}  # (k, batch_size) -> reference to the reply
+        actor.on_forget = self._forget_server
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle what it was made from: what it holds of a server is of this process."""
+        """Pickle only the constructor's arguments: mapped frames and prefetched calls belong to this process."""
         return partial(type(self), deadline_seconds=self._deadline), (self._actor,)
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
-        """Insert, waiting as long as the limiter says so; None if `stop` was set meanwhile.
+        """Insert a push once the rate limiter permits it; return None if `stop` is set first.
 
         Raises:
-            DeadlineExceeded: the limiter did not let the push in before the deadline.
+            DeadlineExceeded: the rate limiter did not permit the insert before the deadline.
             LayoutMismatch: the push does not fit the table.
         """
-        reply: InsertReply | None = self._until_served("insert", argument(push), stop=stop)
+        reply: InsertReply | None = self._call_until_served("insert", argument(push), stop=stop)
         return reply
 
     def sample(
         self, k: int, batch_size: int, *, stop: threading.Event | None = None, ahead: bool = False
     ) -> SampleReply | None:
-        """Sample, waiting as long as the limiter says so; None if `stop` was set meanwhile.
+        """Sample once the rate limiter permits it; return None if `stop` is set first.
 
         Args:
-            k: batches.
-            batch_size: transitions in each.
-            stop: an event that ends the wait.
-            ahead: whether the server may go on with the same call again, because it will come.
+            k: number of batches.
+            batch_size: transitions in each batch.
+            stop: event that ends the wait.
+            ahead: whether to prefetch: send the next call with the same arguments to the server already now.
 
         Raises:
-            DeadlineExceeded: no batch could be drawn before the deadline.
+            DeadlineExceeded: the rate limiter did not permit the sample before the deadline.
         """
-        instead_of, asked = None, self._asked.pop((k, batch_size), None)
+        retry_of, pending = None, self._prefetched.pop((k, batch_size), None)
         while True:
-            reply: SampleReply | None = self._until_served(
-                "sample", k, batch_size, self._shared_frames.wanted, instead_of, stop=stop, asked=asked
+            reply: SampleReply | None = self._call_until_served(
+                "sample", k, batch_size, self._shared_frames.enabled, retry_of, stop=stop, pending=pending
             )
             if reply is None or reply.finished:
                 return reply
             if reply.indices is None:
-                self._shared_frames.copied()
+                self._shared_frames.count_copy()
             if ahead:
-                self._ask_ahead(k, batch_size, self._shared_frames.wanted)
+                self._prefetch(k, batch_size, self._shared_frames.enabled)
             if reply.indices is None:
                 return reply
             batch = self._shared_frames.batch(reply.indices)
             if batch is not None:
                 return replace(reply, batch=batch, indices=None)
             assert reply.indices.frames is not None
-            instead_of, asked = reply.indices.frames.token, None
+            retry_of, pending = reply.indices.frames.token, None
 
-    def _ask_ahead(self, *call: Any) -> None:
-        if call[:2] not in self._asked:
+    def _prefetch(self, *arguments: Any) -> None:
+        if arguments[:2] not in self._prefetched:
             with contextlib.suppress(*GONE, ValueError):
-                self._asked[call[:2]] = self._actor.later("sample", *call)
+                self._prefetched[arguments[:2]] = self._actor.later("sample", *arguments)
 
-    def _let_go(self) -> None:
-        """Forget what came of a server that is gone."""
-        self._shared_frames.forget()
-        self._asked.clear()
+    def _forget_server(self) -> None:
+        """Drop the mapped frames and the prefetched calls of a server that has died."""
+        self._shared_frames.reset()
+        self._prefetched.clear()
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
-        """Send new priorities without waiting; a server that is gone has nothing left to prioritize."""
+        """Send new priorities without waiting; they are dropped if the server has died, because its table is lost."""
         try:
             self._actor.later("update_priorities", ids, priorities)
         except (*GONE, ValueError):
@@ -148,39 +159,42 @@ class ReplayClient(WaitingClient):
 
 
 class TrajectoryClient(WaitingClient):
-    """Thin client of a trajectory actor. Every wait has a deadline and raises with the reason it waited for."""
+    """Client of a trajectory server.
+
+    Each call has a deadline. The `DeadlineExceeded` that a call raises contains the server's reason to wait.
+    """
 
     def request_permits(
         self, worker: int, incarnation: int, count: int, *, stop: threading.Event | None = None
     ) -> PermitReply | None:
-        """Ask for permits, waiting as long as there are none; None if `stop` was set meanwhile.
+        """Request up to `count` permits and wait until there are some; return None if `stop` is set first.
 
         Raises:
-            DeadlineExceeded: none was issued before the deadline.
+            DeadlineExceeded: the server issued no permit before the deadline.
         """
-        reply: PermitReply | None = self._until_served("request_permits", worker, incarnation, count, stop=stop)
+        reply: PermitReply | None = self._call_until_served("request_permits", worker, incarnation, count, stop=stop)
         return reply
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
-        """Send trajectories; None if `stop` was set meanwhile.
+        """Send trajectories; return None if `stop` is set first.
 
         Raises:
-            LayoutMismatch: a trajectory does not fit.
+            LayoutMismatch: a trajectory does not fit the layout.
         """
-        reply: InsertReply | None = self._until_served("insert", push, stop=stop)
+        reply: InsertReply | None = self._call_until_served("insert", push, stop=stop)
         return reply
 
     def take(self, *, stop: threading.Event | None = None) -> TakeReply | None:
-        """Take one global batch, waiting until it is complete; None if `stop` was set meanwhile.
+        """Take one global batch once it is complete; return None if `stop` is set first.
 
         Raises:
-            DeadlineExceeded: it was not complete before the deadline.
+            DeadlineExceeded: the batch was not complete before the deadline.
         """
-        reply: TakeReply | None = self._until_served("take", stop=stop)
+        reply: TakeReply | None = self._call_until_served("take", stop=stop)
         return reply
 
     def revoke(self, worker: int, incarnation: int, *, seconds: float | None = None) -> None:
-        """Give permits back, within `seconds` or else the deadline of every call.
+        """Return a worker's unused permits to the server, within `seconds` (default: the deadline of each call).
 
         Raises:
             DeadlineExceeded: the server did not answer in time.
@@ -188,5 +202,5 @@ class TrajectoryClient(WaitingClient):
         self._actor.call("revoke", worker, incarnation, seconds=self._deadline if seconds is None else seconds)
 
     def publish(self, version: int) -> None:
-        """Say that `version` is published."""
+        """Notify the server that the learner has published `version` of the weights."""
         self._actor.call("publish", version, seconds=self._deadline)

@@ -1,16 +1,16 @@
-"""Errors that Squall raises on purpose; `services.errors` has those of the services.
+"""The exceptions of Squall; `services.errors` adds the exceptions of the services.
 
     SquallError                 base class
-    ├── ConfigurationError      a value that cannot work
+    ├── ConfigurationError      invalid configuration value
     ├── LayoutMismatch          experience that does not fit its table
-    ├── NotEnoughMemory         a replay table larger than the memory
-    ├── DeadlineExceeded        a wait that reached its deadline
-    ├── EnvironmentFailed       an environment that fails again and again
-    ├── VideoFailed             a video that could not be completed
-    └── StalePolicy             a trajectory from weights that are too old
+    ├── NotEnoughMemory         replay table larger than the available memory
+    ├── DeadlineExceeded        wait that reached its deadline
+    ├── EnvironmentFailed       environment that fails repeatedly
+    ├── VideoFailed             video that could not be completed
+    └── StalePolicy             trajectory from weights that are too old
 
-Each class names the exit status of a command that ends with it, and the gRPC status code of a call that does. Nothing
-else decides by an error's class name or text.
+Each class defines the exit status of a command and the gRPC status code of a call that end with this error. No code
+decides by the name of an error's class or by the text of an error.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import ClassVar
 
 
 class SquallError(Exception):
-    """Base class of all errors that Squall raises on purpose.
+    """Base class of all exceptions that Squall raises on purpose.
 
-    The text is one line that names the value and says what would be right.
+    The message is one line that names the invalid value and states which values are valid.
 
     Attributes:
         exit_status: exit status of a command that ends with this error: 1 for a failure, 2 for bad input.
@@ -33,33 +33,33 @@ class SquallError(Exception):
 
 
 class ConfigurationError(SquallError, ValueError):
-    """A value that cannot work, refused before anything starts."""
+    """An invalid configuration value, rejected before any process starts."""
 
     exit_status = 2
     grpc_code = "INVALID_ARGUMENT"
 
 
 class LayoutMismatch(SquallError, ValueError):
-    """Experience whose shapes or dtypes differ from those of the table."""
+    """Experience whose shapes or dtypes differ from the table's layout."""
 
     grpc_code = "INVALID_ARGUMENT"
 
 
 class NotEnoughMemory(SquallError):
-    """A replay table that the machine cannot hold; the text has both sizes."""
+    """A replay table larger than the available memory; the message contains both sizes."""
 
     exit_status = 2
     grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class DeadlineExceeded(SquallError, TimeoutError):
-    """A wait that reached its deadline; the text says what it waited for."""
+    """A wait that reached its deadline; the message states the awaited event."""
 
     grpc_code = "DEADLINE_EXCEEDED"
 
 
 class EnvironmentFailed(SquallError):
-    """An environment that fails again and again; the text has the last failure."""
+    """An environment that fails repeatedly; the message contains the last failure."""
 
 
 class VideoFailed(SquallError):

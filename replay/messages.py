@@ -1,4 +1,4 @@
-"""Messages between processes: frozen dataclasses, each with its shapes, dtypes and units."""
+"""Messages between processes: frozen dataclasses with their shapes, dtypes, and units."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from replay.types import NO_MOMENTS, Array, EpisodeResult, Layout, Moments, Segm
 
 @dataclass(frozen=True)
 class Permit:
-    """Leave to produce one unit of one batch of trajectories, with one version of the weights."""
+    """Permission to produce one unit of a global batch, that is, one trajectory, with one version of the weights.
+
+    Attributes:
+        batch: number of the global batch.
+        unit: index of the unit in the batch.
+        version: version of the weights to act with.
+    """
 
     batch: int
     unit: int
@@ -19,16 +25,16 @@ class Permit:
 
 @dataclass(frozen=True)
 class Push:
-    """What a worker sends at once. (worker, incarnation, sequence) makes a repeat recognisable.
+    """One message of experience from a worker. (worker, incarnation, sequence) identifies a repeated push.
 
     Attributes:
         worker: index of the sending worker.
-        incarnation: how often that worker was recreated.
+        incarnation: number of times that worker was recreated.
         sequence: 0, 1, 2, ... within one incarnation.
-        segments: off-policy experience; what a worker cuts at once are `Segments`.
+        segments: off-policy experience; a worker sends segments that it cut at the same time as one `Segments`.
         episodes: episodes that ended since the last push.
-        trajectories: on-policy experience, each with the permit it was produced under.
-        returns: of the discounted returns of the steps since the last push, see `VectorRunner`.
+        trajectories: on-policy experience, each trajectory with the permit under which it was produced.
+        returns: moments of the discounted returns of the steps since the last push; see `VectorRunner`.
     """
 
     worker: int
@@ -41,12 +47,12 @@ class Push:
 
     @property
     def steps(self) -> int:
-        """Environment steps in here."""
+        """Number of environment steps in the push."""
         return sum(part.steps for part in self._parts)
 
     @property
     def bytes(self) -> int:
-        """Memory of its experience."""
+        """Size of the experience in bytes."""
         return sum(part.bytes for part in self._parts)
 
     @property
@@ -57,7 +63,7 @@ class Push:
 
 @dataclass(frozen=True)
 class Batch:
-    """k batches of B sampled transitions; observations may share memory with each other, so they are not written on.
+    """k batches of B sampled transitions; the two observation arrays may share memory, so do not modify them in place.
 
     Attributes:
         observation: `[k, B, *observation_shape]`.
@@ -65,9 +71,9 @@ class Batch:
         reward: `[k, B]` float32, n-step.
         discount: `[k, B]` float32, n-step.
         next_observation: `[k, B, *observation_shape]`, the observation to bootstrap from.
-        ids: `[k, B]` int64, to be handed back with new priorities.
-        probability: `[k, B]` float64, with which each item was drawn.
-        size: transitions in the table when the batch was drawn.
+        ids: `[k, B]` int64, the ids to pass to `update_priorities`.
+        probability: `[k, B]` float64, the probability with which each item was sampled.
+        size: number of transitions in the table when the batch was sampled.
     """
 
     observation: Array
@@ -82,13 +88,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class SharedMemoryHandle:
-    """Where a table's frames lie, for processes of the same node; see `replay.frames`.
+    """Location of a table's frames in shared memory, for processes of the same node; see `replay.frames`.
 
     Attributes:
-        pid: of the process that holds them.
-        descriptor: number of its open file.
-        token: that is written there too, so that no other memory is taken for it.
-        capacity: frames there is room for.
+        pid: process ID of the owner.
+        descriptor: file descriptor of the memory in the owner.
+        token: random number that the memory's header contains too, so that a reader recognizes the right memory.
+        capacity: number of frames that fit.
         layout: shape and dtype of a frame.
     """
 
@@ -101,15 +107,15 @@ class SharedMemoryHandle:
 
 @dataclass(frozen=True)
 class SampleIndices:
-    """k batches of B sampled transitions, with rows in place of observations; the rest as in `Batch`.
+    """k batches of B sampled transitions, with frame indices in place of observations; other fields as in `Batch`.
 
     Attributes:
-        row: `[k, B]` int32, slot of the observation's newest frame.
+        row: `[k, B]` int32, slot of the observation's newest frame in the ring of frames.
         age: `[k, B]` uint8, see `Segment`.
         bootstrap_row: `[k, B]` int32, slot of the next observation's newest frame.
         bootstrap_age: `[k, B]` uint8.
-        oldest_frame: counter of the oldest frame held when this was drawn.
-        frames: where they lie, if processes of the same node may read them.
+        oldest_frame: counter of the oldest frame in the table at the time of sampling.
+        frames: location of the frames, or None if other processes cannot read them.
     """
 
     row: Array
@@ -128,13 +134,13 @@ class SampleIndices:
 
 @dataclass(frozen=True)
 class InsertReply:
-    """Answer to an insert. Exactly one of accepted, repeated, `wait` holds, unless the run is finished.
+    """Reply to an insert. Unless the run is finished, exactly one of `accepted`, `repeated`, and `wait` is set.
 
     Attributes:
-        env_steps: environment steps accepted in this run so far, from all workers.
-        accepted: the push is in the table.
-        repeated: the push had been accepted before and was ignored.
-        finished: the run has all the steps it wants; send nothing more.
+        env_steps: environment steps of all workers that the run has accepted so far.
+        accepted: whether the push is now in the table.
+        repeated: whether the push was accepted before, and therefore ignored.
+        finished: whether the run has all its steps, so that the worker must send nothing more.
         wait: why the insert may not proceed now, or None.
     """
 
@@ -147,10 +153,14 @@ class InsertReply:
 
 @dataclass(frozen=True)
 class SampleReply:
-    """Answer to a sample: a batch, or the reason to wait, or the word that nothing more will come.
+    """Reply to a sample call: the batches, the reason to wait, or the end of the run.
 
-    A caller that reads frames where they lie gets a `indices` in place of the batch.
-    `returns` are the moments of all discounted returns that came with pushes.
+    Attributes:
+        batch: the sampled batches.
+        indices: replaces `batch` for a caller that reads the frames from shared memory.
+        wait: why the call may not proceed now, or None.
+        finished: whether no further batches will follow.
+        returns: moments of all discounted returns in the pushes so far.
     """
 
     batch: Batch | None = None
@@ -162,7 +172,7 @@ class SampleReply:
 
 @dataclass(frozen=True)
 class PermitReply:
-    """Answer to a request for permits: some, or the reason to wait, or the word that the run is finished."""
+    """Reply to a request for permits: the permits, the reason to wait, or the end of the run."""
 
     permits: tuple[Permit, ...] = ()
     wait: str | None = None
@@ -171,9 +181,13 @@ class PermitReply:
 
 @dataclass(frozen=True)
 class TakeReply:
-    """Answer to a take: one global batch of trajectories, or the reason to wait, or that nothing more will come.
+    """Reply to a take call: one global batch of trajectories, the reason to wait, or the end of the run.
 
-    `returns` are the moments of all discounted returns that came with pushes.
+    Attributes:
+        trajectories: the global batch.
+        wait: why the call may not proceed now, or None.
+        finished: whether no further batches will follow.
+        returns: moments of all discounted returns in the pushes so far.
     """
 
     trajectories: tuple[Trajectory, ...] | None = None
@@ -184,14 +198,14 @@ class TakeReply:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What one shard holds.
+    """The state of one shard's table.
 
     Attributes:
-        incarnation: of the shard.
-        size: transitions.
-        mass: what draws are in proportion to, the number of transitions, or the sum of their weights.
-        highest_priority: highest priority it has seen.
-        inserted: environment steps that this incarnation took, in all.
+        incarnation: incarnation of the shard.
+        size: number of transitions.
+        mass: sum of the sampling weights: of the prioritized weights, or 1 for each transition of a uniform table.
+        highest_priority: highest priority that the shard has seen.
+        inserted: total environment steps inserted by this incarnation.
     """
 
     incarnation: int
@@ -203,15 +217,15 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class ReserveReply:
-    """Answer to a worker that wants to send a push; it may unless one of the last three says otherwise.
+    """Reply to a worker's request to send a push; it may proceed unless `repeated`, `finished`, or `wait` is set.
 
     Attributes:
-        env_steps: environment steps accepted in this run so far, from all workers.
-        shards: those that take pushes now.
+        env_steps: environment steps of all workers that the run has accepted so far.
+        shards: shards that accept pushes now.
         highest_priority: highest priority that any shard has seen.
-        repeated: the push had been accepted before.
-        finished: the run has all the steps it wants.
-        wait: why it may not proceed now, or None.
+        repeated: whether the push was accepted before.
+        finished: whether the run has all its steps.
+        wait: why the push may not proceed now, or None.
     """
 
     env_steps: int
@@ -224,15 +238,15 @@ class ReserveReply:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Where in a replay of several shards to draw each of k x B items.
+    """The shard, and the position in it, from which to sample each of k x B items of a sharded replay.
 
     Attributes:
-        shard: `[k * B]` int64, which shard to draw from.
-        place: `[k * B]` float64 in [0, 1), where in that shard's mass.
-        share: shard -> its part of the whole mass.
-        incarnations: shard -> incarnation that the places are for.
-        size: transitions in all shards.
-        returns: moments of all discounted returns that came with pushes.
+        shard: `[k * B]` int64, shard of each item.
+        fraction: `[k * B]` float64 in [0, 1), position of each item in its shard, as a fraction of the shard's mass.
+        share: shard -> the shard's fraction of the total mass.
+        incarnations: shard -> incarnation for which the plan was made.
+        size: number of transitions in all shards.
+        returns: moments of all discounted returns in the pushes so far.
     """
 
     shard: Array
@@ -245,7 +259,7 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class SamplePlanReply:
-    """Answer to a sample of a replay in shards: places, or the reason to wait, or that nothing more will come."""
+    """Reply to a sample call to a replay router: the plan, the reason to wait, or the end of the run."""
 
     plan: SamplePlan | None = None
     wait: str | None = None

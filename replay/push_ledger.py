@@ -1,4 +1,4 @@
-"""PushLedger: the pushes that a server has accepted, the episodes in them, and what its callers wait for."""
+"""The push ledger: a server's record of accepted pushes, of the episodes in them, and of waiting callers."""
 
 from __future__ import annotations
 
@@ -8,61 +8,67 @@ from collections import deque
 from replay.messages import Push
 from replay.types import EpisodeResult, Moments
 
-_WAITING_EXPIRES = 5.0
-_MOST_EPISODES_KEPT = 10_000
-_MOST_PUSHES_KEPT = 64  # of each worker, by name
+_WAIT_EXPIRES_SECONDS = 5.0
+_MAX_EPISODES = 10_000
+_MAX_PUSHES_PER_WORKER = 64
 
 
 class PushLedger:
-    """Bookkeeping of one server; a plain object, one caller at a time."""
+    """Record of the pushes of one server; not thread-safe.
+
+    Attributes:
+        repeated_pushes: number of pushes that arrived again after they were accepted.
+        returns: moments of all discounted returns in the accepted pushes.
+    """
 
     def __init__(self) -> None:
-        """Start with nothing seen."""
+        """Create an empty ledger."""
         self.repeated_pushes = 0
         self.returns = Moments()
-        self._last: dict[int, tuple[int, int]] = {}
+        self._newest: dict[int, tuple[int, int]] = {}  # worker -> (incarnation, sequence)
         self._accepted: dict[int, deque[tuple[int, int]]] = {}
-        self._episodes: deque[EpisodeResult] = deque(maxlen=_MOST_EPISODES_KEPT)
-        self._waiting: dict[str, tuple[float, str]] = {}
+        self._episodes: deque[EpisodeResult] = deque(maxlen=_MAX_EPISODES)
+        self._waiting: dict[str, tuple[float, str]] = {}  # caller -> (time of the call, reason)
 
     def has_seen(self, push: Push) -> bool:
-        """Return whether this push, or a later one of its worker, was accepted before; count it if so."""
-        seen = (push.incarnation, push.sequence) <= self._last.get(push.worker, (-1, -1))
+        """Return whether this push, or a later one of the same worker, was accepted before; count it if so."""
+        seen = (push.incarnation, push.sequence) <= self._newest.get(push.worker, (-1, -1))
         self.repeated_pushes += seen
         return seen
 
     def has_accepted(self, push: Push) -> bool:
-        """Return whether this very push was accepted before, or one too old to be remembered; count it if so.
+        """Return whether exactly this push was accepted before; count it if so.
 
-        For a caller who hears of pushes in an order that is not that of their worker.
+        A caller uses this method in place of `has_seen` if the pushes of a worker can reach it out of order. The ledger
+        remembers the last 64 accepted pushes of each worker and treats an older push as accepted.
         """
-        which, accepted = (push.incarnation, push.sequence), self._accepted.get(push.worker, ())
-        repeated = which in accepted or (len(accepted) == _MOST_PUSHES_KEPT and which < min(accepted))
+        key, accepted = (push.incarnation, push.sequence), self._accepted.get(push.worker, ())
+        repeated = key in accepted or (len(accepted) == _MAX_PUSHES_PER_WORKER and key < min(accepted))
         self.repeated_pushes += repeated
         return repeated
 
     def accept(self, push: Push) -> None:
-        """Remember that a push was accepted, and the episodes and returns in it."""
+        """Record an accepted push, with its episodes and returns."""
         self.returns = self.returns.merged(push.returns)
-        which = push.incarnation, push.sequence
-        self._accepted.setdefault(push.worker, deque(maxlen=_MOST_PUSHES_KEPT)).append(which)
-        self._last[push.worker] = max(which, self._last.get(push.worker, which))
+        key = push.incarnation, push.sequence
+        self._accepted.setdefault(push.worker, deque(maxlen=_MAX_PUSHES_PER_WORKER)).append(key)
+        self._newest[push.worker] = max(key, self._newest.get(push.worker, key))
         self._episodes.extend(push.episodes)
 
     def drain_episodes(self) -> tuple[EpisodeResult, ...]:
-        """Return and forget the episodes that ended since the last call."""
+        """Return the episodes that ended since the last call, and forget them."""
         episodes = tuple(self._episodes)
         self._episodes.clear()
         return episodes
 
-    def note(self, caller: str, wait: str | None) -> None:
-        """Take note of what a caller waits for, or that it waits no more."""
+    def record_wait(self, caller: str, wait: str | None) -> None:
+        """Record the reason why a caller waits; None means that the caller no longer waits."""
         if wait is None:
             self._waiting.pop(caller, None)
         else:
             self._waiting[caller] = (time.monotonic(), wait)
 
     def waiting(self) -> dict[str, str]:
-        """Return caller -> reason, of those who asked again not long ago."""
+        """Return caller -> reason for the callers that called within the last 5 seconds."""
         now = time.monotonic()
-        return {who: why for who, (at, why) in self._waiting.items() if now - at < _WAITING_EXPIRES}
+        return {caller: reason for caller, (at, reason) in self._waiting.items() if now - at < _WAIT_EXPIRES_SECONDS}

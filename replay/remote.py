@@ -1,7 +1,7 @@
-"""How one process calls another: named Ray actors that may be replaced, and waits that end.
+"""Calls between processes: named Ray actors that the coordinator may recreate, and waits with a deadline.
 
-An actor that died is made anew by the coordinator under the same name. A caller holds a `RemoteActor`, which
-looks the name up again when the actor it knew is gone.
+The coordinator recreates a dead actor under the same name. A caller holds a `RemoteActor`, which looks the name up
+again once the previous actor has died.
 """
 
 from __future__ import annotations
@@ -21,30 +21,35 @@ from replay.messages import Push
 
 NAMESPACE = "squall"
 GONE = (ActorDiedError, ActorUnavailableError, OwnerDiedError)
-_LOOK_AT_STOP_EVERY = 0.2
-_ASK_AGAIN_AFTER = 0.2
-_MOST_BYTES_IN_A_CALL = 64 * 1024
-_NICE = 15
+_STOP_POLL_SECONDS = 0.2
+_RETRY_SECONDS = 0.2
+_MAX_INLINE_BYTES = 64 * 1024
+_NICENESS = 15
 
 
 class RemoteActor:
-    """A named Ray actor; safe to pickle, and to use from several threads."""
+    """A named Ray actor; can be pickled, and used from several threads.
+
+    Attributes:
+        name: the actor's name.
+        on_forget: function that `forget` calls, or None; not pickled.
+    """
 
     def __init__(self, name: str) -> None:
-        """Name the actor; it is looked up at the first call."""
+        """Store the actor's name; the first call looks it up."""
         self.name = name
-        self.when_gone: Callable[[], None] | None = None  # called when the actor is found to be gone
+        self.on_forget: Callable[[], None] | None = None
         self._handle: Any = None
 
     def __reduce__(self) -> tuple[type[RemoteActor], tuple[str]]:
-        """Pickle the name alone."""
+        """Pickle only the name."""
         return RemoteActor, (self.name,)
 
     def later(self, method: str, *arguments: Any) -> Any:
-        """Call without waiting and return the reference to the answer.
+        """Call a method without waiting and return the reference to its result.
 
         Raises:
-            ValueError: no actor of this name lives now.
+            ValueError: no actor with this name exists now.
         """
         handle = self._handle
         if handle is None:
@@ -52,54 +57,54 @@ class RemoteActor:
         return getattr(handle, method).remote(*arguments)
 
     def forget(self) -> None:
-        """Look the name up again at the next call, because the actor is gone."""
+        """Drop the handle of an actor that has died or does not answer; the next call looks the name up again."""
         self._handle = None
-        if self.when_gone is not None:
-            self.when_gone()
+        if self.on_forget is not None:
+            self.on_forget()
 
     def call(
-        self, method: str, *arguments: Any, seconds: float, stop: threading.Event | None = None, asked: Any = None
+        self, method: str, *arguments: Any, seconds: float, stop: threading.Event | None = None, pending: Any = None
     ) -> Any:
-        """Call and wait for the answer, through deaths and replacements of the actor.
+        """Call a method and return its result; repeat the call if the actor dies and is recreated.
 
         Args:
-            method: name of the actor's method; it may run twice if the actor dies meanwhile.
-            arguments: its arguments.
-            seconds: deadline.
-            stop: an event that ends the wait; the answer is then None.
-            asked: reference to the answer, if this very call was made before by `later`.
+            method: name of the actor's method; it may run twice if the actor dies during the call.
+            arguments: arguments of the method.
+            seconds: deadline of the call.
+            stop: event that ends the wait; `call` then returns None.
+            pending: reference to the result of the same call if `later` has already made it.
 
         Raises:
-            DeadlineExceeded: no answer in time; says whether the actor was alive.
-            Exception: what the method raised, as itself.
+            DeadlineExceeded: the deadline passed; the message states whether the actor was alive.
+            Exception: the exception that the method raised.
         """
         end = time.monotonic() + seconds
         while True:
             try:
-                reference = self.later(method, *arguments) if asked is None else asked
-                asked = None
+                reference = self.later(method, *arguments) if pending is None else pending
+                pending = None
             except ValueError:
-                reason = "no process of that name is up"
+                reason = "no process with that name is running"
             else:
                 try:
                     return fetch(reference, end - time.monotonic(), stop)
                 except GONE as error:
-                    reason = f"it is gone ({type(error).__name__})"
+                    reason = f"the process died or cannot be reached ({type(error).__name__})"
                 except GetTimeoutError:
-                    reason = "it did not answer"
+                    reason = "the process did not answer"
             if time.monotonic() >= end:
                 raise DeadlineExceeded(f"waited {seconds:.0f} s for {self.name} to answer {method}: {reason}")
             self.forget()
             if stop is None:
-                time.sleep(_ASK_AGAIN_AFTER)
-            elif stop.wait(_ASK_AGAIN_AFTER):
+                time.sleep(_RETRY_SECONDS)
+            elif stop.wait(_RETRY_SECONDS):
                 return None
 
 
 def actor_class(cls: type, *, max_concurrency: int = 1) -> Any:
-    """Return `cls` as a Ray actor that takes no CPU slot, and that the coordinator, not Ray, recreates.
+    """Return `cls` as a Ray actor that occupies no CPU slot and that the coordinator, not Ray, recreates.
 
-    Ray keeps no record of its calls, of which there may be a thousand a second.
+    Ray records no task events for the actor, because there may be a thousand calls per second.
     """
     remote: Any = ray.remote
     options = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0, "enable_task_events": False}
@@ -107,47 +112,48 @@ def actor_class(cls: type, *, max_concurrency: int = 1) -> Any:
 
 
 def lower_priority(handle: Any) -> Any:
-    """Let the learner go before an actor's process where both want a core; return the actor's handle.
+    """Lower the CPU priority of an actor's process below the learner's, and return the actor's handle.
 
-    Its threads get the niceness that Ray gives its workers by itself, once the actor is made. Where there are cores
-    enough that changes nothing.
+    Once the actor has started, its threads get the niceness that Ray gives its workers by default, 15. The call has no
+    effect on a machine with enough cores for all processes.
     """
     handle.__ray_call__.remote(_lower_thread_priorities)
     return handle
 
 
 def _lower_thread_priorities(_: Any) -> None:
-    # Linux keeps a niceness for each thread; a new thread has that of the one that starts it, which may be of those yet
-    # to be told, so look again until none is new.
-    told: set[str] = set()
-    while new := set(os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else ["0"]) - told:
+    # On Linux each thread has its own niceness, which a new thread inherits from the thread that starts it. A thread
+    # whose niceness is not yet raised may start another one meanwhile, so list the threads until none is new.
+    done: set[str] = set()
+    while new := set(os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else ["0"]) - done:
         for thread in new:
-            with suppress(OSError):  # it has ended meanwhile
-                nice = max(os.getpriority(os.PRIO_PROCESS, int(thread)), _NICE)
-                os.setpriority(os.PRIO_PROCESS, int(thread), nice)
-        told |= new
+            with suppress(OSError):  # the thread has ended
+                niceness = max(os.getpriority(os.PRIO_PROCESS, int(thread)), _NICENESS)
+                os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
+        done |= new
 
 
 def argument(push: Push) -> Any:
-    """Return what to send for a push: itself up to 64 KB, else a reference to its one copy in the object store.
+    """Return the call argument for a push: the push itself up to 64 KiB, else a reference to it in the object store.
 
-    A reference costs the node's raylet a look at it in every call; a copy in every call is more only for large ones.
+    The node's raylet handles each reference in each call, which costs more than a copy of a small push. A large push is
+    stored once, so that repeated calls do not copy it again.
     """
-    return push if push.bytes <= _MOST_BYTES_IN_A_CALL else ray.put(push)
+    return push if push.bytes <= _MAX_INLINE_BYTES else ray.put(push)
 
 
 def fetch(reference: Any, seconds: float, stop: threading.Event | None = None) -> Any:
-    """Return the value behind a reference, looking at `stop` meanwhile; None if it was set.
+    """Block until the value of a reference is ready and return it; return None if `stop` is set first.
 
     Raises:
-        GetTimeoutError: nothing came within `seconds`.
-        Exception: what the remote method raised, as itself rather than wrapped.
+        GetTimeoutError: the value was not ready within `seconds`.
+        Exception: the exception that the remote method raised, without Ray's wrapper.
     """
     end = time.monotonic() + seconds
     while True:
         try:
-            left = max(end - time.monotonic(), 0.0)
-            return ray.get(reference, timeout=left if stop is None else min(left, _LOOK_AT_STOP_EVERY))
+            remaining = max(end - time.monotonic(), 0.0)
+            return ray.get(reference, timeout=remaining if stop is None else min(remaining, _STOP_POLL_SECONDS))
         except GetTimeoutError:
             if stop is not None and stop.is_set():
                 return None
@@ -158,5 +164,5 @@ def fetch(reference: Any, seconds: float, stop: threading.Event | None = None) -
 
 
 def is_ready(reference: Any) -> bool:
-    """Return whether the value behind a reference can be fetched without waiting."""
+    """Return whether the value of a reference can be fetched without waiting."""
     return bool(ray.wait([reference], timeout=0)[0])

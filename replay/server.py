@@ -1,7 +1,8 @@
-"""ReplayServer: the process that holds a table; ReplayClient: what everyone else holds.
+"""The replay server: the process with a replay table and its rate limiter.
 
-The server never parks a call: one that may not proceed is answered at once with the reason to wait, and the
-client asks again until its deadline. A parked call would occupy the very actor whose other calls release it.
+A call never blocks the server. If a call may not proceed, the server replies immediately with the reason to wait, and
+the client repeats the call until its deadline. A blocked call would occupy the actor, which then could not serve the
+calls that let the blocked one proceed.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from replay.push_ledger import PushLedger
 from replay.rate_limiter import RateLimiter
 from replay.remote import actor_class
 from replay.seeds import spawn_seed
-from replay.table import MOST_SHARDS, TableSpec, TransitionTable
+from replay.table import MAX_SHARDS, TableSpec, TransitionTable
 from replay.types import Array, EpisodeResult
 
 
 @dataclass(frozen=True)
 class ReplaySpec:
-    """What a `ReplayServer` is made from.
+    """Configuration of a `ReplayServer`.
 
     Attributes:
-        table: the table it holds.
+        table: configuration of the table.
         samples_per_insert: see `RateLimiter`.
-        minimum_size: transitions inserted before the first sample.
-        largest_push: transitions in the largest push.
+        minimum_size: transitions that must be inserted before the first sample.
+        largest_push: maximum number of transitions in a push.
         batch_size: transitions in a batch.
-        batches_per_sample: the largest k of a sample call.
+        batches_per_sample: maximum number of batches k in a sample call.
     """
 
     table: TableSpec
@@ -62,19 +63,19 @@ class ReplaySpec:
         self.limiter()
 
     def check_shards(self, shards: int) -> None:
-        """Raise `ConfigurationError`, naming the figures, unless the replay can be divided among `shards`."""
-        if not 1 <= shards <= MOST_SHARDS:
-            raise ConfigurationError(f"replay_shards must lie in [1, {MOST_SHARDS}], got {shards}")
-        least = max(self.largest_push, self.table.layout.segment_length)
+        """Raise `ConfigurationError` unless the replay can be divided into `shards` shards."""
+        if not 1 <= shards <= MAX_SHARDS:
+            raise ConfigurationError(f"replay_shards must lie in [1, {MAX_SHARDS}], got {shards}")
+        required = max(self.largest_push, self.table.layout.segment_length)
         smallest = self.table.capacity // shards
-        if smallest < least:
+        if smallest < required:
             raise ConfigurationError(
                 f"a replay of {self.table.capacity:,} transitions has shards of {smallest:,} with replay_shards "
-                f"{shards}, and each must hold one push of {least:,}; use fewer, or a larger replay_size"
+                f"{shards}, and each must hold one push of {required:,}; use fewer shards, or a larger replay_size"
             )
 
     def limiter(self) -> RateLimiter:
-        """Make the run's rate limiter, with the least tolerance that cannot deadlock."""
+        """Return the run's rate limiter, with the least tolerance that cannot deadlock."""
         return RateLimiter.for_calls(
             self.samples_per_insert, self.minimum_size, self.largest_push, self.batch_size * self.batches_per_sample
         )
@@ -82,12 +83,12 @@ class ReplaySpec:
 
 @dataclass(frozen=True)
 class Counters:
-    """Totals of a run that outlive one replay server.
+    """Totals of a run, which are carried over when a replay server is recreated.
 
     Attributes:
         env_steps: environment steps accepted.
-        samples: transitions drawn.
-        counted_inserts: transitions inserted beyond each server's minimum size.
+        samples: transitions sampled.
+        counted_inserts: transitions inserted beyond the minimum size of each server.
     """
 
     env_steps: int = 0
@@ -96,31 +97,31 @@ class Counters:
 
     @property
     def samples_per_insert(self) -> float:
-        """Samples / (inserts - minimum size); 0 before anything counts."""
+        """Samples / (inserts - minimum size), or 0 if no insert is counted yet."""
         return self.samples / self.counted_inserts if self.counted_inserts else 0.0
 
 
 @dataclass(frozen=True)
 class ReplayStats:
-    """What a replay server says of itself.
+    """Statistics of a replay server.
 
     Attributes:
-        counters: the run's totals, earlier servers included.
-        size: transitions held.
-        capacity: transitions it can hold.
-        bytes: memory of what is held.
-        due: samples that the learner has yet to draw, negative when it is ahead.
+        counters: totals of the run, including earlier servers.
+        size: transitions in the table.
+        capacity: maximum number of transitions.
+        bytes: memory of the transitions in the table, in bytes.
+        due: transitions that the learner has yet to sample; negative if the learner is ahead.
         evicted: transitions evicted.
-        stale_updates: priority updates ignored because their item was gone.
-        repeated_pushes: pushes that arrived a second time.
-        waiting: caller -> what it waits for.
+        stale_updates: priority updates ignored because their id was stale.
+        repeated_pushes: pushes that arrived again after they were accepted.
+        waiting: caller -> the reason why it waits.
         highest_priority: highest priority seen.
-        sample_age: mean age of the transitions drawn last, in steps inserted since; None before the first draw.
-        pid: of the server's process.
-        node: host it runs on.
-        resident_bytes: resident memory of the server's process.
-        counted: for a replay in shards, the `ShardReport.inserted` that the counters include, as (shard, incarnation,
-            steps).
+        sample_age: mean age of the last sampled transitions, in steps inserted since; None before the first sample.
+        pid: process ID of the server.
+        node: host name of the server's node.
+        resident_bytes: resident memory of the server's process, in bytes.
+        counted: for a sharded replay, the shards' inserts that `counters` includes, as (shard, incarnation,
+            `ShardReport.inserted`).
     """
 
     counters: Counters
@@ -141,7 +142,7 @@ class ReplayStats:
 
 
 class ReplayServer:
-    """A table behind a rate limiter. Every call is short; calls are served one at a time."""
+    """Server of a replay table behind a rate limiter. Each call is short; the server handles one call at a time."""
 
     def __init__(
         self,
@@ -156,14 +157,15 @@ class ReplayServer:
         """Allocate the table.
 
         Args:
-            spec: what to hold and at which rate.
-            run_seed: the run's seed.
-            incarnation: how often this server was recreated.
-            carried: totals of the run before this server. The limiter starts anew beside them: the table
-                refills to its minimum size first, and nothing is owed, so there is no burst.
-            highest_priority: the highest priority seen since the run began.
-            max_env_steps: once this many steps are accepted the run is finished: later pushes are turned
-                away, and samples are handed out only as far as they are due.
+            spec: configuration of the table and the rate limiter.
+            run_seed: seed of the run.
+            incarnation: number of times this server was recreated.
+            carried: totals of the run before this server. The rate limiter does not continue from these totals: the
+                table first refills to its minimum size, and no samples or inserts are due from before, so that no burst
+                follows.
+            highest_priority: highest priority seen since the start of the run.
+            max_env_steps: number of accepted environment steps after which the run is finished. The server then rejects
+                pushes and serves sample calls only as far as samples are due.
 
         Raises:
             NotEnoughMemory: the machine cannot hold the table.
@@ -192,15 +194,15 @@ class ReplayServer:
         return self._max_env_steps is not None and self._counters.env_steps >= self._max_env_steps
 
     def finish(self) -> None:
-        """Accept no more experience; samples go on as far as they are due."""
+        """Accept no more pushes; serve sample calls only as far as samples are due."""
         self._max_env_steps = 0
 
     def insert(self, push: Push) -> InsertReply:
-        """Add a push's segments, once; a repeat is acknowledged and ignored.
+        """Insert the segments of a push; acknowledge and ignore a repeated push.
 
         Raises:
-            LayoutMismatch: a segment does not fit; none of the push is inserted.
-            ValueError: the push is larger than the largest there should be, so it might wait for ever.
+            LayoutMismatch: a segment does not fit the layout; no segment of the push is inserted.
+            ValueError: the push is larger than `largest_push`, so that it might wait forever.
         """
         caller = f"worker-{push.worker}"
         if self._finished:
@@ -208,7 +210,7 @@ class ReplayServer:
         if self._ledger.has_seen(push):
             return self._reply(caller, repeated=True)
         if push.steps > self.spec.largest_push:
-            raise ValueError(f"a push holds at most {self.spec.largest_push} transitions, got {push.steps}")
+            raise ValueError(f"a push must have at most {self.spec.largest_push} transitions, got {push.steps}")
         wait = self._limiter.insert_waits_for(push.steps)
         if wait is not None:
             return self._reply(caller, wait=wait)
@@ -217,50 +219,51 @@ class ReplayServer:
         self._limiter.record_insert(push.steps)
         return self._reply(caller, accepted=True)
 
-    def _reply(self, caller: str, **answer: Any) -> InsertReply:
-        self._ledger.note(caller, answer.get("wait"))
-        return InsertReply(env_steps=self._counters.env_steps, **answer)
+    def _reply(self, caller: str, **fields: Any) -> InsertReply:
+        self._ledger.record_wait(caller, fields.get("wait"))
+        return InsertReply(env_steps=self._counters.env_steps, **fields)
 
-    def sample(self, k: int, batch_size: int, rows_only: bool = False, instead_of: int | None = None) -> SampleReply:
-        """SampleIndices k batches, or say what to wait for.
+    def sample(self, k: int, batch_size: int, indices_only: bool = False, retry_of: int | None = None) -> SampleReply:
+        """Sample k batches, or return the reason to wait.
 
         Args:
-            k: batches.
-            batch_size: transitions in each.
-            rows_only: whether rows are enough, because the caller reads the frames where they lie.
-            instead_of: the `SharedMemoryHandle.token` of a draw that could not be read: it was granted, and counted, by
-                the server whose frames those are.
+            k: number of batches.
+            batch_size: transitions in each batch.
+            indices_only: whether to return frame indices in place of observations, for a caller that reads the frames
+                from shared memory.
+            retry_of: `SharedMemoryHandle.token` of an earlier reply whose frames the caller could not read. If the
+                token is that of this server, the rate limiter has already counted the sample.
 
         Raises:
-            ValueError: k or batch_size is not positive, or they ask for more than the largest sample there
-                should be, so that it might wait for ever.
+            ValueError: k or batch_size is not positive, or the call samples more than `batches_per_sample *
+                batch_size` transitions of the spec, so that it might wait forever.
         """
         count, largest = k * batch_size, self.spec.batches_per_sample * self.spec.batch_size
         if min(k, batch_size) < 1 or count > largest:
-            raise ValueError(f"a sample call draws 1 to {largest} transitions, got {k} x {batch_size}")
-        if instead_of is None or instead_of != self._table.frames_token:
+            raise ValueError(f"a sample call must sample 1 to {largest} transitions, got {k} x {batch_size}")
+        if retry_of is None or retry_of != self._table.frames_token:
             if self._finished and (self._limiter.due < count or not self._table.size):
-                self._ledger.note("learner", None)
+                self._ledger.record_wait("learner", None)
                 return SampleReply(finished=True)
             wait = self._limiter.sample_waits_for(count)
-            self._ledger.note("learner", wait)
+            self._ledger.record_wait("learner", wait)
             if wait is not None:
                 return SampleReply(wait=wait)
             self._limiter.record_sample(count)
-        if rows_only and self._table.frames_token is not None:
+        if indices_only and self._table.frames_token is not None:
             return SampleReply(indices=self._table.sample_indices(k, batch_size), returns=self._ledger.returns)
         return SampleReply(batch=self._table.sample(k, batch_size), returns=self._ledger.returns)
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:
-        """See `TransitionTable.update_priorities`."""
+        """Set new priorities in the table; see `TransitionTable.update_priorities`."""
         return self._table.update_priorities(ids, priorities)
 
     def drain_episodes(self) -> tuple[EpisodeResult, ...]:
-        """Return and forget the episodes that ended since the last call."""
+        """Return the episodes that ended since the last call, and forget them."""
         return self._ledger.drain_episodes()
 
     def stats(self) -> ReplayStats:
-        """Return what `squall status` shows."""
+        """Return the statistics that `squall status` displays."""
         table = self._table
         return ReplayStats(
             counters=self._counters,

@@ -1,8 +1,9 @@
-"""A sum tree of eight children a node: set many priorities, find many (Schaul et al. 2016, appendix B).
+"""A sum tree with eight children per node, for prioritized sampling (Schaul et al. 2016, appendix B).
 
-Eight float64 siblings fill one line of the cache, so a level costs one line, and 2^20 leaves have seven levels
-where a binary tree has twenty. Many leaves are treated together, level by level: their loads do not wait for each
-other. Each parent is summed anew from its children, never adjusted by a difference, so no rounding error accumulates.
+Eight float64 siblings fill one cache line, so each level costs one cache line, and 2^20 leaves need seven levels below
+the root, where a binary tree needs twenty. `set` and `find` process many leaves together, level by level, so that the
+memory accesses of different leaves overlap. Each parent is recomputed as the sum of its children, never adjusted by a
+difference, so that no rounding error accumulates.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ _LINE_BYTES = 64
 
 
 class SumTree:
-    """Non-negative weights of `capacity` leaves, with draws in proportion to them."""
+    """Sum tree over the non-negative weights of `capacity` leaves, for sampling in proportion to the weights."""
 
     def __init__(self, capacity: int) -> None:
-        """Make a tree of zeros.
+        """Create a tree whose weights are all zero.
 
         Args:
-            capacity: number of leaves, positive.
+            capacity: number of leaves, must be positive.
 
         Raises:
             ConfigurationError: capacity is not positive.
         """
         if capacity < 1:
-            raise ConfigurationError(f"a sum tree needs a positive capacity, got {capacity}")
+            raise ConfigurationError(f"a sum tree must have a positive capacity, got {capacity}")
         self.capacity = capacity
         sizes = _level_sizes(capacity)
-        self._starts = np.cumsum([0, *sizes[:-1]])  # of each level, the root's first
-        self._nodes = _zeros_on_a_line(sum(sizes))
+        self._starts = np.cumsum([0, *sizes[:-1]])  # index of each level's first node, root first
+        self._nodes = _aligned_zeros(sum(sizes))
 
     @staticmethod
     def bytes_for(capacity: int) -> int:
-        """Return the memory that a tree of so many leaves takes."""
+        """Return the size of a tree of `capacity` leaves in bytes."""
         return 8 * sum(_level_sizes(capacity))
 
     @property
@@ -47,19 +48,19 @@ class SumTree:
         return float(self._nodes[0])
 
     def get(self, leaves: Array) -> Array:
-        """Return the weights of `leaves`, `[N]` integer -> `[N]` float64."""
+        """Return the weights, `[N]` float64, of `leaves`, `[N]` integer."""
         weights: Array = self._nodes[self._starts[-1] + np.asarray(leaves, np.int64)]
         return weights
 
     def set(self, leaves: Array, weights: Array) -> None:
-        """Set weights; of a leaf named twice the last weight wins.
+        """Set the weights of leaves; if a leaf occurs twice, the last weight wins.
 
         Args:
             leaves: `[N]` integer in [0, capacity).
-            weights: `[N]` finite and not negative.
+            weights: `[N]`, finite and non-negative.
 
         Raises:
-            ValueError: a leaf out of range, or a weight negative, infinite or NaN.
+            ValueError: a leaf is out of range, or a weight is negative, infinite, or NaN.
         """
         leaves = np.ascontiguousarray(leaves, np.int64)
         weights = np.ascontiguousarray(weights, np.float64)
@@ -74,79 +75,80 @@ class SumTree:
         _set(self._nodes, self._starts, leaves, weights)
 
     def find(self, targets: Array) -> Array:
-        """Return for each target the first leaf whose running sum of weights exceeds it.
+        """Return for each target the first leaf whose cumulative weight exceeds the target.
 
         Args:
             targets: `[N]` float64 in [0, total).
 
         Returns:
-            `[N]` int64 leaves; none of weight 0, whatever rounding does at an interval's edge.
+            `[N]` int64 leaves; never a leaf of weight 0, even if a target is rounded at the edge of an interval.
 
         Raises:
-            ValueError: the tree is empty, or a target is negative or NaN.
+            ValueError: all weights are zero, or a target is negative or NaN.
         """
         if self.total <= 0.0:
-            raise ValueError("cannot draw from a sum tree whose weights are all zero")
+            raise ValueError("cannot sample from a sum tree whose weights are all zero")
         targets = np.ascontiguousarray(targets, np.float64)
         if len(targets) and not targets.min() >= 0.0:
             raise ValueError(f"targets must not be negative or NaN, got {targets.min()}")
-        found: Array = _find(self._nodes, self._starts, targets)
-        return found
+        leaves: Array = _find(self._nodes, self._starts, targets)
+        return leaves
 
 
 def _level_sizes(capacity: int) -> list[int]:
-    """Return the nodes of each level from the root to the leaves, each level a whole number of lines."""
+    """Return the number of nodes per level, root first, padded to whole cache lines."""
     counts = [capacity]
     while counts[-1] > 1:
         counts.append(-(-counts[-1] // _CHILDREN))
     return [-(-count // _CHILDREN) * _CHILDREN for count in reversed(counts)]
 
 
-def _zeros_on_a_line(count: int) -> Array:
+def _aligned_zeros(count: int) -> Array:
     nodes = np.zeros(count + _CHILDREN, np.float64)
-    skipped = -nodes.ctypes.data % _LINE_BYTES // nodes.itemsize
-    aligned: Array = nodes[skipped : skipped + count]
+    start = -nodes.ctypes.data % _LINE_BYTES // nodes.itemsize
+    aligned: Array = nodes[start : start + count]
     return aligned
 
 
 @numba.njit(cache=True)
 def _set(nodes: Array, starts: Array, leaves: Array, weights: Array) -> None:
-    below = starts[-1]
+    child_start = starts[-1]
     for i in range(len(leaves)):
-        nodes[below + leaves[i]] = weights[i]
+        nodes[child_start + leaves[i]] = weights[i]
     changed, count = leaves.copy(), len(leaves)
     for level in range(len(starts) - 2, -1, -1):
-        here, parents = starts[level], 0
+        start, parents = starts[level], 0
         for i in range(count):
             parent = changed[i] // _CHILDREN
             if parents and changed[parents - 1] == parent:
-                continue  # neighbours are often siblings
-            first, total = below + parent * _CHILDREN, 0.0
+                continue  # adjacent leaves are often siblings
+            first, total = child_start + parent * _CHILDREN, 0.0
             for child in range(_CHILDREN):
                 total += nodes[first + child]
-            nodes[here + parent] = total
+            nodes[start + parent] = total
             changed[parents] = parent
             parents += 1
-        below, count = here, parents
+        child_start, count = start, parents
 
 
 @numba.njit(cache=True)
 def _find(nodes: Array, starts: Array, targets: Array) -> Array:
-    found, rest = np.zeros(len(targets), np.int64), targets.copy()
+    indices, remaining = np.zeros(len(targets), np.int64), targets.copy()
     for level in range(1, len(starts)):
         start = starts[level]
         for i in range(len(targets)):
-            first, target, into = start + found[i] * _CHILDREN, rest[i], 0
-            # Only into weight: rounding may leave a target at or beyond the sum of what is there.
+            first, target, chosen = start + indices[i] * _CHILDREN, remaining[i], 0
+            # Choose only a child with weight: by rounding, a target may reach or exceed the sum of the children. The
+            # last child with weight is chosen then, on this level and on all levels below.
             beyond = True
             for child in range(_CHILDREN):
                 weight = nodes[first + child]
                 if weight > 0.0:
-                    into = child
+                    chosen = child
                     if target < weight:
                         beyond = False
                         break
                     target -= weight
-            found[i] = found[i] * _CHILDREN + into
-            rest[i] = np.inf if beyond else target
-    return found
+            indices[i] = indices[i] * _CHILDREN + chosen
+            remaining[i] = np.inf if beyond else target
+    return indices

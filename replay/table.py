@@ -1,49 +1,50 @@
-"""TransitionTable: a preallocated ring of segments, drawn from uniformly or by priority.
+"""The replay table: a preallocated ring buffer of segments, sampled uniformly or by priority.
 
-Two rings, each addressed by a counter that only grows: frames (every row's frame once) and transitions (one
-per start position, pointing at frames). The slot of a counter is its remainder by the ring's size, so a
-segment may lie across a ring's end, and "is this item still here?" is one comparison: the counter carries
-slot and generation at once. Eviction removes the oldest segment, whole; it searches nothing.
+The table has two rings: frames (the frame of each row, stored once) and transitions (one per start position, pointing
+to frames). Each ring is addressed by a counter that only increases; the slot of a counter is its remainder by the
+ring's size. So a segment may wrap around the end of a ring, and one comparison decides whether a transition is still in
+the table, because the counter identifies both the slot and the transition in it. Eviction removes the oldest segment as
+a whole, without a search.
 """
 
 from __future__ import annotations
 
-import contextlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
-import psutil
 
 from replay.errors import ConfigurationError, NotEnoughMemory
 from replay.frames import FrameRing, write_ring
+from replay.memory import available_memory, gibibytes
 from replay.messages import Batch, SampleIndices
 from replay.sum_tree import SumTree
 from replay.types import Array, Layout, Segment, Segments, join_segments
 
+# Id of a transition, from the highest bit: 0, shard, incarnation, sequence number (the counter of the transition).
 _SEQUENCE_BITS = 43
 _INCARNATION_BITS = 12
 _SHARD_BITS = 8
-MOST_SHARDS = 1 << _SHARD_BITS
+MAX_SHARDS = 1 << _SHARD_BITS
 
-# Frames that belong to no transition: the row after each episode's end. Vectors have short episodes, and small
-# frames; images have long episodes, and this much keeps 64 rows with n <= 5 below 1.15 frames a transition.
-# A table whose episodes are shorter still evicts a little early.
+# Extra frames per transition, for frames at which no transition starts: the last row of each episode. Environments with
+# vector observations have short episodes and small frames. Environments with image observations have long episodes, and
+# their slack keeps segments of 64 rows with n <= 5 below 1.15 frames per transition. If episodes are even shorter, the
+# table evicts slightly early.
 _SLACK_SMALL, _SLACK_LARGE = 0.30, 0.0125
 _LARGE_FRAME_BYTES = 1024
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What a `TransitionTable` is made from.
+    """Configuration of a `TransitionTable`.
 
     Attributes:
-        layout: shapes and dtypes of what it holds.
-        capacity: transitions it holds.
-        priority_exponent: alpha of prioritized replay; None draws uniformly.
+        layout: shapes and dtypes of the experience.
+        capacity: maximum number of transitions.
+        priority_exponent: alpha of prioritized replay; with None, sampling is uniform.
     """
 
     layout: Layout
@@ -58,14 +59,14 @@ class TableSpec:
                 f"a replay of {self.capacity} transitions cannot hold one segment of {self.layout.segment_length}"
             )
         if self.frame_capacity >= 2**31:
-            raise ConfigurationError(f"a replay must hold fewer than 2**31 frames, got {self.frame_capacity:,}")
+            raise ConfigurationError(f"a replay must have fewer than 2**31 frames, got {self.frame_capacity:,}")
         alpha = self.priority_exponent
         if alpha is not None and not 0.0 <= alpha <= 1.0:
             raise ConfigurationError(f"the priority exponent must lie in [0, 1], got {alpha}")
 
     @property
     def frame_capacity(self) -> int:
-        """Frames the table has room for."""
+        """Maximum number of frames."""
         layout = self.layout
         overhead = layout.max_segment_frames / layout.segment_length
         slack = _SLACK_LARGE if layout.frame_bytes >= _LARGE_FRAME_BYTES else _SLACK_SMALL
@@ -73,7 +74,7 @@ class TableSpec:
 
     @property
     def expected_bytes(self) -> int:
-        """Memory that a full table takes, known before any of it is allocated."""
+        """Size of a full table in bytes, computed before any memory is allocated."""
         layout = self.layout
         action = np.dtype(layout.action_dtype).itemsize * int(np.prod(layout.action_shape, dtype=np.int64))
         per_transition = 4 + 1 + 4 + 1 + action + 4 + 4
@@ -83,55 +84,40 @@ class TableSpec:
         return total
 
     def shard(self, index: int, shards: int) -> TableSpec:
-        """Return the table of one of several shards that divide the capacity evenly."""
+        """Return the spec of shard `index`, if `shards` shards divide the capacity evenly."""
         return replace(self, capacity=self.capacity // shards + (index < self.capacity % shards))
 
     def check_memory(self, available: int | None = None) -> None:
-        """Raise `NotEnoughMemory`, with both figures, if the machine lacks the memory for this table.
+        """Raise `NotEnoughMemory`, with the required and the available memory, if this table does not fit.
 
         Args:
-            available: bytes; None asks the machine, within the container's limit where there is one.
+            available: available memory in bytes; None measures it with `available_memory`.
         """
         available = available_memory() if available is None else available
         if self.expected_bytes > available:
             raise NotEnoughMemory(
-                f"a replay of {self.capacity:,} transitions needs {_gigabytes(self.expected_bytes)}, but "
-                f"{_gigabytes(available)} are available here; {self._advice(available)}"
+                f"a replay of {self.capacity:,} transitions needs {gibibytes(self.expected_bytes)}, but "
+                f"{gibibytes(available)} are available here; {self._advice(available)}"
             )
 
     def _advice(self, available: int) -> str:
         sizes = range(self.layout.segment_length, self.capacity)
-        # A tenth is left, so that the next start is not refused for what the machine took meanwhile.
+        # Leave a tenth free, so that the proposed size still fits if other processes allocate memory meanwhile.
         fit = bisect_right(sizes, 0.9 * available, key=lambda size: replace(self, capacity=size).expected_bytes)
         return f"a replay_size of {sizes[fit - 1]:,} would fit" if fit else "none would fit"
 
 
-def available_memory(control_group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes this process may still take: the machine's, or its control group's where that is less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        ceiling = (control_group / "memory.max").read_text().strip()
-        if ceiling != "max":
-            used = int((control_group / "memory.current").read_text())
-            # Files cached and not in use count as used, but give way.
-            rows = (control_group / "memory.stat").read_text().splitlines()
-            used -= int(dict(row.split() for row in rows).get("inactive_file", 0))
-            available = min(available, int(ceiling) - used)
-    except OSError:
-        with contextlib.suppress(OSError):  # version 1 of control groups
-            ceiling = (control_group / "memory" / "memory.limit_in_bytes").read_text()
-            used = int((control_group / "memory" / "memory.usage_in_bytes").read_text())
-            available = min(available, int(ceiling) - used)
-    return max(available, 0)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 2**30:,.2f} GiB"
-
-
 @dataclass
 class _Ring:
-    """Bookkeeping of the segments in order of age: `(transitions, frames)` of each."""
+    """Counters of both rings.
+
+    Attributes:
+        segments: `(transitions, frames)` of each segment, oldest first.
+        oldest: counter of the oldest transition.
+        newest: counter after the newest transition.
+        oldest_frame: counter of the oldest frame.
+        newest_frame: counter after the newest frame.
+    """
 
     segments: deque[tuple[int, int]] = field(default_factory=deque)
     oldest: int = 0
@@ -141,16 +127,22 @@ class _Ring:
 
 
 def shards_of(ids: Array) -> Array:
-    """Return which shard each id is of."""
+    """Return the shard of each id."""
     return ids >> _SEQUENCE_BITS + _INCARNATION_BITS
 
 
 class TransitionTable:
-    """Holds segments and answers with batches of transitions; a plain object, one caller at a time.
+    """Replay table that stores segments and returns batches of transitions; not thread-safe.
 
-    Uniform means uniform over the transitions, not over segments. Prioritized draws proportionally to
-    `priority ** alpha`, each batch stratified by itself (Schaul et al. 2016, section 3.3 and appendix B.2.1).
-    `sample_age` is the mean age of what was drawn last, in transitions inserted since.
+    Uniform sampling is uniform over transitions, not over segments. Prioritized sampling is proportional to
+    `priority ** alpha`, with each batch stratified separately (Schaul et al. 2016, section 3.3 and appendix B.2.1).
+
+    Attributes:
+        spec: configuration of the table.
+        highest_priority: highest priority seen so far; new transitions get this priority.
+        sample_age: mean age of the last sampled transitions, in transitions inserted since; None before the first.
+        stale_updates: number of priority updates ignored because their id was stale.
+        evicted: number of transitions evicted so far.
     """
 
     def __init__(
@@ -165,24 +157,24 @@ class TransitionTable:
         """Allocate the table.
 
         Args:
-            spec: what to hold.
-            seed: of the sampler.
-            shard: which of several tables this is, below 256; part of every id.
-            incarnation: how often this table was recreated; ids of an earlier one are stale here.
-            shared: whether large frames lie where other processes of this node can read them.
+            spec: configuration of the table.
+            seed: seed of the sampler.
+            shard: index of this table among several shards, below 256; part of each id.
+            incarnation: number of times this table was recreated; ids of earlier incarnations are stale.
+            shared: whether to store large frames in shared memory, for other processes of this node.
 
         Raises:
             NotEnoughMemory: the machine lacks `spec.expected_bytes`.
-            ConfigurationError: shard or incarnation does not fit an id.
+            ConfigurationError: shard or incarnation is outside its range.
         """
-        if not (0 <= shard < MOST_SHARDS and incarnation >= 0):
+        if not (0 <= shard < MAX_SHARDS and incarnation >= 0):
             raise ConfigurationError(
-                f"shard must lie in [0, {MOST_SHARDS}) and incarnation not be negative, got {shard}, {incarnation}"
+                f"shard must lie in [0, {MAX_SHARDS}) and incarnation must not be negative, got {shard}, {incarnation}"
             )
         spec.check_memory()
         self.spec = spec
         layout, capacity = spec.layout, spec.capacity
-        # Small frames travel faster within the answer than a reader would find them.
+        # For small frames, a copy in the reply is faster than a read from shared memory.
         shared = shared and layout.frame_bytes >= _LARGE_FRAME_BYTES
         self._frames = FrameRing(spec.frame_capacity, layout, shared=shared)
         self._row = np.empty(capacity, np.int32)
@@ -203,55 +195,56 @@ class TransitionTable:
 
     @property
     def size(self) -> int:
-        """Transitions held."""
+        """Number of transitions in the table."""
         return self._ring.newest - self._ring.oldest
 
     @property
     def bytes(self) -> int:
-        """Memory of what is held: frames and transitions written and not yet evicted."""
-        ring, row = self._ring, self.spec.expected_bytes - self.spec.frame_capacity * self.spec.layout.frame_bytes
-        frames = (ring.newest_frame - ring.oldest_frame) * self.spec.layout.frame_bytes
-        return frames + row * self.size // self.spec.capacity
+        """Size in bytes of the frames and transitions that are in the table."""
+        ring, frame_bytes = self._ring, self.spec.layout.frame_bytes
+        transition_bytes = self.spec.expected_bytes - self.spec.frame_capacity * frame_bytes  # of a full table
+        frames = ring.newest_frame - ring.oldest_frame
+        return frames * frame_bytes + transition_bytes * self.size // self.spec.capacity
 
     def insert(self, segments: Sequence[Segment]) -> None:
-        """Add segments, all or none, evicting the oldest ones as far as needed.
+        """Insert all segments, and evict the oldest segments as far as necessary.
 
         Raises:
-            LayoutMismatch: a segment does not fit the layout; the table is unchanged.
+            LayoutMismatch: a segment does not fit the layout; the table is then unchanged.
         """
         self._insert(join_segments(segments, self.spec.layout))
 
     def _insert(self, segments: Segments) -> None:
-        """Add segments that fit."""
+        """Insert segments that fit the layout."""
         if not segments:
             return
         ring, frame_capacity = self._ring, self.spec.frame_capacity
         steps, frames = segments.steps, len(segments.frames)
         if len(segments) > 1 and (steps > self.spec.capacity or frames > frame_capacity):
-            middle = len(segments) // 2  # the second half evicts some of the first
+            middle = len(segments) // 2  # the second half evicts a part of the first half
             self._insert(segments[:middle])
             self._insert(segments[middle:])
             return
-        self._make_room(steps, frames)
-        at, counts = ring.newest, segments.frame_counts
+        self._evict_for(steps, frames)
+        start, counts = ring.newest, segments.frame_counts
         first_frame = np.repeat(ring.newest_frame + np.cumsum(counts) - counts, segments.step_counts)
         self._frames.write(ring.newest_frame, segments.frames)
         ring.newest_frame += frames
-        write_ring(self._row, at, (first_frame + segments.row) % frame_capacity)
-        write_ring(self._bootstrap_row, at, (first_frame + segments.bootstrap_row) % frame_capacity)
-        write_ring(self._age, at, segments.age)
-        write_ring(self._bootstrap_age, at, segments.bootstrap_age)
-        write_ring(self._action, at, segments.action)
-        write_ring(self._reward, at, segments.reward)
-        write_ring(self._discount, at, segments.discount)
+        write_ring(self._row, start, (first_frame + segments.row) % frame_capacity)
+        write_ring(self._bootstrap_row, start, (first_frame + segments.bootstrap_row) % frame_capacity)
+        write_ring(self._age, start, segments.age)
+        write_ring(self._bootstrap_age, start, segments.bootstrap_age)
+        write_ring(self._action, start, segments.action)
+        write_ring(self._reward, start, segments.reward)
+        write_ring(self._discount, start, segments.discount)
         if self._tree is not None:
-            slots = np.arange(at, at + steps) % self.spec.capacity
+            slots = np.arange(start, start + steps) % self.spec.capacity
             self._tree.set(slots, np.full(steps, self._weight(self.highest_priority)))
         ring.segments.extend(zip(segments.step_counts.tolist(), counts.tolist(), strict=True))
         ring.newest += steps
 
-    def _make_room(self, steps: int, frames: int) -> None:
-        """Evict the oldest segments until so many steps and frames fit."""
+    def _evict_for(self, steps: int, frames: int) -> None:
+        """Evict the oldest segments until `steps` more transitions and `frames` more frames fit."""
         ring, first = self._ring, self._ring.oldest
         while self.size + steps > self.spec.capacity or (
             ring.newest_frame - ring.oldest_frame + frames > self.spec.frame_capacity
@@ -269,11 +262,11 @@ class TransitionTable:
         return float(priority**self.spec.priority_exponent)
 
     def sample(self, k: int, batch_size: int) -> Batch:
-        """SampleIndices k batches of `batch_size` transitions, with replacement; raises as `sample_indices` does."""
+        """Sample k batches of `batch_size` transitions, with replacement; raise the errors of `sample_indices`."""
         return self._frames.batch(self.sample_indices(k, batch_size))
 
     def sample_indices(self, k: int, batch_size: int) -> SampleIndices:
-        """SampleIndices k batches of `batch_size` transitions, with replacement, and leave their frames where they lie.
+        """Sample k batches of `batch_size` transitions, with replacement, with frame indices in place of observations.
 
         Raises:
             ValueError: the table is empty, or k or batch_size is not positive.
@@ -289,52 +282,55 @@ class TransitionTable:
         else:
             total = self._tree.total
             strata = (np.arange(batch_size) + self._rng.random(shape)) * (total / batch_size)
-            sequence, probability = self._weighted(strata, total)
-        return self._drawn(sequence, probability)
+            sequence, probability = self._find_weighted(strata, total)
+        return self._read_indices(sequence, probability)
 
     @property
     def frames_token(self) -> int | None:
-        """Token of the frames where other processes of this node can read them, else None."""
+        """Token of the frames in shared memory, or None if other processes cannot read them."""
         return None if self._frames.handle is None else self._frames.handle.token
 
     @property
     def mass(self) -> float:
-        """What draws are in proportion to, summed up: the weights, or one for each transition."""
+        """Sum of the sampling weights: of the prioritized weights, or 1 for each transition of a uniform table."""
         return float(self.size) if self._tree is None else self._tree.total
 
     def sample_at(self, fractions: Array) -> Batch:
-        """Return the transitions at places of the whole mass; see `sample_indices_at`."""
+        """Return the transitions at fractions of the table's mass; see `sample_indices_at`."""
         return self._frames.batch(self.sample_indices_at(fractions))
 
     def sample_indices_at(self, fractions: Array) -> SampleIndices:
-        """Return the transitions at places of the whole mass, oldest first where the table is uniform.
+        """Return the transitions at fractions of the table's mass, with frame indices in place of observations.
+
+        In a uniform table, larger fractions select newer transitions.
 
         Args:
-            fractions: `[n]` float64 in [0, 1); evenly spread ones draw as `sample` does.
+            fractions: `[n]` float64 in [0, 1). Uniformly distributed fractions select each transition with the same
+                probability as `sample`.
 
         Returns:
-            One row a place, `[n, ...]`; the probabilities are those within this table.
+            One transition per fraction, `[n, ...]`. The probabilities refer to this table alone.
 
         Raises:
             ValueError: the table is empty.
         """
         if not self.size:
-            raise ValueError("cannot draw from an empty table")
+            raise ValueError("cannot sample from an empty table")
         if self._tree is None:
-            # Rounding may leave a place at the very end.
+            # By rounding, the product may reach the size.
             offset = np.minimum((fractions * self.size).astype(np.int64), self.size - 1)
-            return self._drawn(self._ring.oldest + offset, np.full(len(fractions), 1.0 / self.size))
+            return self._read_indices(self._ring.oldest + offset, np.full(len(fractions), 1.0 / self.size))
         total = self._tree.total
-        return self._drawn(*self._weighted(fractions * total, total))
+        return self._read_indices(*self._find_weighted(fractions * total, total))
 
-    def _weighted(self, targets: Array, total: float) -> tuple[Array, Array]:
-        """Return the transitions at running sums of weights, and with which probability each is drawn."""
+    def _find_weighted(self, targets: Array, total: float) -> tuple[Array, Array]:
+        """Return the transitions at cumulative weights `targets`, and the probability of each transition."""
         assert self._tree is not None
         slots = self._tree.find(targets.ravel()).reshape(targets.shape)
         sequence = self._ring.oldest + (slots - self._ring.oldest) % self.spec.capacity
         return sequence, self._tree.get(slots) / total
 
-    def _drawn(self, sequence: Array, probability: Array) -> SampleIndices:
+    def _read_indices(self, sequence: Array, probability: Array) -> SampleIndices:
         slots = sequence % self.spec.capacity
         self.sample_age = float(self._ring.newest - sequence.mean())
         return SampleIndices(
@@ -353,14 +349,15 @@ class TransitionTable:
         )
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:
-        """Set new priorities; of an id named twice the last one wins.
+        """Set new priorities; if an id occurs twice, the last priority wins.
 
         Args:
-            ids: any shape, int64, from a batch.
-            priorities: same shape, `|TD error| + epsilon`, finite and positive.
+            ids: int64 array of any shape, from a batch.
+            priorities: array of the same shape, `|TD error| + epsilon`, finite and positive.
 
         Returns:
-            How many ids were stale: evicted since, or of another shard or incarnation. They are ignored.
+            The number of stale ids, which are ignored: their transition was evicted, or they are of another shard or
+            incarnation.
 
         Raises:
             ValueError: the table is uniform, shapes differ, or a priority is not positive and finite.
@@ -370,15 +367,15 @@ class TransitionTable:
         ids = np.asarray(ids, np.int64).ravel()
         priorities = np.asarray(priorities, np.float64).ravel()
         if ids.shape != priorities.shape:
-            raise ValueError(f"ids and priorities must have one shape, got {ids.shape} and {priorities.shape}")
+            raise ValueError(f"ids and priorities must have the same shape, got {ids.shape} and {priorities.shape}")
         if len(priorities) and not (np.isfinite(priorities).all() and priorities.min() > 0.0):
             raise ValueError("priorities must be positive and finite")
         sequence = ids & (1 << _SEQUENCE_BITS) - 1
         live = (ids >> _SEQUENCE_BITS == self._tag) & (sequence >= self._ring.oldest) & (sequence < self._ring.newest)
         if live.any():
-            kept = priorities[live]
-            self.highest_priority = max(self.highest_priority, float(kept.max()))
-            self._tree.set(sequence[live] % self.spec.capacity, kept**self.spec.priority_exponent)
+            live_priorities = priorities[live]
+            self.highest_priority = max(self.highest_priority, float(live_priorities.max()))
+            self._tree.set(sequence[live] % self.spec.capacity, live_priorities**self.spec.priority_exponent)
         stale = int(len(ids) - live.sum())
         self.stale_updates += stale
         return stale

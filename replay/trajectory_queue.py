@@ -1,9 +1,10 @@
-"""TrajectoryQueue: first in, first out, each item consumed once, for on-policy algorithms.
+"""The trajectory queue of on-policy algorithms: first in, first out, and each trajectory is used once.
 
-A global batch is a fixed number of units (a unit is one lane's T steps, or one whole episode), opened for one
-version of the weights. Workers ask for permits, one a unit, and only experience that carries a permit is taken,
-so no batch is "whatever finished first", which would favour short episodes, and curves do not depend on the
-number of workers. Batches leave in the order they were opened; units lie in a batch in permit order.
+A global batch has a fixed number of units and is opened for one version of the weights. A unit is one trajectory: T
+steps of one lane, or one whole episode. Workers request permits, one per unit, and the queue accepts only trajectories
+with a permit. A batch of the trajectories that finish first would favor short episodes; with permits, learning curves
+do not depend on the number of workers. Batches leave the queue in the order in which they were opened, with their units
+in permit order.
 """
 
 from __future__ import annotations
@@ -19,34 +20,52 @@ from replay.types import Trajectory
 
 @dataclass
 class _OpenBatch:
+    """A global batch in the queue.
+
+    Attributes:
+        number: number of the batch, in the order of opening.
+        version: version of the weights for which the batch was opened.
+        units: trajectory of each unit, or None until the queue has received it.
+        unissued: units without a permit.
+        holders: unit -> (worker, incarnation, version) of its permit, until the queue has received the trajectory.
+    """
+
     number: int
     version: int
     units: list[Trajectory | None]
     unissued: deque[int]
-    holders: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # unit -> (worker, incarnation, version)
+    holders: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
+        """Whether the queue has received all trajectories of the batch."""
         return all(unit is not None for unit in self.units)
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
+        """Whether a permit of the batch is in use or was used."""
         return len(self.unissued) < len(self.units)
 
 
 class TrajectoryQueue:
-    """Bounded queue of global batches; a plain object, one caller at a time.
+    """Bounded queue of global batches; not thread-safe.
 
-    At most `1 + max_policy_lag` batches are open or waiting at once, and permits are issued for the newest
-    published version only, so no trajectory is ever trained on by weights more than `max_policy_lag` versions
-    newer. With a lag of 0 every unit of a batch is of one version, the one that trains on it.
+    The queue contains at most `1 + max_policy_lag` batches and issues permits only for the newest published version. So
+    the weights that train on a trajectory are at most `max_policy_lag` versions newer than the weights that produced
+    it. With a lag of 0, all units of a batch are of the version that trains on them.
+
+    Attributes:
+        units_per_batch: number of trajectories in a global batch.
+        max_policy_lag: maximum number of versions between a trajectory and the weights that train on it.
+        version: newest published version of the weights.
+        discarded_steps: environment steps of the trajectories that were discarded.
     """
 
     def __init__(self, units_per_batch: int, *, max_policy_lag: int = 0, version: int = 0) -> None:
-        """Open the first batch for `version`.
+        """Open the first batches, for `version` of the weights.
 
         Raises:
-            ConfigurationError: units_per_batch is not positive or max_policy_lag negative.
+            ConfigurationError: units_per_batch is not positive, or max_policy_lag is negative.
         """
         if units_per_batch < 1:
             raise ConfigurationError(f"units_per_batch must be positive, got {units_per_batch}")
@@ -58,9 +77,9 @@ class TrajectoryQueue:
         self.discarded_steps = 0
         self._opened = 0
         self._batches: deque[_OpenBatch] = deque()
-        self._fill()
+        self._open_batches()
 
-    def _fill(self) -> None:
+    def _open_batches(self) -> None:
         while len(self._batches) < 1 + self.max_policy_lag:
             unissued = deque(range(self.units_per_batch))
             self._batches.append(_OpenBatch(self._opened, self.version, [None] * self.units_per_batch, unissued))
@@ -68,60 +87,60 @@ class TrajectoryQueue:
 
     @property
     def complete_batches(self) -> int:
-        """Batches that could be taken now."""
+        """Number of batches that `take` can return now."""
         return sum(1 for _ in takewhile(lambda batch: batch.complete, self._batches))
 
     @property
-    def _under_way(self) -> list[_OpenBatch]:
-        """The newest batch of which units are handed out or in, and those before it, which leave before it does."""
+    def _started_batches(self) -> list[_OpenBatch]:
+        """The newest started batch and all older batches, which must leave the queue before it."""
         batches = list(self._batches)
-        while batches and not batches[-1].begun:
+        while batches and not batches[-1].started:
             batches.pop()
         return batches
 
     @property
-    def begun(self) -> bool:
-        """Whether a batch is under way."""
-        return bool(self._under_way)
+    def started(self) -> bool:
+        """Whether the queue contains a started batch."""
+        return bool(self._started_batches)
 
     @property
     def incomplete(self) -> bool:
-        """Whether units of the batches under way are still to come."""
-        return any(not batch.complete for batch in self._under_way)
+        """Whether a started batch, or an older one, still lacks units."""
+        return any(not batch.complete for batch in self._started_batches)
 
     def __len__(self) -> int:
-        """Return the trajectories held."""
+        """Return the number of trajectories in the queue."""
         return sum(unit is not None for batch in self._batches for unit in batch.units)
 
     @property
     def bytes(self) -> int:
-        """Memory of the trajectories held."""
+        """Size of the trajectories in the queue, in bytes."""
         return sum(unit.bytes for batch in self._batches for unit in batch.units if unit is not None)
 
-    def forget_earlier(self, worker: int, incarnation: int) -> None:
-        """Take back what earlier incarnations of a worker hold, since it lives again."""
+    def revoke_earlier(self, worker: int, incarnation: int) -> None:
+        """Revoke the unused permits of a worker's earlier incarnations."""
         for batch in self._batches:
             for holder in set(batch.holders.values()):
                 if holder[0] == worker and holder[1] < incarnation:
                     self.revoke(worker, holder[1])
 
     def request_permits(
-        self, worker: int, incarnation: int, count: int, *, may_begin: bool = True
+        self, worker: int, incarnation: int, count: int, *, may_start: bool = True
     ) -> tuple[Permit, ...] | str:
-        """Issue up to `count` permits of the oldest batch that has any; or say why there is none.
+        """Issue up to `count` permits of the oldest batch that has any, or return why no permit is available.
 
-        Without `may_begin` only of batches under way.
+        If `may_start` is false, issue only permits of started batches and of older ones.
         """
-        for batch in self._batches if may_begin else self._under_way:
+        for batch in self._batches if may_start else self._started_batches:
             if batch.unissued:
                 units = [batch.unissued.popleft() for _ in range(min(count, len(batch.unissued)))]
                 for unit in units:
                     batch.holders[unit] = (worker, incarnation, self.version)
                 return tuple(Permit(batch.number, unit, self.version) for unit in units)
-        return f"the learner: every unit for version {self.version} is handed out"
+        return f"the learner: permits for all units of version {self.version} are issued"
 
     def revoke(self, worker: int, incarnation: int) -> int:
-        """Take back what a dead worker still holds, to be issued again; return how many permits."""
+        """Revoke the unused permits of a worker, so that they can be issued again; return their number."""
         revoked = 0
         for batch in self._batches:
             for unit, holder in list(batch.holders.items()):
@@ -132,17 +151,17 @@ class TrajectoryQueue:
         return revoked
 
     def put(self, permit: Permit, worker: int, incarnation: int, trajectory: Trajectory) -> bool:
-        """Accept a unit, or discard it and count its steps.
+        """Store a trajectory as the unit of its permit, or discard the trajectory and count its steps.
 
         Returns:
-            False if the permit is spent or revoked, its batch is given up, or the trajectory's version is not
-            the permit's.
+            True if the trajectory was stored. False if the permit was used before or revoked, if its batch was
+            discarded, or if the versions of trajectory and permit differ.
         """
         for batch in self._batches:
             if batch.number != permit.batch:
                 continue
-            held = batch.holders.get(permit.unit) == (worker, incarnation, permit.version)
-            if held and trajectory.version == permit.version:
+            valid = batch.holders.get(permit.unit) == (worker, incarnation, permit.version)
+            if valid and trajectory.version == permit.version:
                 del batch.holders[permit.unit]
                 batch.units[permit.unit] = trajectory
                 return True
@@ -150,26 +169,26 @@ class TrajectoryQueue:
         return False
 
     def take(self) -> tuple[Trajectory, ...] | str:
-        """Remove and return the oldest batch, units in permit order; or say what it waits for."""
+        """Remove the oldest batch and return its units in permit order, or return why it is not available."""
         if not self._batches:
-            return f"the learner: nothing is published since version {self.version} was taken"
+            return f"the learner: no weights published since the batch of version {self.version} was taken"
         oldest = self._batches[0]
         if not oldest.complete:
-            done = sum(unit is not None for unit in oldest.units)
-            return f"trajectories: {done} of {self.units_per_batch} units for version {oldest.version} are in"
+            received = sum(unit is not None for unit in oldest.units)
+            return f"trajectories: {received} of {self.units_per_batch} units of version {oldest.version} received"
         self._batches.popleft()
         return tuple(unit for unit in oldest.units if unit is not None)
 
     def publish(self, version: int) -> None:
-        """Say that the learner published `version`; opens batches for it and gives up those grown too old.
+        """Record that the learner published `version`: discard batches that are now too old, and open new ones.
 
         Raises:
-            ValueError: versions go backwards.
+            ValueError: `version` is lower than the newest published version.
         """
         if version < self.version:
-            raise ValueError(f"versions only grow: {version} comes after {self.version}")
+            raise ValueError(f"the version must be at least {self.version}, got {version}")
         self.version = version
         for batch in [batch for batch in self._batches if batch.version < version - self.max_policy_lag]:
             self.discarded_steps += sum(unit.steps for unit in batch.units if unit is not None)
             self._batches.remove(batch)
-        self._fill()
+        self._open_batches()

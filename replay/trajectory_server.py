@@ -1,6 +1,6 @@
-"""TrajectoryServer: the process that holds a `TrajectoryQueue`; TrajectoryClient: what everyone else holds.
+"""The trajectory server: the process with the trajectory queue of an on-policy run.
 
-As everywhere, a call that may not proceed is answered at once with the reason to wait.
+As in the replay server, a call that may not proceed gets an immediate reply with the reason to wait.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from replay.types import EpisodeResult, Layout
 
 @dataclass(frozen=True)
 class QueueSpec:
-    """What a `TrajectoryServer` is made from.
+    """Configuration of a `TrajectoryServer`.
 
     Attributes:
-        layout: shapes and dtypes of what it holds.
-        units_per_batch: trajectories in a global batch.
-        max_policy_lag: versions that a trained trajectory may be older than the weights it trains.
+        layout: shapes and dtypes of the trajectories.
+        units_per_batch: number of trajectories in a global batch.
+        max_policy_lag: maximum number of versions between a trajectory and the weights that train on it.
     """
 
     layout: Layout
@@ -34,20 +34,20 @@ class QueueSpec:
 
 @dataclass(frozen=True)
 class QueueStats:
-    """What a trajectory server says of itself.
+    """Statistics of a trajectory server.
 
     Attributes:
-        counters: the run's totals; what was accepted counts as inserted, what was taken as sampled.
-        size: trajectories held.
-        capacity: trajectories it can hold.
-        bytes: memory of what is held.
-        version: of the weights that permits are issued for.
-        complete_batches: batches that wait for the learner.
-        discarded_steps: steps of trajectories that came too late.
-        repeated_pushes: pushes that arrived a second time.
-        waiting: caller -> what it waits for.
-        pid: of the server's process.
-        node: host it runs on.
+        counters: totals of the run; accepted steps count as inserted, and steps taken by the learner as sampled.
+        size: trajectories in the queue.
+        capacity: maximum number of trajectories in the queue.
+        bytes: memory of the trajectories in the queue, in bytes.
+        version: version of the weights for which permits are issued.
+        complete_batches: batches that the learner can take now.
+        discarded_steps: environment steps of the trajectories that were discarded.
+        repeated_pushes: pushes that arrived again after they were accepted.
+        waiting: caller -> the reason why it waits.
+        pid: process ID of the server.
+        node: host name of the server's node.
     """
 
     counters: Counters
@@ -64,21 +64,21 @@ class QueueStats:
 
 
 class TrajectoryServer:
-    """A queue of global batches with permits. Every call is short; calls are served one at a time."""
+    """Server of a trajectory queue. Each call is short; the server handles one call at a time."""
 
     def __init__(
         self, spec: QueueSpec, *, version: int = 0, carried: Counters | None = None, max_env_steps: int | None = None
     ) -> None:
-        """Open the first batch.
+        """Open the first batches.
 
         Args:
-            spec: what to hold.
-            version: of the weights now published.
+            spec: configuration of the queue.
+            version: newest published version of the weights.
             carried: totals of the run before this server.
-            max_env_steps: once this many steps are accepted no more permits are issued.
+            max_env_steps: number of accepted environment steps after which the server starts no more batches.
 
         Raises:
-            ConfigurationError: a number of units or a lag that cannot work.
+            ConfigurationError: `units_per_batch` is not positive, or `max_policy_lag` is negative.
         """
         self.spec = spec
         self._queue = TrajectoryQueue(spec.units_per_batch, max_policy_lag=spec.max_policy_lag, version=version)
@@ -88,37 +88,39 @@ class TrajectoryServer:
 
     @property
     def _finished(self) -> bool:
-        """Whether no batch will come any more. One that was begun when the steps were reached is completed first."""
-        return self._enough and not self._queue.begun
+        """Whether no more batches will follow; a batch that was started before the last step is completed first."""
+        return self._has_enough_steps and not self._queue.started
 
     @property
-    def _enough(self) -> bool:
+    def _has_enough_steps(self) -> bool:
         return self._max_env_steps is not None and self._counters.env_steps >= self._max_env_steps
 
     def finish(self) -> None:
-        """Begin no more batches; one that was begun is completed, and can be taken."""
+        """Start no more batches; started batches are still completed and can be taken."""
         self._max_env_steps = 0
 
     def request_permits(self, worker: int, incarnation: int, count: int) -> PermitReply:
-        """Issue up to `count` permits, or say what to wait for."""
+        """Issue up to `count` permits, or return the reason to wait."""
         caller = f"worker-{worker}"
-        self._queue.forget_earlier(worker, incarnation)
-        if self._enough and not self._queue.incomplete:
-            self._ledger.note(caller, None)
+        self._queue.revoke_earlier(worker, incarnation)
+        if self._has_enough_steps and not self._queue.incomplete:
+            self._ledger.record_wait(caller, None)
             return PermitReply(finished=True)
-        issued = self._queue.request_permits(worker, incarnation, count, may_begin=not self._enough)
-        self._ledger.note(caller, issued if isinstance(issued, str) else None)
+        issued = self._queue.request_permits(worker, incarnation, count, may_start=not self._has_enough_steps)
+        self._ledger.record_wait(caller, issued if isinstance(issued, str) else None)
         return PermitReply(wait=issued) if isinstance(issued, str) else PermitReply(issued)
 
     def revoke(self, worker: int, incarnation: int) -> int:
-        """Take back the permits of a dead worker, to be issued again; return how many."""
+        """Revoke the unused permits of a worker, so that they can be issued again; return their number."""
         return self._queue.revoke(worker, incarnation)
 
     def insert(self, push: Push) -> InsertReply:
-        """Add a push's trajectories, once; those whose permit is void are discarded and counted.
+        """Store the trajectories of a push; acknowledge and ignore a repeated push.
+
+        A trajectory whose permit is no longer valid is discarded, and its steps are counted.
 
         Raises:
-            LayoutMismatch: a trajectory does not fit; none of the push is inserted.
+            LayoutMismatch: a trajectory does not fit the layout; no trajectory of the push is stored.
         """
         if self._ledger.has_seen(push):
             return InsertReply(self._counters.env_steps, repeated=True)
@@ -135,11 +137,11 @@ class TrajectoryServer:
         return InsertReply(self._counters.env_steps, accepted=True)
 
     def take(self) -> TakeReply:
-        """Return the oldest batch and forget it, or say what to wait for."""
+        """Remove the oldest batch and return it, or return the reason to wait."""
         taken = self._queue.take()
         wait = taken if isinstance(taken, str) else None
         finished = wait is not None and self._finished
-        self._ledger.note("learner", None if finished else wait)
+        self._ledger.record_wait("learner", None if finished else wait)
         if isinstance(taken, str):
             return TakeReply(finished=True) if finished else TakeReply(wait=taken)
         before, steps = self._counters, sum(trajectory.steps for trajectory in taken)
@@ -147,15 +149,15 @@ class TrajectoryServer:
         return TakeReply(taken, returns=self._ledger.returns)
 
     def publish(self, version: int) -> None:
-        """See `TrajectoryQueue.publish`."""
+        """Record that the learner published `version`; see `TrajectoryQueue.publish`."""
         self._queue.publish(version)
 
     def drain_episodes(self) -> tuple[EpisodeResult, ...]:
-        """See `PushLedger.drain_episodes`."""
+        """Return the episodes that ended since the last call, and forget them."""
         return self._ledger.drain_episodes()
 
     def stats(self) -> QueueStats:
-        """Return what `squall status` shows."""
+        """Return the statistics that `squall status` displays."""
         return QueueStats(
             counters=self._counters,
             size=len(self._queue),

@@ -1,8 +1,11 @@
-"""What crosses processes: frozen dataclasses with their shapes, dtypes and units, and the error classes.
+"""Experience types: frozen dataclasses for segments, trajectories, and episode results, with shapes, dtypes, and units.
 
-One convention of time, everywhere: in `observation` the agent took `action`; then came `reward` and
-`next_observation`. `discount` is gamma if the episode goes on or was truncated, 0 if it terminated; over n
-steps it is the product. Bootstrapping stops at termination only.
+All modules share one time convention: the agent takes `action` in `observation`; the environment then returns `reward`
+and `next_observation`. `discount` is gamma if the episode continues or was truncated, and 0 if the episode terminated;
+over n steps it is the product of the discounts. Bootstrapping stops only at termination.
+
+A row is one time step of an environment lane: one observation, and the action taken in it. An episode of T steps has
+T + 1 rows; the last row shows the final observation and is not a step.
 """
 
 from __future__ import annotations
@@ -22,17 +25,18 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes and dtypes of one environment lane's experience.
+    """Shapes and dtypes of the experience of one environment lane.
 
     Attributes:
-        frame_shape: shape of one stored frame. Without stacking the frame is the whole observation.
+        frame_shape: shape of one stored frame. Without frame stacking, a frame is a whole observation.
         frame_dtype: NumPy name of the frame's dtype, such as `"uint8"`.
-        stack: number of frames in an observation. 1 means "not stacked": the observation is `[*frame_shape]`;
-            more means `[stack, *frame_shape]`, oldest first, zero frames before the episode's first.
-        action_shape: shape of one action, `()` for a discrete one.
+        stack: frames in an observation. With 1, frames are not stacked and an observation is `[*frame_shape]`. With
+            more, an observation is `[stack, *frame_shape]`, oldest frame first, with zero frames before the episode's
+            first frame.
+        action_shape: shape of one action, `()` for a discrete action.
         action_dtype: NumPy name of the action's dtype.
         segment_length: rows in a full segment.
-        n_steps: steps summed into each stored reward.
+        n_steps: maximum number of rewards summed into each stored reward.
     """
 
     frame_shape: tuple[int, ...]
@@ -52,23 +56,23 @@ class Layout:
 
     @property
     def observation_shape(self) -> tuple[int, ...]:
-        """Shape of one observation as a network sees it."""
+        """Shape of one observation, as a network receives it."""
         return self.frame_shape if self.stack == 1 else (self.stack, *self.frame_shape)
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of one stored frame."""
+        """Size of one stored frame in bytes."""
         return math.prod(self.frame_shape) * np.dtype(self.frame_dtype).itemsize
 
     @property
     def max_segment_frames(self) -> int:
-        """Frames in a full segment: the stack's predecessors, its rows, and the n-step tail."""
+        """Frames in a full segment: `stack - 1` predecessors, the segment's rows, and the n-step tail."""
         return self.stack - 1 + self.segment_length + self.n_steps
 
 
 @dataclass(frozen=True)
 class StepArrays:
-    """The arrays that one segment consists of, and several end to end; `Segment` says what they are."""
+    """The arrays of one segment, or of several concatenated segments; see `Segment` for shapes and dtypes."""
 
     frames: Array
     row: Array
@@ -81,55 +85,59 @@ class StepArrays:
 
     @property
     def steps(self) -> int:
-        """Environment steps in here: each is a start of exactly one segment."""
+        """Number of environment steps; each step is a start position of exactly one segment."""
         return len(self.row)
 
     @property
     def bytes(self) -> int:
-        """Memory of its arrays."""
+        """Total size of the arrays in bytes."""
         return sum(getattr(self, field.name).nbytes for field in fields(self))
 
 
 @dataclass(frozen=True)
 class Segment(StepArrays):
-    """A contiguous run of rows of one environment lane, self-contained and immutable once made.
+    """A contiguous sequence of rows of one environment lane, self-contained and immutable.
 
-    Every row's observation is here once; S start positions point at the rows they start and bootstrap from.
-    A row that ended an episode is in `frames` (its predecessor bootstraps from it) but is no start.
+    The segment stores the frame of each row once. Each of its S start positions is one transition: the start position
+    points to the row where the transition starts and to the row that it bootstraps from. `frames` includes the last row
+    of an episode, because earlier rows bootstrap from it, but that row is not a start position.
 
     Attributes:
         frames: `[F, *frame_shape]`, oldest first.
-        row: `[S]` int32, index into `frames` of the start's newest frame.
-        age: `[S]` uint8, frames since the reset at that row, at most `stack - 1`: how many predecessors are real.
+        row: `[S]` int32, index into `frames` of the start position's newest frame.
+        age: `[S]` uint8, number of frames since the reset at that row, at most `stack - 1`. Of the frames before the
+            row, only the newest `age` belong to its observation's stack.
         bootstrap_row: `[S]` int32, index into `frames` of the row to bootstrap from.
-        bootstrap_age: `[S]` uint8, as `age`, for that row.
+        bootstrap_age: `[S]` uint8, same as `age`, for `bootstrap_row`.
         action: `[S, *action_shape]`.
         reward: `[S]` float32, the discounted sum of up to n rewards.
         discount: `[S]` float32, the product of up to n discounts.
     """
 
     def check(self, layout: Layout) -> None:
-        """Raise `LayoutMismatch`, naming both sides, unless this segment fits `layout`."""
+        """Raise `LayoutMismatch`, with the expected and actual values, unless this segment fits `layout`."""
         join_segments((self,), layout)
 
 
 @dataclass(frozen=True, eq=False)
 class Segments(StepArrays, Sequence[Segment]):
-    """N segments end to end, one array a field: a push has many short ones, and each array costs calls on its way.
+    """N concatenated segments, with one array per field.
 
-    As a sequence it gives `Segment`s, whose arrays are views of these. Every one of them has steps. Rows are counted
-    from each segment's own first frame.
+    A push contains many short segments, and each array costs function calls wherever it is checked, sent, and stored.
+    Concatenation keeps the number of arrays constant. The object is a sequence of `Segment`s whose arrays are views of
+    these arrays. Each segment has at least one step. `row` and `bootstrap_row` count from the first frame of their own
+    segment.
 
     Attributes:
-        frame_counts: `[N]` int64, F of each segment.
-        step_counts: `[N]` int64, S of each segment.
+        frame_counts: `[N]` int64, number of frames F of each segment.
+        step_counts: `[N]` int64, number of steps S of each segment.
     """
 
     frame_counts: Array
     step_counts: Array
 
     def __len__(self) -> int:
-        """Return N."""
+        """Return the number of segments N."""
         return len(self.step_counts)
 
     @overload
@@ -137,19 +145,19 @@ class Segments(StepArrays, Sequence[Segment]):
     @overload
     def __getitem__(self, index: slice) -> Segments: ...
     def __getitem__(self, index: int | slice) -> Segment | Segments:
-        """Return a segment, or neighbouring ones; a slice has no stride."""
-        chosen = range(len(self))[index]
-        first, last = (chosen, chosen + 1) if isinstance(chosen, int) else (chosen.start, chosen.stop)
+        """Return one segment for an index, or consecutive segments for a slice of stride 1."""
+        selected = range(len(self))[index]
+        first, last = (selected, selected + 1) if isinstance(selected, int) else (selected.start, selected.stop)
         steps, frames = (
             slice(int(counts[:first].sum()), int(counts[:last].sum()))
             for counts in (self.step_counts, self.frame_counts)
         )
         arrays: dict[str, Array] = {name: getattr(self, name)[steps] for name in _PER_STEP}
         arrays["frames"] = self.frames[frames]
-        if isinstance(chosen, int):
+        if isinstance(selected, int):
             return Segment(**arrays)
-        if chosen.step != 1:
-            raise ValueError(f"segments are taken one after the other, got a stride of {chosen.step}")
+        if selected.step != 1:
+            raise ValueError(f"a slice of segments must have a stride of 1, got a stride of {selected.step}")
         return Segments(**arrays, frame_counts=self.frame_counts[index], step_counts=self.step_counts[index])
 
 
@@ -158,32 +166,32 @@ _PER_STEP = tuple(field.name for field in fields(StepArrays))[1:]
 
 
 def join_segments(segments: Sequence[Segment], layout: Layout) -> Segments:
-    """Return segments end to end, those that have steps, once they are found to fit.
+    """Check segments against a layout and return them concatenated, without the segments that have no steps.
 
     Raises:
-        LayoutMismatch: a segment does not fit `layout`; the text names both sides.
+        LayoutMismatch: a segment does not fit `layout`; the message states the expected and actual values.
     """
-    wanted = _shapes_and_dtypes(layout)
-    joined = segments if isinstance(segments, Segments) else _joined(segments, wanted)
+    expected = _shapes_and_dtypes(layout)
+    joined = segments if isinstance(segments, Segments) else _concatenate(segments, expected)
     steps, frames = joined.step_counts, joined.frame_counts
     for name in ("step_counts", "frame_counts"):
         _expect(name, getattr(joined, name), (len(joined),), _COUNT)
-    for name, (shape, dtype) in wanted.items():
-        rows = frames.sum() if name == "frames" else steps.sum()
-        _expect(name, getattr(joined, name), (int(rows), *shape), dtype)
+    for name, (shape, dtype) in expected.items():
+        length = frames.sum() if name == "frames" else steps.sum()
+        _expect(name, getattr(joined, name), (int(length), *shape), dtype)
     if not len(joined):
         return joined
     if steps.max() > layout.segment_length:
-        raise LayoutMismatch(f"a segment holds at most {layout.segment_length} steps, got {steps.max()}")
+        raise LayoutMismatch(f"a segment must have at most {layout.segment_length} steps, got {steps.max()}")
     if steps.min() < 1:
-        raise LayoutMismatch(f"a segment among others holds at least one step, got {steps.min()}")
+        raise LayoutMismatch(f"each segment must have at least one step, got {steps.min()}")
     if frames.max() > layout.max_segment_frames:
-        raise LayoutMismatch(f"a segment holds at most {layout.max_segment_frames} frames, got {frames.max()}")
-    ends = np.repeat(frames, steps)
+        raise LayoutMismatch(f"a segment must have at most {layout.max_segment_frames} frames, got {frames.max()}")
+    limits = np.repeat(frames, steps)
     for prefix in ("", "bootstrap_"):
         rows, ages = getattr(joined, prefix + "row"), getattr(joined, prefix + "age")
-        for wrong in np.flatnonzero((rows < 0) | (rows >= ends))[:1]:
-            raise LayoutMismatch(f"{prefix}row must lie in [0, {ends[wrong]}), got {rows[wrong]}")
+        for wrong in np.flatnonzero((rows < 0) | (rows >= limits))[:1]:
+            raise LayoutMismatch(f"{prefix}row must lie in [0, {limits[wrong]}), got {rows[wrong]}")
         if ages.max() > layout.stack - 1:
             raise LayoutMismatch(f"{prefix}age must be at most {layout.stack - 1}, got {ages.max()}")
         if (ages > rows).any():
@@ -205,41 +213,43 @@ def _shapes_and_dtypes(layout: Layout) -> dict[str, tuple[tuple[int, ...], np.dt
     }
 
 
-def _joined(segments: Sequence[Segment], wanted: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> Segments:
-    """Join segments, each of which is looked at before: joined, what does not fit might no longer show."""
+def _concatenate(
+    segments: Sequence[Segment], expected: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+) -> Segments:
+    """Concatenate segments; check the shapes and dtypes of each first, since concatenation can hide a mismatch."""
     for segment in segments:
-        for name, (shape, dtype) in wanted.items():
+        for name, (shape, dtype) in expected.items():
             array = getattr(segment, name)
-            rows = len(array) if name == "frames" else segment.steps
-            if array.dtype != dtype or array.shape != (rows, *shape):
-                _expect(name, array, (rows, *shape), dtype)
-    held = [segment for segment in segments if segment.steps]
+            length = len(array) if name == "frames" else segment.steps
+            if array.dtype != dtype or array.shape != (length, *shape):
+                _expect(name, array, (length, *shape), dtype)
+    nonempty = [segment for segment in segments if segment.steps]
     arrays = {}
-    for name, (shape, dtype) in wanted.items():
-        parts = [getattr(segment, name) for segment in held]
+    for name, (shape, dtype) in expected.items():
+        parts = [getattr(segment, name) for segment in nonempty]
         arrays[name] = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty((0, *shape), dtype)])
     return Segments(
         **arrays,
-        frame_counts=np.array([len(segment.frames) for segment in held], np.int64),
-        step_counts=np.array([segment.steps for segment in held], np.int64),
+        frame_counts=np.array([len(segment.frames) for segment in nonempty], np.int64),
+        step_counts=np.array([segment.steps for segment in nonempty], np.int64),
     )
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """T consecutive rows of one lane for on-policy learning, all under one version of the weights.
+    """T consecutive rows of one lane for on-policy learning, all from one version of the weights.
 
     Attributes:
-        observation: `[T + 1, *observation_shape]`; the last is for bootstrapping.
+        observation: `[T + 1, *observation_shape]`; the last observation serves only for bootstrapping.
         action: `[T, *action_shape]`.
         reward: `[T]` float32.
-        discount: `[T]` float32, gamma, or 0 where the step terminated.
-        valid: `[T]` bool. False marks a row that is no step: the one after an episode's end, whose action
-            was ignored. A step whose successor is invalid bootstraps from the successor's observation,
-            weighted by its own discount; nothing flows further back.
-        log_probability: `[T]` float32, of `action` under the behaviour policy.
-        version: version of the weights that chose every action.
-        episodic: True if this is one whole episode.
+        discount: `[T]` float32: gamma, or 0 where the episode terminated.
+        valid: `[T]` bool. False marks a row that is not a step: the last row of an episode, whose action the
+            environment ignored. A step before an invalid row bootstraps from that row's observation, weighted by the
+            step's own discount. No return or advantage propagates across an invalid row.
+        log_probability: `[T]` float32, log-probability of `action` under the behavior policy.
+        version: version of the weights that selected all actions.
+        episodic: whether the trajectory is one whole episode.
     """
 
     observation: Array
@@ -253,16 +263,16 @@ class Trajectory:
 
     @property
     def steps(self) -> int:
-        """Environment steps in here."""
+        """Number of environment steps, which are the valid rows."""
         return int(self.valid.sum())
 
     @property
     def bytes(self) -> int:
-        """Memory of its arrays."""
+        """Approximate size of the arrays in bytes."""
         return self.observation.nbytes + self.action.nbytes + 4 * self.reward.nbytes
 
     def check(self, layout: Layout) -> None:
-        """Raise `LayoutMismatch`, naming both sides, unless this trajectory fits `layout`."""
+        """Raise `LayoutMismatch`, with the expected and actual values, unless this trajectory fits `layout`."""
         rows = len(self.action)
         _expect("observation", self.observation, (rows + 1, *layout.observation_shape), layout.frame_dtype)
         _expect("action", self.action, (rows, *layout.action_shape), layout.action_dtype)
@@ -278,7 +288,7 @@ def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: str | np.dty
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """One finished episode: its true, unclipped, undiscounted return and its length in steps."""
+    """One finished episode: its unclipped, undiscounted return, and its length in environment steps."""
 
     episode_return: float
     length: int
@@ -286,7 +296,7 @@ class EpisodeResult:
 
 @dataclass(frozen=True)
 class Moments:
-    """How many numbers were seen, their mean, and the sum of squared deviations from it."""
+    """Running moments of a sample: the count, the mean, and the sum of squared deviations from the mean."""
 
     count: int = 0
     mean: float = 0.0
@@ -294,13 +304,13 @@ class Moments:
 
     @classmethod
     def of(cls, numbers: Array) -> Moments:
-        """Return the moments of an array; of an empty one there are none."""
+        """Return the moments of an array; an empty array has a count of 0."""
         if not numbers.size:
             return cls()
         return cls(numbers.size, float(numbers.mean()), float(numbers.var() * numbers.size))
 
     def merged(self, other: Moments) -> Moments:
-        """Return the moments of both (Chan et al. 1979, parallel variance)."""
+        """Return the moments of both samples combined (Chan et al. 1979, parallel variance)."""
         count = self.count + other.count
         if not count:
             return self
@@ -310,7 +320,7 @@ class Moments:
 
     @property
     def std(self) -> float:
-        """Standard deviation; 0 while nothing was seen."""
+        """Standard deviation; 0 for an empty sample."""
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 

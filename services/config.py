@@ -1,8 +1,8 @@
-"""The run configuration: typed, frozen, validated once; an unknown key is an error that names the nearest.
+"""Configuration of a run: typed, frozen, and validated once. The error for an unknown key names the nearest known one.
 
-It is put together from, each over the one before: defaults, the preset of algorithm and environment, a YAML file,
-command-line flags, `--set key=value`. Keys of a run and of the algorithm's constructor have different names, so
-`--set` takes either without a prefix.
+A configuration has these layers, each of which overrides the one before: defaults, the preset of the algorithm and
+environment, a YAML file, command-line flags and `--set key=value`. Run keys and the keys of the algorithm's constructor
+have different names, so `--set` accepts both without a prefix.
 """
 
 from __future__ import annotations
@@ -30,60 +30,70 @@ from replay.errors import ConfigurationError
 
 
 class RunConfig(BaseModel):
-    """One run, resolved: `squall train --config` with these values repeats it."""
+    """Resolved configuration of one run; `squall train --config` with these values repeats the run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     algorithm: str = Field(description="name of the algorithm")
     environment: str = Field(description="Gymnasium id")
     environment_arguments: dict[str, Any] = Field({}, description="keyword arguments of the environment")
-    seed: NonNegativeInt = Field(0, description="from which all others are spawned")
-    steps: PositiveInt = Field(1_000_000, description="environment steps, over all workers")
+    seed: NonNegativeInt = Field(0, description="seed from which all other seeds are derived")
+    steps: PositiveInt = Field(1_000_000, description="environment steps of all workers together")
     actors: NonNegativeInt | Literal["auto"] = Field(
-        2, description="rollout workers; auto, or 0 if all experience comes from outside"
+        2, description="number of rollout workers; auto; or 0 if all experience comes from external simulators"
     )
-    replay_shards: PositiveInt = Field(1, description="tables that the replay is divided among")
-    learner_gpus: NonNegativeInt | Literal["auto"] = Field("auto", description="0, 1, or auto: 1 where there is one")
+    replay_shards: PositiveInt = Field(1, description="number of tables that share the replay")
+    learner_gpus: NonNegativeInt | Literal["auto"] = Field(
+        "auto", description="GPUs of the learner: 0, 1, or auto, which takes one if there is one"
+    )
     learner_threads: PositiveInt | Literal["auto"] = Field(
-        "auto", description="CPU threads of the learner; auto: the machine's CPUs that workers leave, 1 to 4"
+        "auto", description="CPU threads of the learner; auto takes the CPUs that workers leave, 1 to 4"
     )
     cpus_per_actor: NonNegativeFloat = Field(
-        0.0, allow_inf_nan=False, description="CPUs that Ray keeps for each worker; 0 for none"
+        0.0, allow_inf_nan=False, description="CPUs that Ray reserves for each worker; 0 for none"
     )
-    eval_every: NonNegativeInt = Field(10_000, description="steps between evaluations; 0 evaluates at the end only")
+    eval_every: NonNegativeInt = Field(
+        10_000, description="environment steps between evaluations; 0 evaluates at the end only"
+    )
     stop_at_return: float | None = Field(
-        None, allow_inf_nan=False, description="mean return of a periodic evaluation that ends the run; null for none"
+        None,
+        allow_inf_nan=False,
+        description="end the run when a periodic evaluation reaches this mean return; null for none",
     )
-    eval_episodes: PositiveInt = Field(10, description="episodes of a periodic evaluation")
-    final_eval_episodes: PositiveInt = Field(20, description="fresh episodes that score the best and the last weights")
-    publish_every: PositiveInt = Field(100, description="updates between versions of the weights")
+    eval_episodes: PositiveInt = Field(10, description="number of episodes of a periodic evaluation")
+    final_eval_episodes: PositiveInt = Field(
+        20, description="number of fresh episodes that score the best and the last weights"
+    )
+    publish_every: PositiveInt = Field(100, description="updates between published versions of the weights")
     checkpoint_every: PositiveInt = Field(5_000, description="updates between step-numbered checkpoints")
-    keep_checkpoints: PositiveInt = Field(3, description="step-numbered checkpoints kept")
-    precision: str = Field("auto", description="auto, 32-true, bf16-mixed or 16-mixed")
-    replay_deadline: float = Field(300.0, gt=0, description="seconds a process waits for replay before it fails")
+    keep_checkpoints: PositiveInt = Field(3, description="number of step-numbered checkpoints to keep")
+    precision: str = Field("auto", description="auto, 32-true, bf16-mixed, or 16-mixed")
+    replay_deadline: float = Field(
+        300.0, gt=0, description="seconds that a process waits for the replay before it fails"
+    )
     serve: str | None = Field(
         None,
-        description="host:port of the gRPC server for policy and experience, or auto; null for none",
+        description="host:port of the gRPC endpoint for policy and experience, or auto; null for none",
     )
     hyperparameters: dict[str, Any] = Field({}, description="arguments of the algorithm's constructor")
 
     @property
     def first_actors(self) -> int:
-        """Rollout workers that the run begins with."""
+        """Initial number of rollout workers."""
         return 1 if self.actors == "auto" else self.actors
 
     def save(self, path: Path) -> None:
-        """Write this configuration as YAML."""
+        """Write the configuration to a YAML file."""
         path.write_text(self.as_yaml())
 
     def as_yaml(self) -> str:
-        """Return this configuration as YAML."""
+        """Return the configuration as YAML text."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 RUN_KEYS = tuple(name for name in RunConfig.model_fields if name not in ("hyperparameters", "algorithm", "environment"))
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-_SET_BY_THE_RUN = ("seed",)
+_SET_BY_RUN = ("seed",)  # arguments of an algorithm's constructor that run keys set
 KEY_ALIASES = {
     "lr": "learning_rate",
     "buffer_size": "replay_size",
@@ -103,33 +113,35 @@ def resolve(
     file: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> tuple[RunConfig, Preset | None]:
-    """Put a configuration together.
+    """Return the configuration of a run, merged from all layers.
 
     Args:
         algorithm: name of the algorithm; None takes the file's.
         environment: environment id; None takes the file's.
-        file: YAML file of run keys, with the constructor's under `hyperparameters`.
-        overrides: flat keys of either kind.
+        file: YAML file of run keys, with the keys of the algorithm's constructor under `hyperparameters`.
+        overrides: run keys and keys of the constructor, in one flat mapping.
 
     Returns:
-        The configuration, and the preset it is based on, if there is one.
+        The configuration, and the preset it is based on, or None if there is no preset.
 
     Raises:
-        ConfigurationError: an unknown key, a wrong type, a value out of range, an unreadable file.
+        ConfigurationError: an unknown key, a wrong type, a value out of range, or an unreadable file.
     """
     from_file = read_yaml(file) if file is not None else {}
     algorithm = algorithm or from_file.get("algorithm")
     environment = environment or from_file.get("environment")
     for key in ("algorithm", "environment"):
         if overrides and key in overrides:
-            raise ConfigurationError(f"--set cannot change {key}; name both in front: squall train dqn CartPole-v1")
+            raise ConfigurationError(
+                f"--set cannot change {key}; name algorithm and environment first: squall train dqn CartPole-v1"
+            )
     if not algorithm or not environment:
         raise ConfigurationError("name an algorithm and an environment, such as: squall train dqn CartPole-v1")
     if not isinstance(algorithm, str) or not isinstance(environment, str):
         raise ConfigurationError(f"algorithm and environment must be text, got {algorithm!r} and {environment!r}")
     if algorithm not in ALGORITHMS:
-        near = _nearest(algorithm, ALGORITHMS)
-        raise ConfigurationError(f"unknown algorithm {algorithm!r}{near}; there are {', '.join(ALGORITHMS)}")
+        hint = _nearest(algorithm, ALGORITHMS)
+        raise ConfigurationError(f"unknown algorithm {algorithm!r}{hint}; there are {', '.join(ALGORITHMS)}")
     preset = load_preset(algorithm, environment)
     flat: dict[str, Any] = {}
     for layer in (
@@ -139,60 +151,71 @@ def resolve(
         overrides or {},
     ):
         flat.update(layer)
-    flat = {key: value for key, value in flat.items() if key not in ("algorithm", "environment")}
-    own = {name: p for name, p in ALGORITHMS[algorithm].hyperparameter_types().items() if name not in _SET_BY_THE_RUN}
     run = {key: value for key, value in flat.items() if key in RUN_KEYS}
-    hyperparameters = {key: parameter.default for key, parameter in own.items()}
-    for key, value in flat.items():
-        if key in RUN_KEYS:
-            continue
-        if key not in own:
-            known = KEY_ALIASES.get(key)
-            hint = f"; did you mean {known!r}?" if known in own else _nearest(key, [*RUN_KEYS, *own])
-            raise ConfigurationError(f"unknown key {key!r}{hint}; --show-config lists all keys")
-        hyperparameters[key] = _typed(key, own[key].annotation, value)
+    own = {key: value for key, value in flat.items() if key not in (*RUN_KEYS, "algorithm", "environment")}
+    hyperparameters = _hyperparameters(algorithm, own)
     try:
         config = RunConfig(algorithm=algorithm, environment=environment, hyperparameters=hyperparameters, **run)
     except ValidationError as error:
-        raise _translated(error) from error
+        raise _as_configuration_error(error) from error
+    _check(config)
+    return config, preset
+
+
+def _hyperparameters(algorithm: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of an algorithm's constructor: the given values, validated, over the defaults."""
+    types = ALGORITHMS[algorithm].hyperparameter_types()
+    parameters = {name: parameter for name, parameter in types.items() if name not in _SET_BY_RUN}
+    hyperparameters = {key: parameter.default for key, parameter in parameters.items()}
+    for key, value in values.items():
+        if key not in parameters:
+            known = KEY_ALIASES.get(key)
+            hint = f"; did you mean {known!r}?" if known in parameters else _nearest(key, [*RUN_KEYS, *parameters])
+            raise ConfigurationError(f"unknown key {key!r}{hint}; --show-config lists all keys")
+        hyperparameters[key] = _validated(key, parameters[key].annotation, value)
+    return hyperparameters
+
+
+def _check(config: RunConfig) -> None:
+    """Raise `ConfigurationError` for values that the model's types do not exclude."""
     if config.precision not in _PRECISIONS:
         raise ConfigurationError(f"precision must be one of {', '.join(_PRECISIONS)}, got {config.precision!r}")
     if config.learner_gpus not in ("auto", 0, 1):
         raise ConfigurationError(
-            f"a learner computes on one GPU: learner_gpus must be auto, 0 or 1, got {config.learner_gpus}"
+            f"the learner uses at most one GPU: learner_gpus must be auto, 0, or 1, got {config.learner_gpus}"
         )
     if config.stop_at_return is not None and not 0 < config.eval_every < config.steps:
         raise ConfigurationError(
             f"stop_at_return needs a periodic evaluation before the run's end: "
             f"eval_every is {config.eval_every:,} and the run has {config.steps:,} steps"
         )
-    return config, preset
 
 
-def _typed(key: str, kind: Any, value: Any) -> Any:
+def _validated(key: str, kind: Any, value: Any) -> Any:
     try:
         typed = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise _translated(error, key) from error
+        raise _as_configuration_error(error, key) from error
     return list(typed) if isinstance(typed, tuple) else typed
 
 
-def _translated(error: ValidationError, key: str = "") -> ConfigurationError:
+def _as_configuration_error(error: ValidationError, key: str = "") -> ConfigurationError:
     first = error.errors()[0]
-    where = key or str(first["loc"][0])
-    return ConfigurationError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}")
+    key = key or str(first["loc"][0])
+    return ConfigurationError(f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {first['input']!r}")
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the known name that is most similar to an unknown one, or an empty text."""
+    similar = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
     Raises:
-        ConfigurationError: the file cannot be read, or holds something else.
+        ConfigurationError: the file cannot be read, or contains something else.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -202,16 +225,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     own = content.get("hyperparameters", {}) if isinstance(content, dict) else None
     if not isinstance(own, dict) or not all(isinstance(key, str) for key in [*content, *own]):
-        raise ConfigurationError(f"{path} must hold a mapping of names to values")
+        raise ConfigurationError(f"{path} must contain a mapping of names to values")
     mapping: dict[str, Any] = content
     return mapping
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """Return the key and value of `key=value`; the value is read as YAML, so `[64, 64]` and `null` work.
+    """Return the key and value of `key=value`; the value is parsed as YAML, so `[64, 64]` and `null` work.
 
     Raises:
-        ConfigurationError: there is no `=`, or the value is no YAML.
+        ConfigurationError: there is no `=`, or the value is not valid YAML.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -219,4 +242,4 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"--set {key}: {value!r} is no YAML value") from error
+        raise ConfigurationError(f"--set {key}: {value!r} is not a valid YAML value") from error

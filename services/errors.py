@@ -1,18 +1,18 @@
-"""Errors of the services; their base class and those of replay, rollout workers, and learner are in `replay.errors`.
+"""The exceptions of the services; `replay.errors` defines their base class and all other exceptions of Squall.
 
 SquallError
-├── RunNameInUse, UnknownRun, UnknownCommand    a name that cannot be taken, or is not there
-├── RunIsLive, RunIsNotLive, RunTakenOver       a run in another state than the call needs
-├── CommandRefused                              a command that the run refuses
-├── RunFailed, CrashLoop, RayUnavailable        a run that cannot start or go on
+├── RunNameInUse, UnknownRun, UnknownCommand    name that is taken or unknown
+├── RunIsLive, RunIsNotLive, RunTakenOver       run in another state than the call requires
+├── CommandRefused                              command that the run refused
+├── RunFailed, CrashLoop, RayUnavailable        run that cannot start or continue
 ├── StoreUnavailable, StoreIncompatible,
-│   NotStorable                                 the run store
+│   NotStorable                                 failure of the run store
 ├── DeadlineExceeded
-│   └── StoreTimeout                            a command without an answer
+│   └── StoreTimeout                            command that was not answered in time
 ├── Unauthenticated, Overloaded, ServesNothing,
 │   OutOfOrder, NotReady, ServerUnavailable,
-│   CallFailed                                  gRPC
-└── JobServerUnavailable                        Ray's job server
+│   CallFailed                                  failure of a gRPC call
+└── JobServerUnavailable                        failure of Ray's job server
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from replay.errors import DeadlineExceeded, SquallError
 
 
 class RunNameInUse(SquallError):
-    """Another run, alive or ended, has this name: choose another, or resume that run."""
+    """Another run, live or ended, has this name: choose another name, or resume that run."""
 
     exit_status = 2
     grpc_code = "ALREADY_EXISTS"
 
 
 class UnknownRun(SquallError, LookupError):
-    """No run has this name; the text lists the nearest names."""
+    """No run has this name; the message lists the most similar names."""
 
     exit_status = 2
     grpc_code = "NOT_FOUND"
 
 
 class UnknownCommand(SquallError, LookupError):
-    """The run was never sent this command, or so long ago that the store no longer has it."""
+    """The run has no command with this id: it was never sent, or it is so old that the store has dropped it."""
 
     exit_status = 2
     grpc_code = "NOT_FOUND"
 
 
 class RunIsLive(SquallError):
-    """The run already has a coordinator: stop that one first."""
+    """The run already has a coordinator, which must be stopped first."""
 
     grpc_code = "FAILED_PRECONDITION"
 
 
 class RunTakenOver(SquallError):
-    """Another coordinator has resumed the run: this one must end and write nothing more."""
+    """Another coordinator has resumed the run, so this coordinator must stop and write nothing more."""
 
 
 class RunIsNotLive(SquallError):
@@ -58,81 +58,81 @@ class RunIsNotLive(SquallError):
 
 
 class CommandRefused(SquallError):
-    """The run refuses a command; the text says why."""
+    """The run refused a command; the message states the reason."""
 
     grpc_code = "FAILED_PRECONDITION"
 
 
 class RunFailed(SquallError):
-    """A run that could not go on; the text says why."""
+    """The run could not continue; the message states the reason."""
 
 
 class CrashLoop(SquallError):
-    """A process that exits again and again before it does any work; the text has the last reason."""
+    """A process exits repeatedly before it does any work; the message contains the reason of the last exit."""
 
 
 class RayUnavailable(SquallError):
-    """Ray could not be started or reached; the text says which, and where."""
+    """Ray could not be started or reached; the message states which of the two, and the address."""
 
 
 class StoreUnavailable(SquallError):
-    """The store does not answer now (locked, deleted, disk full); the same call may work later."""
+    """The run store does not answer now (locked, deleted, disk full); the same call may succeed later."""
 
     grpc_code = "UNAVAILABLE"
 
 
 class StoreIncompatible(SquallError):
-    """The store was made by a newer Squall or by another program: upgrade, or use another store."""
+    """The store was created by a newer version of Squall or by another program: upgrade, or use another store."""
 
     grpc_code = "FAILED_PRECONDITION"
 
 
 class StoreTimeout(DeadlineExceeded):
-    """A command that was not acknowledged in time; it stays queued."""
+    """A command was not acknowledged in time; it stays queued."""
 
 
 class NotStorable(SquallError, TypeError):
-    """A payload with a value that JSON cannot hold; the text says where."""
+    """A payload contains a value that JSON cannot represent; the message names its position in the payload."""
 
 
 class Unauthenticated(SquallError):
-    """A call without a token, or with a wrong one."""
+    """A call has no token, or a wrong one."""
 
     grpc_code = "UNAUTHENTICATED"
 
 
 class Overloaded(SquallError):
-    """Too many calls at once, or too large a message; a later or smaller call may work."""
+    """Too many calls at once, or too large a message; a later call or a smaller message may succeed."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
 
 
 class ServesNothing(SquallError):
-    """The run is live and offers no such service: it was started without `--serve`, or for another machine."""
+    """The live run does not offer this service: it was started without `--serve`, or serves its own machine only."""
 
     grpc_code = "FAILED_PRECONDITION"
 
 
 class OutOfOrder(SquallError):
-    """A message that may not come now in its stream; the text says which may."""
+    """A message is not allowed at this point of its stream; the message of the error states which one is."""
 
     grpc_code = "FAILED_PRECONDITION"
 
 
 class NotReady(SquallError):
-    """The service is not up yet, or is being recreated; the same call may work later."""
+    """The service is starting or is being restarted; the same call may succeed later."""
 
     grpc_code = "UNAVAILABLE"
 
 
 class ServerUnavailable(SquallError):
-    """Nothing answers at that address, or the connection broke; the call may have had an effect."""
+    """No server answers at this address, or the connection broke; the server may have carried out the call."""
 
     grpc_code = "UNAVAILABLE"
 
 
 class CallFailed(SquallError):
-    """The server failed unexpectedly; its log says why."""
+    """The server failed unexpectedly; its log contains the reason."""
 
 
 class JobServerUnavailable(SquallError):

@@ -1,4 +1,4 @@
-"""Where `ExperienceClient` was before it moved to `services.client`; this import goes on working."""
+"""The former location of `ExperienceClient`, kept so that existing imports continue to work."""
 
 from services.client.experience_client import ExperienceClient
 

@@ -1,4 +1,4 @@
-"""One module an algorithm, each readable from top to bottom."""
+"""The algorithms, one module each, and `ALGORITHMS`, which maps their names to their classes."""
 
 from learner.algorithms.advantage_actor_critic import AdvantageActorCritic
 from learner.algorithms.algorithm import Algorithm

@@ -1,18 +1,18 @@
 """Advantage actor-critic (Mnih et al. 2016, https://arxiv.org/abs/1602.01783), synchronous.
 
 This is a policy gradient with:
-- a critic, a second head on the actor's torso, that says what an observation is worth;
-- trajectories of `unroll_length` steps that bootstrap from the critic, so that a batch need not wait for an episode
-  to end (algorithm S3: every step sums the rewards to the trajectory's end);
-- the advantage, the return less the critic's value, as the weight of the log-probability;
+- a critic, a second head on the actor's torso, that estimates the value of an observation;
+- trajectories of `unroll_length` rows that bootstrap from the critic, so that a batch need not wait for the end of an
+  episode (algorithm S3: every step's return sums the rewards up to the trajectory's end);
+- the advantage, the return minus the critic's value, as the weight of the log-probability;
 - an entropy bonus, weighted by `entropy_beta`, and the critic's squared error, weighted by `critic_beta`.
 
 Where it departs from the paper and the reference page, and why:
-- One synchronous batch for each version of the weights instead of asynchronous gradients: same results, no races.
-- Adam instead of a shared RMSProp, as on the reference page; `optimizer: rmsprop` is there.
+- One synchronous batch per version of the weights instead of asynchronous gradients: the same results without races.
+- Adam instead of a shared RMSProp, like the reference page; `optimizer="rmsprop"` selects RMSProp.
 - A truncated episode bootstraps from its real final observation.
 - The critic's values and the returns are both `(B,)`; the reference implementation subtracts `(B,)` from `(B, 1)`,
-  which makes a matrix of all pairs.
+  which yields the `(B, B)` matrix of all pairs.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ class AdvantageActorCritic(OnPolicyAlgorithm):
         unroll_length: int = 8,
         **kwargs: Any,
     ) -> None:
-        """Make the networks. The defaults are the reference page's.
+        """Create the networks. The defaults are those of the reference page.
 
         Args:
-            env: environment id, or the specification of one.
+            env: environment id or specification.
             gamma: discount of one step.
             lr: learning rate.
             batch_size: rows in an update, over all workers: `batch_size / unroll_length` trajectories.
-            avg_reward_len: episodes in the reported mean return.
+            avg_reward_len: number of episodes in the reported mean return.
             entropy_beta: weight of the entropy bonus.
             critic_beta: weight of the critic's squared error.
             epoch_len: updates in a Lightning epoch.
-            unroll_length: rows in a trajectory, after which it bootstraps.
-            kwargs: see `OnPolicyAlgorithm`.
+            unroll_length: rows in a trajectory, which bootstraps after the last row.
+            kwargs: arguments of `OnPolicyAlgorithm` and `Algorithm`.
 
         Raises:
-            ConfigurationError: a value that cannot work.
+            ConfigurationError: an invalid value.
         """
         super().__init__(env, avg_reward_len=avg_reward_len, **kwargs)
         if batch_size % unroll_length:
@@ -92,9 +92,9 @@ class AdvantageActorCritic(OnPolicyAlgorithm):
         return trajectories
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Return for observations `[B, ...]` what the actor's distribution is made from, `[B, ...]`, and values `[B]`.
+        """Return the parameters of the action distribution, `[B, ...]`, and the values, `[B]`, of observations.
 
-        With discrete actions the former are their log-probabilities, in a box the means.
+        The parameters are log-probabilities for discrete actions, and means for actions in a box.
         """
         features = self.policy.torso(x)
         output = in_full_precision(self.policy.head, features)
@@ -104,8 +104,8 @@ class AdvantageActorCritic(OnPolicyAlgorithm):
         """Return the n-step returns of one trajectory.
 
         Args:
-            rewards: `[T]`.
-            dones: `[T]`, whether a step terminated; nothing flows across it.
+            rewards: `[T]` rewards.
+            dones: `[T]`, whether a step terminated the episode; later rewards do not count for such a step.
             last_value: value of the observation after the last step.
         """
         reward = torch.as_tensor(rewards, dtype=torch.float32)
@@ -116,15 +116,15 @@ class AdvantageActorCritic(OnPolicyAlgorithm):
         return n_step_returns(reward[None], discount[None], torch.ones_like(terminated)[None], value)[0]
 
     def loss(self, states: Tensor, actions: Tensor, returns: Tensor) -> Tensor:
-        """Return the weighted sum of the actor's loss, the critic's and the entropy bonus, a scalar.
+        """Return the scalar loss: the weighted sum of the actor's loss, the critic's loss, and the entropy bonus.
 
         Args:
             states: `[N, ...]` observations.
-            actions: `[N, ...]`.
-            returns: `[N]`.
+            actions: `[N, ...]` actions.
+            returns: `[N]` returns.
 
         Raises:
-            ValueError: the critic's values and the returns do not have the same shape.
+            ValueError: the critic's values and the returns have different shapes.
         """
         output, value = self(states)
         if value.shape != returns.shape:
@@ -140,10 +140,11 @@ class AdvantageActorCritic(OnPolicyAlgorithm):
     def update(self, batch: TrajectoryBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""
         if not batch.valid.any():
-            # Every lane's episode had just ended. There is nothing to learn, but a version to publish.
-            nothing = torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
-            self.minimize(nothing)
-            return {"loss": nothing.detach()}
+            # Every row follows an episode's end. The update is made with gradients of 0, since the next batch waits for
+            # a new version of the weights.
+            zero_loss = torch.stack([parameter.sum() for parameter in self.parameters()]).sum() * 0.0
+            self.minimize(zero_loss)
+            return {"loss": zero_loss.detach()}
         with torch.no_grad():
             flat = batch.observation.flatten(0, 1)
             value = self(flat)[1].view(batch.observation.shape[:2])

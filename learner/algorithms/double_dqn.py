@@ -1,7 +1,7 @@
 """Double DQN (van Hasselt et al. 2015, https://arxiv.org/abs/1509.06461).
 
 This is DQN with:
-- the online network selecting the action to bootstrap from, and the target network saying what it is worth.
+- a target whose action the online network selects and whose value the target network estimates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from learner.value_learning import double_q_learning
 
 
 class DoubleDQN(DQN):
-    """DQN that does not overestimate by maximising over its own noise."""
+    """DQN without the overestimation that comes from maximizing over noisy value estimates."""
 
     name: ClassVar[str] = "double-dqn"
 

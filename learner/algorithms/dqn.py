@@ -2,14 +2,14 @@
 
 This is Q-learning with:
 - a neural network for the action values, convolutional for images;
-- replay: updates on transitions drawn uniformly from the last `replay_size` steps;
+- replay: updates on transitions sampled uniformly from the last `replay_size` steps;
 - a target network, copied from the online network every `sync_rate` updates;
-- the TD error clipped to [-1, 1], by way of the Huber loss.
+- the TD error clipped to [-1, 1] by the Huber loss.
 
 Where it departs from the papers, and why:
-- Adam (Kingma & Ba 2015) instead of RMSProp, as all of today's implementations and the reference page do.
-- Rewards are clipped to [-1, 1] on Atari only: elsewhere it would change the task.
-- `n_steps` > 1 gives n-step targets (Sutton 1988), with gamma**n and truncation right.
+- Adam (Kingma & Ba 2015) instead of RMSProp, like all current implementations and the reference page.
+- Rewards are clipped to [-1, 1] on Atari only: elsewhere clipping would change the task.
+- `n_steps` > 1 gives n-step targets (Sutton 1988), with gamma**n and correct bootstrapping at truncation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from learner.value_learning import huber, q_learning
 from replay.seeds import spawn_seed
 from replay.types import Array
 
-_CALLS_PER_TARGET_SYNC = 4  # fetched between copies of the target network, that looking ahead is worth it
+_MIN_CALLS_PER_TARGET_SYNC = 4  # with fewer sample calls between syncs, most precomputed values would be stale
 
 
 class DQN(OffPolicyAlgorithm):
@@ -66,29 +66,29 @@ class DQN(OffPolicyAlgorithm):
         eps_ladder: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Make the networks. The defaults are the reference page's, which are tuned for Pong.
+        """Create the networks. The defaults are those of the reference page, which are tuned for Pong.
 
         Args:
-            env: environment id, or the specification of one.
+            env: environment id or specification.
             eps_start: epsilon at the first step.
             eps_end: epsilon from `eps_last_frame` on.
-            eps_last_frame: environment step, over all workers, at which epsilon stops falling.
+            eps_last_frame: environment step, over all workers, at which epsilon reaches `eps_end`.
             sync_rate: updates between copies of the online network to the target network.
             gamma: discount of one step.
-            learning_rate: of the optimizer.
+            learning_rate: learning rate of the optimizer.
             batch_size: transitions in an update.
-            replay_size: transitions the replay holds.
-            warm_start_size: steps before the first update.
-            avg_reward_len: episodes in the reported mean return.
-            min_episode_reward: return reported before the first episode has ended.
-            seed: of everything random.
+            replay_size: capacity of the replay table, in transitions.
+            warm_start_size: environment steps before the first update.
+            avg_reward_len: number of episodes in the reported mean return.
+            min_episode_reward: mean return reported before the first episode ends.
+            seed: seed of all random numbers.
             batches_per_epoch: updates in a Lightning epoch.
-            n_steps: steps summed into a target before it bootstraps.
-            eps_ladder: constant epsilons spread over the workers instead of the schedule.
-            kwargs: see `OffPolicyAlgorithm`.
+            n_steps: rewards summed in a target before it bootstraps.
+            eps_ladder: whether each worker has a constant epsilon of its own (Ape-X) instead of the schedule.
+            kwargs: arguments of `OffPolicyAlgorithm` and `Algorithm`.
 
         Raises:
-            ConfigurationError: a value that cannot work, or an action space that is not Discrete.
+            ConfigurationError: an invalid value, or an action space that is not Discrete.
         """
         super().__init__(env, seed=seed, avg_reward_len=avg_reward_len, min_episode_reward=min_episode_reward, **kwargs)
         self.require_action_space(DiscreteActions, "Discrete")
@@ -96,8 +96,8 @@ class DQN(OffPolicyAlgorithm):
         self.policy = EpsilonGreedyPolicy(PolicySpec("epsilon_greedy", self.environment, **self.policy_options()))
         self.policy.begin(spawn_seed(seed, "policy"))
         self.target_network = copy.deepcopy(self.policy.q_network).requires_grad_(False)
-        self._target_syncs = 0  # of the online network to the target network
-        self.experience_spec()  # refuses sizes that do not fit each other
+        self._target_syncs = 0  # completed copies of the online network to the target network
+        self.experience_spec()  # raises ConfigurationError if the sizes contradict each other
 
     def policy_options(self, default_sizes: tuple[int, ...] = (256, 256)) -> dict[str, Any]:
         """See `Algorithm.policy_options`."""
@@ -109,7 +109,7 @@ class DQN(OffPolicyAlgorithm):
 
     @property
     def q_network(self) -> nn.Module:
-        """The online network, which also acts."""
+        """The online network, which is also the acting network."""
         return self.policy.q_network
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -117,12 +117,12 @@ class DQN(OffPolicyAlgorithm):
         return self.make_optimizer((self.q_network.parameters(), self.hparams["learning_rate"]))
 
     def td_error(self, batch: TransitionBatch) -> Tensor:
-        """Return the TD errors `[B]` of a batch; the idea that a variant of DQN changes."""
+        """Return the TD errors `[B]` of a batch. Variants of DQN override this method to change the target."""
         q_tm1 = self.q_network(batch.observation)
         return q_learning(q_tm1, batch.action, batch.reward, batch.discount, self.target_values(batch))
 
     def target_values(self, batch: TransitionBatch) -> Tensor:
-        """Return the target network's values `[B, A]` of the next observations, those found ahead while they hold."""
+        """Return the target network's values `[B, A]` of the next observations, precomputed values if still valid."""
         if batch.target_values_ahead is not None and batch.target_syncs == self._target_syncs:
             return batch.target_values_ahead
         with torch.no_grad():
@@ -130,25 +130,29 @@ class DQN(OffPolicyAlgorithm):
         return values
 
     def precompute_targets(self, batch: TransitionBatch) -> TransitionBatch:
-        """Add the target network's values, on a core that does no updates; see `Algorithm.precompute_targets`.
+        """Add the target network's values, so that a second core computes them; see `Algorithm.precompute_targets`.
 
-        Not where each update draws noise of its own or changes the statistics that normalise observations, and not
-        where the network is copied so often that most values would be found in vain. Whatever else changes the target
-        network must raise `_target_syncs` afterwards. A compiled update finds the values itself, or there would be two.
+        The batch is returned unchanged:
+
+        - if each update samples its own noise, or changes the statistics that normalize observations;
+        - if the target network is copied so often that most values would be stale;
+        - if updates are compiled, since values in some batches only would need a second program.
+
+        Other code that changes the target network must increment `_target_syncs` afterwards.
         """
         hparams, spec = self.hparams, self.policy_spec
-        often = hparams["sync_rate"] < _CALLS_PER_TARGET_SYNC * hparams["updates_per_training_step"]
+        often = hparams["sync_rate"] < _MIN_CALLS_PER_TARGET_SYNC * hparams["updates_per_training_step"]
         if spec.noise is not None or spec.normalize or often or hparams["compile_updates"]:
             return batch
-        # Read before the network is, and raised after it was copied: values of a half-copied network are old ones.
+        # Read before the network, and incremented after a copy: the values of a half-copied network count as stale.
         target_syncs = self._target_syncs
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            # One batch after the other, as updates do: the bits are the same however far ahead they are found.
+            # One batch at a time, as updates do: the results are then bitwise equal to an update's own.
             values = torch.stack([self.target_network(observation) for observation in batch.next_observation])
         return batch._replace(target_values_ahead=values, target_syncs=target_syncs)
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """See `OffPolicyAlgorithm.losses`; tells `td_error`, `[B]`."""
+        """Return the Huber loss, weighted if the batch has weights, and `td_error` `[B]`."""
         error = self.td_error(batch)
         each = huber(error) if batch.weight is None else batch.weight * huber(error)
         return {"loss": each.mean(), "td_error": error}
@@ -167,15 +171,15 @@ class DQN(OffPolicyAlgorithm):
         """Play whole episodes in `env` with a constant epsilon; return their returns.
 
         Args:
-            env: made by `make_environment`.
-            n_epsiodes: how many, as the reference page spells it.
+            env: environment from `make_environment`.
+            n_epsiodes: number of episodes, in the reference page's spelling.
             epsilon: probability of a random action.
-            n_episodes: how many; goes before `n_epsiodes`.
+            n_episodes: number of episodes; takes precedence over `n_epsiodes`.
         """
 
-        def choose(observation: Array) -> Array:
+        def act(observation: Array) -> Array:
             explore = self.policy.rng.random() < epsilon
             action = self.greedy_action(observation)
             return np.asarray(self.policy.rng.integers(self.policy.actions)) if explore else action
 
-        return play_episodes(env, n_epsiodes if n_episodes is None else n_episodes, choose)
+        return play_episodes(env, n_epsiodes if n_episodes is None else n_episodes, act)

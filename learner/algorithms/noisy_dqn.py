@@ -1,12 +1,12 @@
 """Noisy DQN (Fortunato et al. 2017, https://arxiv.org/abs/1706.10295).
 
 This is DQN with:
-- noisy linear layers after the torso, factorised or independent; their noise is drawn anew for every update, for
-  the online and the target network by itself, and for every action step of every worker;
-- no epsilon: the noise explores, and greedy evaluation acts on the means.
+- noisy linear layers after the torso, with factorized or independent noise. Each update samples new noise, separately
+  for the online and the target network, and so does each step of each worker;
+- no epsilon: the noise explores. Greedy evaluation uses the mean weights.
 
 Where it departs from the paper, and why:
-- The dense layers of the torso have no noise, only the last ones do: on small problems that explores enough.
+- The dense layers of the torso have no noise, only the last layers do: on small problems that explores enough.
 """
 
 from __future__ import annotations
@@ -16,30 +16,47 @@ from typing import Any, ClassVar
 
 from actors.environments import EnvironmentSpec
 from actors.policies import EpsilonSchedule
-from learner.algorithms.algorithm import warn_unused
 from learner.algorithms.dqn import DQN
+from learner.hyperparameters import warn_unused
 
 
 class NoisyDQN(DQN):
-    """DQN that explores by noise it learns to turn down."""
+    """DQN that explores by parameter noise, whose scale is learned."""
 
     name: ClassVar[str] = "noisy-dqn"
 
     def __init__(
-        self, env: str | EnvironmentSpec | Mapping[str, Any], *args: Any, noise: str = "factorised", **kwargs: Any
+        self,
+        env: str | EnvironmentSpec | Mapping[str, Any],
+        eps_start: float = 1.0,
+        eps_end: float = 0.02,
+        eps_last_frame: int = 150_000,
+        sync_rate: int = 1000,
+        gamma: float = 0.99,
+        learning_rate: float = 1e-4,
+        batch_size: int = 32,
+        replay_size: int = 100_000,
+        warm_start_size: int = 10_000,
+        avg_reward_len: int = 100,
+        min_episode_reward: float = -21,
+        seed: int = 123,
+        batches_per_epoch: int = 1000,
+        n_steps: int = 1,
+        *,
+        noise: str = "factorised",
+        **kwargs: Any,
     ) -> None:
-        """Make the networks.
+        """Create the networks.
 
-        Args:
-            env: environment id, or the specification of one.
-            args: see `DQN`; the `eps_*` are accepted and do nothing, because there is no epsilon.
-            noise: "factorised" or "independent".
-            kwargs: see `DQN`.
+        `noise` is "factorised" or "independent". The other arguments are those of `DQN`; `eps_*` have no effect.
 
         Raises:
-            ConfigurationError: see `DQN`, or another kind of noise.
+            ConfigurationError: another kind of noise, or see `DQN`.
         """
-        super().__init__(env, *args, **kwargs)
+        super().__init__(
+            env, eps_start, eps_end, eps_last_frame, sync_rate, gamma, learning_rate, batch_size, replay_size,
+            warm_start_size, avg_reward_len, min_episode_reward, seed, batches_per_epoch, n_steps, **kwargs,
+        )  # fmt: skip
         warn_unused(self, "its noise explores", "eps_start", "eps_end", "eps_last_frame", "eps_ladder")
 
     def policy_options(self, default_sizes: tuple[int, ...] = (256, 256)) -> dict[str, Any]:

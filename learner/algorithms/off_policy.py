@@ -1,4 +1,4 @@
-"""What algorithms that learn from a replay of transitions share: how experience is made, kept and drawn."""
+"""The base class of algorithms that learn from a replay of transitions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from replay.table import TableSpec
 
 
 class OffPolicyAlgorithm(Algorithm):
-    """An algorithm fed by `TransitionBatch`es, of which it makes `updates_per_training_step` updates at a time."""
+    """An algorithm that makes `updates_per_training_step` updates per training step, each on one `TransitionBatch`."""
 
     def __init__(
         self,
@@ -32,37 +32,38 @@ class OffPolicyAlgorithm(Algorithm):
         compile_updates: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Set up what every such algorithm has.
+        """Initialize the state that all off-policy algorithms share.
 
         Args:
-            env: environment id, or the specification of one.
-            updates_per_step: updates for each environment step.
-            updates_per_training_step: k, the updates made in one Lightning `training_step`.
-            segment_length: rows a worker collects in each environment before it sends them; None gives 64 for
-                images and 16 otherwise.
-            compile_updates: compile the loss and its gradients, on a GPU as a CUDA graph; see `compile_backward`.
-            kwargs: see `Algorithm`.
+            env: environment id or specification.
+            updates_per_step: updates per environment step.
+            updates_per_training_step: k, the number of updates per Lightning `training_step`.
+            segment_length: rows in a segment, the steps of one environment that a worker pushes at once; None selects
+                64 for images and otherwise 16.
+            compile_updates: whether to compile the loss and its gradients, on a GPU as a CUDA graph; see
+                `compile_backward`.
+            kwargs: arguments of `Algorithm`.
         """
         super().__init__(env, **kwargs)
         self._compiled: LossFunction | None = None
 
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """Return `loss`, the scalar that an update lessens, and what else an update tells; it changes nothing."""
+        """Return the scalar `loss` that an update minimizes, and other results by name. Has no side effects."""
         raise NotImplementedError
 
     def prepare_batch(self, batch: TransitionBatch) -> TransitionBatch:
-        """Return a batch with what `losses` needs of numbers that change, as tensors."""
+        """Return a batch with the tensors added that `losses` computes from numbers that change between updates."""
         return batch
 
     def loss(self, batch: TransitionBatch) -> Tensor:
-        """Return the scalar loss of a batch. An update takes it from `losses`: that is the one to override."""
+        """Return the scalar loss of a batch. Updates call `losses`, which is therefore the method to override."""
         return self.losses(self.prepare_batch(batch))["loss"]
 
     def on_fit_start(self) -> None:
-        """Forget what was compiled for another fit.
+        """Discard the program that was compiled for a previous fit.
 
         Raises:
-            ConfigurationError: updates are to be compiled, and cannot be for this Trainer.
+            ConfigurationError: `compile_updates` is set and does not support this Trainer.
         """
         self._compiled = None
         if self.hparams["compile_updates"]:
@@ -72,11 +73,11 @@ class OffPolicyAlgorithm(Algorithm):
                 raise ConfigurationError(f"compile_updates works on one device, not on {self.trainer.world_size}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is compiled: it is of this module's parameters."""
+        """Leave out the compiled program, which writes the gradients of this module's own parameters."""
         return {**super().__getstate__(), "_compiled": None}
 
     def minimize_losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
-        """Make one counted optimizer step on `losses`; return what it found, without gradients."""
+        """Make one counted optimizer step on the loss of a batch; return the results of `losses`, detached."""
         batch = self.prepare_batch(batch)
         if not self.hparams["compile_updates"]:
             results = self.losses(batch)
@@ -84,8 +85,8 @@ class OffPolicyAlgorithm(Algorithm):
             return {name: tensor.detach() for name, tensor in results.items()}
         if self._compiled is None:
             optimizer: Any = self.optimizers()
-            learned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-            self._compiled = compile_backward(self.losses, learned)
+            trainable = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            self._compiled = compile_backward(self.losses, trainable)
         results = self._compiled(batch)
         self.apply_gradients()
         return results
@@ -101,7 +102,7 @@ class OffPolicyAlgorithm(Algorithm):
             gamma=hparams["gamma"],
             clip_rewards=self.clips_rewards,
             run_seed=self.seed,
-            track_return_statistics=self.hparams["normalize_rewards"],
+            track_return_statistics=hparams["normalize_rewards"],
         )
 
     def experience_spec(self) -> ReplaySpec:

@@ -1,4 +1,4 @@
-"""What algorithms that learn from their own newest trajectories share: an actor, and batches fixed in advance."""
+"""The base class of algorithms that learn from trajectories of their newest weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from replay.trajectory_server import QueueSpec
 
 
 class OnPolicyAlgorithm(Algorithm):
-    """An algorithm fed by `TrajectoryBatch`es, each of which makes one update and is then forgotten.
+    """An algorithm that makes one update on each `TrajectoryBatch` and then discards the batch.
 
-    Discrete actions are drawn from a softmax, those in a box from a Gaussian.
+    The size of a batch is fixed before its rollout. Discrete actions are sampled from a softmax distribution, actions
+    in a box from a Gaussian.
     """
 
     run_defaults: ClassVar[Mapping[str, Any]] = {"publish_every": 1}
@@ -29,13 +30,13 @@ class OnPolicyAlgorithm(Algorithm):
     def __init__(
         self, env: str | EnvironmentSpec | Mapping[str, Any], *, max_policy_lag: int = 0, **kwargs: Any
     ) -> None:
-        """Make the actor.
+        """Create the actor.
 
         Args:
-            env: environment id, or the specification of one.
-            max_policy_lag: versions that a trajectory may be older than the weights it trains. 0 is on-policy
-                in the strict sense; more lets workers roll out while the learner updates.
-            kwargs: see `Algorithm`.
+            env: environment id or specification.
+            max_policy_lag: maximum number of versions that a trajectory's weights may be older than the weights it
+                trains. 0 is strictly on-policy; with more, workers generate trajectories during updates.
+            kwargs: arguments of `Algorithm`.
         """
         super().__init__(env, **kwargs)
         self.seed_networks()
@@ -84,5 +85,5 @@ class OnPolicyAlgorithm(Algorithm):
         return RemoteTrajectories(client, max_policy_lag=lag, length=self.hparams["epoch_len"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer of all that learns."""
+        """Return the optimizer of all parameters."""
         return self.make_optimizer((self.parameters(), self.hparams["lr"]))

@@ -1,6 +1,6 @@
 """Rainbow (Hessel et al. 2017, https://arxiv.org/abs/1710.02298) without its distributional head.
 
-This is DQN with five of Rainbow's six ideas: double, dueling, noisy, prioritized, and n-step targets.
+This is DQN with five of Rainbow's six ideas: double, dueling, noisy, prioritized, and n-step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ from learner.algorithms.per_dqn import PERDQN
 
 
 class NonDistributionalRainbow(NStepDQN, PERDQN, NoisyDQN, DuelingDQN, DoubleDQN):
-    """Double, dueling, noisy, prioritized DQN with n-step targets."""
+    """Double, dueling, noisy, prioritized DQN with n-step targets; see these classes for the arguments."""
 
     name: ClassVar[str] = "non-distributional-rainbow"

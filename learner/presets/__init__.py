@@ -1,7 +1,8 @@
-"""Tuned hyper-parameters per algorithm and environment, as data: one YAML file an algorithm.
+"""Presets: tuned hyper-parameters per algorithm and environment, in one YAML file per algorithm.
 
-A key is an environment id, or `atari` or `mujoco` for every id of that family without a preset of its own. Under it,
-`run` holds keys of the run configuration and `hyperparameters` those of the algorithm's constructor.
+A top-level key is an environment id, or `atari` or `mujoco` for all ids of that family without a preset of their own.
+Its value has two parts: `run` contains keys of the run configuration, `hyperparameters` contains arguments of the
+algorithm's constructor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from actors.environments import family
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset's two halves."""
+    """A preset of one algorithm for one environment.
+
+    Attributes:
+        run: values of run configuration keys.
+        hyperparameters: arguments of the algorithm's constructor.
+    """
 
     run: dict[str, Any] = field(default_factory=dict)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
@@ -26,7 +32,7 @@ class Preset:
 def load_preset(algorithm: str, environment: str) -> Preset | None:
     """Return the preset of an algorithm for an environment, or None if there is none.
 
-    A file may say `inherits: other`: what that algorithm's preset says holds here too, unless said otherwise.
+    A file with `inherits: other` starts from the presets of the algorithm `other`; its own values take precedence.
     """
     file = resources.files(__name__) / f"{algorithm}.yaml"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Reporter."""
+"""The shard reporter: sends the reports of a replay shard to the router without blocking the shard."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from replay.remote import GONE, RemoteActor, fetch, is_ready
 
 
 class ShardReporter:
-    """Calls a desk in another process without waiting; what a desk did not answer is told again, to the next."""
+    """Client of a replay router in another process, for reports.
+
+    A call does not wait for the router. If the router dies, the reporter sends each report that the router did not
+    confirm again, to the recreated router.
+    """
 
     def __init__(self, actor: RemoteActor) -> None:
-        """Hold the desk's name."""
+        """Store `actor`, the router's process."""
         self._actor = actor
-        self._told: deque[tuple[tuple[Any, ...], Any]] = deque()
-        self._untold: deque[tuple[Any, ...]] = deque()
+        self._unconfirmed: deque[tuple[tuple[Any, ...], Any]] = deque()  # (arguments, reference to the result)
+        self._unsent: deque[tuple[Any, ...]] = deque()
 
     def report(self, shard: int, shard_report: ShardReport, *push: Push) -> None:
-        """See `ReplayRouter.report`."""
-        # What a shard holds is in its next word too; pushes are not.
-        self._untold = deque(word for word in self._untold if word[2:])
-        self._untold.append((shard, shard_report, *push))
+        """Send a report; see `ReplayRouter.report`."""
+        # The new report replaces unsent reports, except those with a push, which would otherwise be lost.
+        self._unsent = deque(arguments for arguments in self._unsent if arguments[2:])
+        self._unsent.append((shard, shard_report, *push))
         for _ in range(2):
             try:
-                # A dead actor's handle takes calls without a word; only their answers tell.
-                while self._told and is_ready(self._told[0][1]):
-                    fetch(self._told[0][1], 1.0)
-                    self._told.popleft()
-                while self._untold:
-                    self._told.append((self._untold[0], self._actor.later("report", *self._untold[0])))
-                    self._untold.popleft()
+                # A call to a dead actor does not fail when it is sent; only its result raises.
+                while self._unconfirmed and is_ready(self._unconfirmed[0][1]):
+                    fetch(self._unconfirmed[0][1], 1.0)
+                    self._unconfirmed.popleft()
+                while self._unsent:
+                    self._unconfirmed.append((self._unsent[0], self._actor.later("report", *self._unsent[0])))
+                    self._unsent.popleft()
                 return
             except (*GONE, ValueError):
                 self._actor.forget()
-                self._untold.extendleft(word for word, _ in reversed(self._told))
-                self._told.clear()
+                self._unsent.extendleft(arguments for arguments, _ in reversed(self._unconfirmed))
+                self._unconfirmed.clear()

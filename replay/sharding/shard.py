@@ -1,17 +1,4 @@
-"""A replay in several shards: tables in processes of their own, and one desk for all there is only one of.
-
-    worker ----admit---> ReplayRouter <---settle--- ReplayShard <--insert-- worker
-    learner ---sample--> ReplayRouter               ReplayShard <---draw--- learner
-
-The desk holds the rate limiter, the totals, the highest priority and the random numbers, but no experience. It
-answers a sample with places in the whole replay's mass, shard laid beside shard; so a draw is that of one table,
-whatever each shard holds. A push counts when the shard that took it says so; the words of two shards about two pushes
-of one worker may overtake each other. Until then its steps are set aside: workers that are admitted at once cannot
-together insert more than the limiter allows.
-
-When a shard dies the desk draws from the others. Only if these hold less than what the limiter takes for granted
-does it begin anew, and owes nothing for what was lost.
-"""
+"""The replay shard: the process with one table of a sharded replay; see `replay.sharding`."""
 
 from __future__ import annotations
 
@@ -32,15 +19,15 @@ from replay.types import Array
 
 
 class ShardReportSink(Protocol):
-    """Whom a shard tells: the desk, or what calls it across processes without waiting."""
+    """Receiver of a shard's reports: a `ReplayRouter`, or a `ShardReporter` that calls a router in another process."""
 
     def report(self, shard: int, shard_report: ShardReport, push: Push | None = None) -> None:
-        """See `ReplayRouter.report`."""
+        """Receive a report; see `ReplayRouter.report`."""
         ...
 
 
 class ReplayShard:
-    """One of a replay's tables. Every call is short; calls are served one at a time."""
+    """Server of one table of a sharded replay. Each call is short; the server handles one call at a time."""
 
     def __init__(
         self,
@@ -56,20 +43,20 @@ class ReplayShard:
         """Allocate the table.
 
         Args:
-            spec: of the whole replay.
-            shard: which this is.
-            shards: how many there are.
-            router: told of all that changes.
-            run_seed: the run's seed.
-            incarnation: how often this shard was recreated.
-            with_others: whether all shards begin now, on this node, so that it must have memory for all of them.
+            spec: configuration of the whole replay.
+            shard: index of this shard.
+            shards: number of shards.
+            router: receiver of a report after each change.
+            run_seed: seed of the run.
+            incarnation: number of times this shard was recreated.
+            with_others: whether all shards start now on this node, which must then have memory for all of them.
 
         Raises:
             NotEnoughMemory: the machine cannot hold the table.
         """
         if with_others:
             spec.table.check_memory()
-        self._shard, self._incarnation, self._to = shard, incarnation, router
+        self._shard, self._incarnation, self._router = shard, incarnation, router
         self._table = TransitionTable(
             spec.table.shard(shard, shards),
             seed=spawn_seed(run_seed, "replay", shard, incarnation),
@@ -77,47 +64,57 @@ class ReplayShard:
             incarnation=incarnation,
             shared=True,
         )
-        self._seen = PushLedger()
+        self._ledger = PushLedger()
         self._inserted = 0
-        self._tell()
+        self._report()
 
-    def _tell(self, *push: Push) -> None:
+    def _report(self, *push: Push) -> None:
         table = self._table
-        held = ShardReport(self._incarnation, table.size, table.mass, table.highest_priority, self._inserted)
-        self._to.report(self._shard, held, *push)
+        report = ShardReport(self._incarnation, table.size, table.mass, table.highest_priority, self._inserted)
+        self._router.report(self._shard, report, *push)
 
     def insert(self, push: Push, highest_priority: float = 1.0) -> bool:
-        """Add a push's segments, once, with the highest priority of all shards; return False for a repeat.
+        """Insert the segments of a push; ignore a repeated push.
+
+        Args:
+            push: the push.
+            highest_priority: highest priority that any shard has seen; the new transitions get at least this priority.
+
+        Returns:
+            Whether the push was inserted; False for a repeated push.
 
         Raises:
-            LayoutMismatch: a segment does not fit; none of the push is inserted.
+            LayoutMismatch: a segment does not fit the layout; no segment of the push is inserted.
         """
-        if self._seen.has_seen(push):
+        if self._ledger.has_seen(push):
             return False
         self._table.highest_priority = max(self._table.highest_priority, highest_priority)
         self._table.insert(push.segments)
-        self._seen.accept(Push(push.worker, push.incarnation, push.sequence))
+        self._ledger.accept(Push(push.worker, push.incarnation, push.sequence))
         self._inserted += push.steps
-        self._tell(replace(push, segments=()))
+        self._report(replace(push, segments=()))
         return True
 
-    def sample_at(self, fractions: Array, rows_only: bool = False) -> Batch | SampleIndices | None:
-        """Return `TransitionTable.sample_at`; None for an empty table. `rows_only` is that of `ReplayServer.sample`."""
+    def sample_at(self, fractions: Array, indices_only: bool = False) -> Batch | SampleIndices | None:
+        """Return the transitions at fractions of the table's mass, or None if the table is empty.
+
+        See `TransitionTable.sample_at` for `fractions`, and `ReplayServer.sample` for `indices_only`.
+        """
         if not self._table.size:
             return None
-        if rows_only and self._table.frames_token is not None:
+        if indices_only and self._table.frames_token is not None:
             return self._table.sample_indices_at(fractions)
         return self._table.sample_at(fractions)
 
     def update_priorities(self, ids: Array, priorities: Array) -> int:
-        """See `TransitionTable.update_priorities`."""
+        """Set new priorities in the table; see `TransitionTable.update_priorities`."""
         stale = self._table.update_priorities(ids, priorities)
-        self._tell()
+        self._report()
         return stale
 
     def stats(self) -> ReplayStats:
-        """Return this shard's part of what `squall status` shows, and tell the desk, which may be a new one."""
-        self._tell()
+        """Return this shard's part of the statistics that `squall status` displays."""
+        self._report()  # the router may have been recreated since the last report
         table = self._table
         return replace(
             empty_stats(),
@@ -126,14 +123,14 @@ class ReplayShard:
             bytes=table.bytes,
             evicted=table.evicted,
             stale_updates=table.stale_updates,
-            repeated_pushes=self._seen.repeated_pushes,
+            repeated_pushes=self._ledger.repeated_pushes,
             highest_priority=table.highest_priority,
             sample_age=table.sample_age,
         )
 
 
 def empty_stats() -> ReplayStats:
-    """Return stats of this process, with no experience in it."""
+    """Return the statistics of this process with all experience fields at zero."""
     return ReplayStats(
         counters=Counters(),
         size=0,

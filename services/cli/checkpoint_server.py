@@ -1,4 +1,4 @@
-"""`squall serve`: the policy in a checkpoint, over gRPC. No Ray is started or asked."""
+"""gRPC server of the policy in a checkpoint, for `squall serve`. It does not use Ray."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ from services.runs import find_checkpoint
 
 
 def serve_checkpoint(
-    what: str,
+    run_or_path: str,
     which: str,
     server_config: ServerConfig,
     announce: Callable[[str, Path], None],
     store_url: str | None = None,
 ) -> None:
-    """Serve the policy in a run's checkpoint, or in a file, until SIGINT or SIGTERM.
+    """Serve the policy of a checkpoint until SIGINT or SIGTERM.
 
     Args:
-        what: a run's name, or the path of a checkpoint.
-        which: `best` or `last`, of a run.
-        server_config: where, and for whom.
-        announce: told the address and the checkpoint when the server is up.
-        store_url: where runs are registered.
+        run_or_path: name of a run, or path of a `.ckpt` file.
+        which: checkpoint of the run: `best` or `last`.
+        server_config: address and credentials of the server.
+        announce: called with the address and the checkpoint's path when the server is ready.
+        store_url: URL of the run store; None takes the default.
 
     Raises:
-        ConfigurationError: there is no checkpoint, or nothing can listen there.
+        ConfigurationError: there is no checkpoint, or the server cannot listen on this address.
     """
-    path = find_checkpoint(what, which, store_url)
-    serve_until_signal([policy_of(path, what)], server_config, lambda address: announce(address, path))
+    path = find_checkpoint(run_or_path, which, store_url)
+    serve_until_signal([policy_of(path, run_or_path)], server_config, lambda address: announce(address, path))
 
 
 def policy_of(checkpoint: Path, name: str) -> PolicyService:
-    """Return a service of the policy in a checkpoint, under the name of a run or file.
+    """Return a gRPC service of the policy in a checkpoint.
+
+    Args:
+        checkpoint: path of the checkpoint.
+        name: name under which callers request the policy: a run's name, or a path.
 
     Raises:
-        ConfigurationError: the file is no checkpoint of Squall's.
+        ConfigurationError: the file is not a checkpoint of Squall.
     """
     algorithm = load_algorithm(checkpoint)
     version = max(algorithm.run_progress.get("weights_version", 0), 0)

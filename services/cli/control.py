@@ -15,7 +15,7 @@ def add_to(commands: Commands) -> None:
         "scale",
         _scale,
         "change the number of rollout workers",
-        "Scale a running run's rollout workers up or down. Workers that leave first send what they hold.",
+        "Change the number of a live run's rollout workers. A worker that leaves sends its unsent experience first.",
     )
     scale.add_argument("run", help="name of the run")
     scale.add_argument(

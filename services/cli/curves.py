@@ -1,7 +1,7 @@
-"""Learning curves: environment steps on x, the seeds of one experiment as their mean and a band.
+"""Learning curves over environment steps: the seeds of one experiment are drawn as their mean and a band.
 
-`plot_runs` reads runs from a store, `aggregate` makes one curve of several seeds, `draw` makes a file of curves. The
-last two need no store. matplotlib is imported where it draws: it takes half a second.
+`plot_runs` reads runs from a store, `aggregate` computes one curve from several seeds, and `draw` writes curves to a
+file. The last two need no store. matplotlib is imported only by `draw`, because its import takes 0.5 s.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ from services.store.records import RunRecord
 SUFFIXES = (".png", ".pdf", ".svg")
 EVALUATION = "eval/mean_reward"
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; their yellow is too pale for a line.
-_ANSI_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", ":", "-.")
-_GREY = "0.35"
+# The palette of Okabe and Ito, which color-blind readers can distinguish, without its yellow, which is too pale.
+_LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINE_STYLES = ("-", "--", ":", "-.")
+_GRAY = "0.35"
 
 
 class Series(NamedTuple):
-    """One metric of one run: `steps` in environment steps, strictly increasing, and `values`, both `[N]`."""
+    """One metric of one run.
+
+    Attributes:
+        steps: `[N]` environment steps, strictly increasing.
+        values: `[N]` values of the metric.
+    """
 
     steps: NDArray[np.float64]
     values: NDArray[np.float64]
@@ -41,13 +46,13 @@ class Curve:
     """A line and its band.
 
     Attributes:
-        label: for the legend.
-        seeds: whose mean the line is; empty for figures that somebody else published.
+        label: label in the legend.
+        seeds: seeds that the line is the mean of; empty for published results of others.
         steps: `[N]` environment steps.
         mean: `[N]` mean over the seeds.
-        low: `[N]` lowest of the seeds.
-        high: `[N]` highest of the seeds.
-        left_out: points, over all seeds, that were not finite and are not in it.
+        low: `[N]` minimum over the seeds.
+        high: `[N]` maximum over the seeds.
+        left_out: number of points, over all seeds, that are left out because they are not finite.
     """
 
     label: str
@@ -60,9 +65,9 @@ class Curve:
 
 
 def as_series(points: Iterable[tuple[int, float]]) -> Series:
-    """Make a series of `(step, value)` in the order they were written.
+    """Return a series from points `(step, value)` in the order in which they were written.
 
-    A run that was resumed does the steps since its last checkpoint again: the later points replace the earlier.
+    A resumed run repeats the steps since its last checkpoint, so later points replace earlier ones of the same steps.
     """
     kept: list[tuple[int, float]] = []
     for point in points:
@@ -74,7 +79,7 @@ def as_series(points: Iterable[tuple[int, float]]) -> Series:
 
 
 def smoothed(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Return for each value the mean of it and the up to `window - 1` before it, `[N]`."""
+    """Return the moving average, `[N]`: the mean of each value and the up to `window - 1` values before it."""
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -83,18 +88,18 @@ def smoothed(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
 
 
 def aggregate(label: str, seeds: Mapping[int, Series], smooth: int = 1) -> Curve:
-    """Make one curve of the series of several seeds.
+    """Return one curve from the series of several seeds.
 
-    Seeds are evaluated at different steps: between its points a seed counts as a straight line, and the curve lies
-    only where every seed has points on both sides.
+    Seeds may be evaluated at different steps. A seed is interpolated linearly between its points, and the curve covers
+    only the steps between the first and the last point of every seed.
 
     Args:
-        label: for the legend.
+        label: label in the legend.
         seeds: series by seed.
-        smooth: points of a seed in a moving average; 1 for none.
+        smooth: number of points in the moving average of each seed; 1 for no smoothing.
 
     Raises:
-        ConfigurationError: a seed without a finite point, or no step that all seeds cover.
+        ConfigurationError: a seed has no finite point, or no step is covered by all seeds.
     """
     finite = {seed: _finite(series) for seed, series in seeds.items()}
     empty = [seed for seed, series in finite.items() if not len(series.steps)]
@@ -118,9 +123,9 @@ def _finite(series: Series) -> Series:
 
 
 def check_output(path: Path) -> None:
-    """Raise `ConfigurationError` unless a picture can be written to `path`."""
+    """Raise `ConfigurationError` unless an image can be written to `path`."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ConfigurationError(f"a picture's name ends in {', '.join(SUFFIXES)}, got {path}")
+        raise ConfigurationError(f"an image file's name must end in {', '.join(SUFFIXES)}, got {path}")
     if not path.parent.is_dir():
         raise ConfigurationError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
@@ -138,62 +143,68 @@ def draw(
     smooth: int = 1,
     wanted: float | None = None,
 ) -> None:
-    """SampleIndices curves into a file, over the one that is there.
+    """Draw curves to a file; an existing file is replaced.
 
     Args:
-        curves: in the order of the legend.
-        path: its suffix, one of `SUFFIXES`, chooses the format.
-        title: such as the environment's id.
-        ylabel: what the values are.
-        smooth: what `aggregate` was told, to say so.
-        wanted: a value to draw a horizontal line at.
+        curves: the curves, in the order of the legend.
+        path: path of the file; the suffix, one of `SUFFIXES`, selects the format.
+        title: title of the figure, such as the environment's id.
+        ylabel: name of the values.
+        smooth: number of points in the moving average, as given to `aggregate`; shown in the caption.
+        wanted: value of a horizontal line; None for no line.
 
     Raises:
         ConfigurationError: the file cannot be written.
     """
     check_output(path)
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for index, curve in enumerate(curves):
-        colour, style = _ANSI_COLORS[index % len(_ANSI_COLORS)], _STYLES[index // len(_ANSI_COLORS) % len(_STYLES)]
-        # Matplotlib reads formulas between dollars, and leaves labels that begin with _ out of a legend.
+        color = _LINE_COLORS[index % len(_LINE_COLORS)]
+        style = _LINE_STYLES[index // len(_LINE_COLORS) % len(_LINE_STYLES)]
+        # Matplotlib renders text between dollar signs as formulas, and omits labels that begin with _ from a legend.
         name = curve.label.replace("$", r"\$")
         seeds = f" ({len(curve.seeds)} seed{'s' if len(curve.seeds) > 1 else ''})" if curve.seeds else ""
         style = style if curve.seeds else ":"
         label = f"{' ' if name.startswith('_') else ''}{name}{seeds}"
         marker = "o" if len(curve.steps) == 1 else None
-        axes.plot(curve.steps, curve.mean, style, color=colour, linewidth=1.6, marker=marker, label=label)
+        axes.plot(curve.steps, curve.mean, style, color=color, linewidth=1.6, marker=marker, label=label)
         if len(curve.seeds) > 1:
-            axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
     if wanted is not None:
-        axes.axhline(wanted, color=_GREY, linewidth=1, linestyle=(0, (6, 3)), label=f"wanted: {wanted:,g}", zorder=1)
-    thousands = FuncFormatter(lambda value, _: f"{value:,.10g}".replace("-", "\N{MINUS SIGN}"))
-    axes.xaxis.set_major_formatter(thousands)
-    axes.yaxis.set_major_formatter(thousands)
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
-    axes.tick_params(color=_GREY, labelsize="small")
-    axes.set_xlim(left=0)
+        axes.axhline(wanted, color=_GRAY, linewidth=1, linestyle=(0, (6, 3)), label=f"wanted: {wanted:,g}", zorder=1)
+    _style_axes(axes)
     axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
     axes.set_xlabel("environment steps")
     axes.set_ylabel(ylabel)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     note = describe_band(curves, smooth)
     if note:
-        figure.supxlabel(note, x=0.01, ha="left", fontsize="x-small", color=_GREY)
+        figure.supxlabel(note, x=0.01, ha="left", fontsize="x-small", color=_GRAY)
     try:
         figure.savefig(path)
     except OSError as error:
         raise ConfigurationError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def _style_axes(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    thousands = FuncFormatter(lambda value, _: f"{value:,.10g}".replace("-", "\N{MINUS SIGN}"))
+    axes.xaxis.set_major_formatter(thousands)
+    axes.yaxis.set_major_formatter(thousands)
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GRAY)
+    axes.tick_params(color=_GRAY, labelsize="small")
+    axes.set_xlim(left=0)
+
+
 def describe_band(curves: Sequence[Curve], smooth: int) -> str:
-    """Say in words what line and band are."""
+    """Return a caption that explains line, band, and smoothing; empty if there is nothing to explain."""
     parts = []
     if any(len(curve.seeds) > 1 for curve in curves):
         parts.append("line: mean of the seeds; band: lowest to highest seed")
@@ -203,11 +214,11 @@ def describe_band(curves: Sequence[Curve], smooth: int) -> str:
 
 
 def read_series(store: RunStore, run: str, metric: str) -> Series:
-    """Read one metric of a run.
+    """Return one metric of a run.
 
     Raises:
         UnknownRun: there is no such run.
-        ConfigurationError: it has no such metric; the text names those it has.
+        ConfigurationError: the run has no such metric; the text lists its metrics.
     """
     rows = store.metrics(run)
     series = as_series((row.step, row.values[metric]) for row in rows if metric in row.values)
@@ -221,21 +232,21 @@ def read_series(store: RunStore, run: str, metric: str) -> Series:
 def plot_runs(
     store: RunStore, runs: Sequence[str], output: Path, *, metric: str = EVALUATION, smooth: int = 1
 ) -> list[Curve]:
-    """SampleIndices runs into a file, and return their curves.
+    """Draw runs to a file, and return their curves.
 
-    Runs that differ in nothing but the seed are one curve. Otherwise labels name the algorithm, and what differs
-    among its runs: environment, actors, hyper-parameters.
+    Runs that differ only in the seed make one curve. Labels consist of the algorithm and the settings in which its runs
+    differ: environment, actors, and hyper-parameters.
 
     Args:
-        store: knows the runs.
-        runs: names, or `label=name`; runs given the same label are one curve.
-        output: the file.
-        metric: such as `rollout/ep_rew_mean`.
-        smooth: points of a run in a moving average; 1 for none.
+        store: the run store.
+        runs: names of the runs, or `label=name`; runs with the same label make one curve.
+        output: path of the file.
+        metric: name of the metric, such as `rollout/ep_rew_mean`.
+        smooth: number of points in the moving average of each run; 1 for no smoothing.
 
     Raises:
         UnknownRun: there is no such run.
-        ConfigurationError: runs that cannot be drawn so, or a file that cannot be written; nothing was drawn.
+        ConfigurationError: the runs cannot be drawn in this way, or the file cannot be written; nothing was drawn.
     """
     check_output(output)
     if smooth < 1:
@@ -253,7 +264,7 @@ def plot_runs(
         if same is not record:
             raise ConfigurationError(
                 f"runs {same.name!r} and {record.name!r} are both {label} with seed {record.seed}; "
-                f"to have a curve each, label them: 'some words={record.name}'"
+                f"to draw a curve for each, label them: 'some label={record.name}'"
             )
     series = {record.name: read_series(store, record.name, metric) for record in records}
     curves = [
@@ -266,7 +277,7 @@ def plot_runs(
 
 
 def _label(record: RunRecord, among: Sequence[RunRecord]) -> str:
-    """Name a run's algorithm and what tells its runs from the others with labels of this kind."""
+    """Return a label: the run's algorithm, and the settings in which it differs from the runs in `among`."""
     parts = [record.algorithm]
     if any(other.environment != record.environment for other in among):
         parts.append(record.environment)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live table on a terminal, and the lines of `squall runs` and `squall status`."""
+"""Display of runs for people: a live view on a terminal, and the tables of the commands."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rich.text import Text
 from services.store.records import RunRecord
 
 if TYPE_CHECKING:
-    from services.cli.machine_checks import Finding  # with Ray, which takes a while to import
+    from services.cli.machine_checks import Finding  # imports Ray, which takes a while
 
 
 class Display:
-    """A live view on standard error if that is a terminal; otherwise one line for each event that matters."""
+    """A live view of a run on standard error if that is a terminal; otherwise one line for each important event."""
 
-    _QUIET = ("running", "restart")
+    _MINOR_EVENTS = ("running", "restart")
 
     def __init__(self, run: str) -> None:
-        """Show nothing yet; use as a `with` block."""
+        """Create the display; a `with` block starts and stops it."""
         self.console = Console(stderr=True, highlight=False)
         self._run = run
         self._live = (
@@ -32,13 +32,13 @@ class Display:
         )
 
     def __enter__(self) -> Display:
-        """Begin to show."""
+        """Start to show the run."""
         if self._live is not None:
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop showing."""
+        """Stop showing the run."""
         if self._live is not None:
             self._live.stop()
 
@@ -48,24 +48,30 @@ class Display:
             self._live.update(render_snapshot(self._run, snapshot, processes=False))
 
     def event(self, kind: str, text: str, at: float | None = None) -> None:
-        """Show that something happened, now or at a moment in Unix seconds."""
-        if self._live is not None or kind not in self._QUIET:
+        """Show an event.
+
+        Args:
+            kind: kind of the event.
+            text: text of the event; its first line is shown.
+            at: time of the event in Unix seconds; None for now.
+        """
+        if self._live is not None or kind not in self._MINOR_EVENTS:
             clock = time.strftime("%H:%M:%S", time.localtime(at))
             self.console.print(f"{clock} {text.splitlines()[0]}", markup=False, soft_wrap=True)
 
 
 def render_status(status: dict[str, Any]) -> Group:
-    """Return what `services.control.status` tells as a renderable."""
+    """Return a status from `services.store.remote_control.status` as a renderable."""
     run = status["run"]
-    told = "env_steps" in status
-    parts: list[Any] = [render_snapshot(run, status) if told else f"{run}: {status['state']}"]
+    has_snapshot = "env_steps" in status
+    parts: list[Any] = [render_snapshot(run, status) if has_snapshot else f"{run}: {status['state']}"]
     if status["stopped_because"]:
         parts.append(f"{status['state']}: {status['stopped_because']}")
     return Group(*parts, render_events(status["events"]))
 
 
 def render_snapshot(run: str, snapshot: dict[str, Any], *, processes: bool = True) -> Group:
-    """Return a snapshot as a renderable: progress, rates, returns, replay, who waits for what, processes."""
+    """Return a snapshot as a renderable: progress, rates, returns, replay, waiting processes, and all processes."""
     replay = snapshot.get("replay") or {}
     done, total = snapshot["env_steps"], snapshot["steps"]
     grid = Table.grid(padding=(0, 2))
@@ -81,9 +87,9 @@ def render_snapshot(run: str, snapshot: dict[str, Any], *, processes: bool = Tru
         fill = f"{replay['size']:,} of {replay['capacity']:,}"
         grid.add_row("replay", fill, f"{replay['bytes'] / 2**20:,.0f} MiB")
         ratio = f"{snapshot['samples_per_insert']:.2f}"
-        grid.add_row("samples per insert", ratio, f"wanted {snapshot['samples_per_insert_wanted']:.2f}")
-    for who, what in snapshot["waiting"].items():
-        grid.add_row(f"{who} waits for", Text(what), "")
+        grid.add_row("samples per insert", ratio, f"target {snapshot['samples_per_insert_wanted']:.2f}")
+    for process, reason in snapshot["waiting"].items():
+        grid.add_row(f"{process} waits for", Text(reason), "")
     parts: list[Any] = [Text(f"{run}: {snapshot['state']}"), grid]
     if processes:
         parts.append(_processes(snapshot["processes"]))
@@ -91,11 +97,11 @@ def render_snapshot(run: str, snapshot: dict[str, Any], *, processes: bool = Tru
 
 
 def _processes(processes: list[dict[str, Any]]) -> Table:
-    table = Table("process", "node", "pid", "state", "restarts", "last word", box=None, pad_edge=False)
+    table = Table("process", "node", "pid", "state", "restarts", "status", box=None, pad_edge=False)
     for process in processes:
-        word = process["last_death"] or process["last_word"] or ""
+        message = process["last_death"] or process["last_word"] or ""
         pid = "" if process["pid"] is None else str(process["pid"])
-        table.add_row(process["name"], process["node"], pid, process["state"], str(process["restarts"]), Text(word))
+        table.add_row(process["name"], process["node"], pid, process["state"], str(process["restarts"]), Text(message))
     return table
 
 
@@ -104,11 +110,11 @@ def render_runs(records: list[RunRecord]) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("run", "algorithm", "environment", "seed", "state", "started"):
         table.add_column(heading, no_wrap=True, overflow="ignore", min_width=len(heading))
-    table.add_column("why", overflow="fold")
+    table.add_column("reason", overflow="fold")
     for record in records:
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.created))
-        why = Text(record.stopped_because or "")
-        table.add_row(record.name, record.algorithm, record.environment, str(record.seed), record.state, started, why)
+        cells = (record.name, record.algorithm, record.environment, str(record.seed), record.state, started)
+        table.add_row(*cells, Text(record.stopped_because or ""))
     return table
 
 
@@ -130,8 +136,8 @@ def render_summary(summary: dict[str, Any]) -> Table:
 
 
 def render_findings(findings: Sequence[Finding]) -> Table:
-    """Return what the doctor found as a table, with advice below each finding that needs it."""
-    table = Table("where", "what", "verdict", "found", box=None, pad_edge=False)
+    """Return the findings of `squall doctor` as a table, with advice below each finding that has any."""
+    table = Table("place", "check", "verdict", "finding", box=None, pad_edge=False)
     for finding in findings:
         advice = f"\n-> {finding.advice}" if finding.advice else ""
         table.add_row(finding.place, finding.check, finding.verdict, finding.found + advice)

@@ -30,6 +30,6 @@ def _doctor(parsed: argparse.Namespace, out: TextIO) -> int:
     from services.cli import machine_checks
     from services.cli.display import render_findings
 
-    findings = machine_checks.examine(parsed.store)
+    findings = machine_checks.check_all(parsed.store)
     print_result(out, parsed.json, [asdict(finding) for finding in findings], render_findings(findings))
     return int(any(finding.verdict == machine_checks.PROBLEM for finding in findings))

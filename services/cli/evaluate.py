@@ -30,7 +30,7 @@ def add_to(commands: Commands) -> None:
         metavar="FILE.mp4",
         help="record the episodes to one H.264 file, one after the other; an existing file is replaced. A file holds "
         "at most 20,000 frames, divided evenly among the environments that play at once (8, or one for each episode). "
-        "Later frames are played and scored but not recorded, and the command says so",
+        "Later frames are played and scored but not recorded, and a message reports their number",
     )
 
 

@@ -1,6 +1,7 @@
-"""Installation check: Squall's packages must all come from one folder, because a submitted folder may hide one of them.
+"""Check of the installation: all of Squall's packages must come from one folder.
 
-This module imports nothing of Squall, because that may be just what is hidden.
+A folder that `squall submit` uploads may contain a package of the same name, which would hide Squall's. This module
+imports nothing from Squall, because any of its packages may be hidden.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ PACKAGES = ("replay", "actors", "learner", "services")
 
 
 def package_location(package: str) -> str:
-    """Return the folder that holds a package, the path of a module of that name, or "nowhere"."""
+    """Return the folder that contains a package, the path of a module of that name, or "nowhere"."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return "nowhere"
@@ -21,7 +22,7 @@ def package_location(package: str) -> str:
 
 
 def hidden_packages() -> str | None:
-    """Return which packages come from another folder than this one, and what to do about it; None if none does."""
+    """Return an error text that names the packages hidden by another folder, or None if no package is hidden."""
     installation = str(Path(__file__).resolve().parents[2])
     locations = {package: package_location(package) for package in PACKAGES}
     hidden = {package: found for package, found in locations.items() if str(Path(found).resolve()) != installation}
@@ -29,6 +30,6 @@ def hidden_packages() -> str | None:
         return None
     listed = ", ".join(f"{package!r} comes from {found}" for package, found in hidden.items())
     return (
-        f"{listed}, and Squall is in {installation}: rename what hides a package of Squall's there, "
+        f"{listed}, but Squall is installed in {installation}: rename the files or folders that hide its packages, "
         f"or submit another folder"
     )

@@ -1,4 +1,4 @@
-"""`squall submit`: hands a squall command to a cluster's job server, passes its log on, and ends as it ends."""
+"""Client of a Ray cluster's job server, for `squall submit`: submits a squall command and follows its log."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 ENV_FILE = Path(".env")
-# Beside what .gitignore, .rayignore and Ray itself leave out of an upload.
+# In addition to the files that .gitignore, .rayignore, and Ray itself exclude from an upload.
 NEVER_UPLOADED = [".env", "/runs/"]
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
-AWAY_SECONDS = 120.0
+UNREACHABLE_SECONDS = 120.0
 DRAIN_SECONDS = 5.0
-LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 
-# As docker compose reads: a quoted value ends at its quote, another before a blank and a #.
+# The syntax of docker compose: a quoted value ends at its quote, an unquoted one before a blank and a #.
 _ASSIGNMENT = re.compile(
     r"""\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*
     (?: '([^']*)'\s*(?:\#.*)? | "([^"]*)"\s*(?:\#.*)? | (.*?)\s*(?:(?<=\s)\#.*)? )$""",
@@ -48,14 +48,14 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it was last seen.
+    """A job and its last known status.
 
     Attributes:
-        id: the job server's name for it.
-        address: the job server's.
-        status: `PENDING`, `RUNNING`, `STOPPED`, `SUCCEEDED` or `FAILED`.
-        exit_status: the command's, None while it goes on.
-        message: the job server's word about it.
+        id: id that the job server gave to the job.
+        address: URL of the job server.
+        status: `PENDING`, `RUNNING`, `STOPPED`, `SUCCEEDED`, or `FAILED`.
+        exit_status: exit status of the command; None while it runs.
+        message: the job server's message about the job.
     """
 
     id: str
@@ -66,54 +66,54 @@ class Job:
 
     @property
     def advice(self) -> str:
-        """How to follow it and to stop it, in two lines."""
+        """The commands that follow and stop the job, in two lines."""
         return (
-            f"  follow it: ray job logs --address {self.address} --follow {self.id}\n"
-            f"  stop it:   ray job stop --address {self.address} {self.id}"
+            f"  to follow it: ray job logs --address {self.address} --follow {self.id}\n"
+            f"  to stop it:   ray job stop --address {self.address} {self.id}"
         )
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """Return the assignments in a file such as docker compose reads; nothing of it is expanded.
+    """Return the assignments in a `.env` file of docker compose's syntax; variables in it are not expanded.
 
     Raises:
-        ConfigurationError: it cannot be read.
+        ConfigurationError: the file cannot be read.
     """
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
-    found = (_ASSIGNMENT.match(line) for line in lines)
-    return {m[1]: next((text for text in m.groups()[1:] if text is not None), "") for m in found if m is not None}
+    matches = (_ASSIGNMENT.match(line) for line in lines)
+    return {m[1]: next((text for text in m.groups()[1:] if text is not None), "") for m in matches if m is not None}
 
 
 class JobServer:
-    """A cluster's job server.
+    """Client of a cluster's job server.
 
     Attributes:
-        address: its URL.
-        env_file: the file that its token is read from, unless the environment has it.
+        address: URL of the job server.
+        env_file: file with the token, which is read unless the environment has the token.
     """
 
     def __init__(self, address: str | None = None, env_file: Path | None = None) -> None:
-        """Reach the job server.
+        """Connect to the job server.
 
         Args:
-            address: its URL; None for RAY_API_SERVER_ADDRESS, or port 8265 of this machine.
-            env_file: where its token is, unless the environment has one; None for `.env` here, if there is one.
+            address: URL of the job server; None takes RAY_API_SERVER_ADDRESS, or port 8265 of this machine.
+            env_file: file with the token, unless the environment has one; None takes `.env` in this folder, if any.
 
         Raises:
-            ConfigurationError: an address or a file that cannot be.
-            JobServerUnavailable: nobody answers there, or not to us.
+            ConfigurationError: the address is not a URL, or the file cannot be read.
+            JobServerUnavailable: the job server cannot be reached, or refuses the token.
             SquallError: the extra `cluster` is not installed.
         """
-        self.address = _checked(address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS)
+        self.address = _check_address(address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS)
         self.env_file = env_file or ENV_FILE
         if env_file is not None or ENV_FILE.exists():
             for name, value in read_env_file(self.env_file).items():
                 if name in _TOKEN_VARIABLES:
                     os.environ.setdefault(name, value)
-        os.environ[ADDRESS_VARIABLE] = self.address  # Ray takes RAY_ADDRESS before the address that it is given
+        os.environ[ADDRESS_VARIABLE] = self.address  # Ray prefers RAY_ADDRESS to the address argument
         self._client = self._connect()
 
     def _connect(self) -> JobSubmissionClient:
@@ -122,9 +122,7 @@ class JobServer:
             import requests  # noqa: F401
             from ray.job_submission import JobSubmissionClient
         except ImportError as error:
-            raise SquallError(
-                f"submitting needs more than is installed: pip install 'squall[cluster]' ({error})"
-            ) from error
+            raise SquallError(f"squall submit needs more packages: pip install 'squall[cluster]' ({error})") from error
         url = urlsplit(self.address)
         port = url.port or (443 if url.scheme == "https" else 80)
         try:
@@ -132,16 +130,20 @@ class JobServer:
         except OSError as error:
             raise JobServerUnavailable(
                 f"there is no job server at {self.address}: {error}; start a cluster (docker compose up -d), "
-                f"or name another --address"
+                f"or use another --address"
             ) from error
-        return self._ask(lambda: JobSubmissionClient(self.address), "a first answer")
+        return self._call(lambda: JobSubmissionClient(self.address), "the connection")
 
     def submit(self, command: Sequence[str], working_dir: Path) -> Job:
-        """Upload a folder and start `squall` with these arguments in it.
+        """Upload a folder, and start a squall command in it on the cluster.
+
+        Args:
+            command: arguments of `squall`.
+            working_dir: folder to upload.
 
         Raises:
             ConfigurationError: there is no such folder.
-            JobServerUnavailable: it did not take the job.
+            JobServerUnavailable: the job server did not accept the job.
         """
         if not working_dir.is_dir():
             raise ConfigurationError(f"there is no folder {working_dir} to submit")
@@ -151,84 +153,97 @@ class JobServer:
         def call() -> str:
             return self._client.submit_job(entrypoint=entrypoint, runtime_env=environment)
 
-        hint = f"; if {working_dir} is larger than 100 MiB, name in .rayignore what to leave out"
-        return Job(self._ask(call, "taking the job", UPLOAD_SECONDS, hint), self.address, "PENDING")
+        hint = f"; if {working_dir} is larger than 100 MiB, exclude files in .rayignore"
+        return Job(self._call(call, "the upload", UPLOAD_SECONDS, hint), self.address, "PENDING")
 
-    def look(self, job: Job) -> Job:
-        """Return the job as it is now.
+    def refresh(self, job: Job) -> Job:
+        """Return the job with its current status.
 
         Raises:
-            JobServerUnavailable: no answer.
+            JobServerUnavailable: the job server did not answer.
         """
-        details = self._ask(lambda: self._client.get_job_info(job.id), f"an answer about job {job.id}")
+        details = self._call(lambda: self._client.get_job_info(job.id), f"the status of job {job.id}")
         return Job(job.id, job.address, str(details.status), _exit_status(details), details.message or "")
 
     def follow(self, job: Job, write: Callable[[str], object]) -> Job:
-        """Pass the job's log on until it ends, and return it as it is then.
+        """Write the job's log until the job ends; return the job with its last status.
+
+        Args:
+            job: the job.
+            write: called with each new part of the log.
 
         Raises:
-            JobServerUnavailable: no answer for two minutes; a head that was restarted is back by then.
+            JobServerUnavailable: no answer for `UNREACHABLE_SECONDS`, in which a head node can restart.
         """
         return asyncio.run(self._follow(job, write))
 
     async def _follow(self, job: Job, write: Callable[[str], object]) -> Job:
-        log = _Log(write)
+        log = _LogStream(write)
         answered = time.monotonic()
         tail: asyncio.Task[None] | None = None
         try:
             while True:
                 tail = tail or asyncio.create_task(self._tail(job, log))
-                await asyncio.wait({tail}, timeout=LOOK_SECONDS)
+                await asyncio.wait({tail}, timeout=POLL_SECONDS)
                 try:
-                    job = self.look(job)
+                    job = self.refresh(job)
                 except JobServerUnavailable:
-                    if time.monotonic() - answered > AWAY_SECONDS:
+                    if time.monotonic() - answered > UNREACHABLE_SECONDS:
                         raise
-                    await asyncio.sleep(LOOK_SECONDS)
+                    await asyncio.sleep(POLL_SECONDS)
                     continue
                 answered = time.monotonic()
                 if job.exit_status is not None:
                     await asyncio.wait({tail}, timeout=DRAIN_SECONDS)
                     return job
-                if tail.done():  # the connection broke, and the job goes on
+                if tail.done():  # the connection broke, but the job still runs
                     tail = None
-                    await asyncio.sleep(LOOK_SECONDS)
+                    await asyncio.sleep(POLL_SECONDS)
         finally:
             if tail is not None:
                 tail.cancel()
 
-    async def _tail(self, job: Job, log: _Log) -> None:
+    async def _tail(self, job: Job, log: _LogStream) -> None:
         import aiohttp
 
-        log.begin()
-        with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):  # `_follow` looks what became of the job
+        log.restart()
+        with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):  # `_follow` checks the job's status
             async for text in self._client.tail_job_logs(job.id):
-                log.take(text)
+                log.receive(text)
 
-    def _ask(self, call: Callable[[], _Answer], what: str, seconds: float = ANSWER_SECONDS, hint: str = "") -> _Answer:
-        """Call within a deadline; Ray's client has none, so a thread of our own does the waiting."""
+    def _call(
+        self, call: Callable[[], _Answer], result: str, seconds: float = ANSWER_SECONDS, hint: str = ""
+    ) -> _Answer:
+        """Return what `call` returns within a deadline. It runs in a thread, because Ray's client has no deadlines.
+
+        Args:
+            call: the call.
+            result: name of the result, for the error text.
+            seconds: deadline of the call.
+            hint: added to the text of an error that the call raises.
+        """
         import requests
         from ray.exceptions import AuthenticationError
 
         answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
-        def ask() -> None:
+        def run() -> None:
             try:
                 answers.put((call(), None))
             except Exception as error:
                 answers.put((None, error))
 
-        threading.Thread(target=ask, name="job-server", daemon=True).start()
+        threading.Thread(target=run, name="job-server", daemon=True).start()
         try:
             answer, failure = answers.get(timeout=seconds)
         except queue.Empty:
-            failure = TimeoutError(f"waited {seconds:.0f} s for {what}")
+            failure = TimeoutError(f"waited {seconds:.0f} s for {result}")
         if failure is None:
             return answer  # type: ignore[no-any-return]
         if isinstance(failure, AuthenticationError):
             raise JobServerUnavailable(
-                f"the job server at {self.address} does not take our token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
-                f"must be the cluster's, in the environment or in {self.env_file}"
+                f"the job server at {self.address} refuses the token: set RAY_AUTH_MODE=token and the cluster's "
+                f"RAY_AUTH_TOKEN in the environment or in {self.env_file}"
             ) from failure
         if isinstance(failure, RuntimeError | OSError | requests.RequestException):
             line = (str(failure).splitlines() or [repr(failure)])[0]
@@ -236,32 +251,32 @@ class JobServer:
         raise failure
 
 
-class _Log:
-    """A job's log. Each connection sends it from its beginning; what was passed on before is left out."""
+class _LogStream:
+    """Writes a job's log once, although each connection sends the log from its beginning."""
 
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
-        self._passed_on = self._come = 0
+        self._written = self._received = 0  # characters: of the log, and of the current connection
 
-    def begin(self) -> None:
-        self._come = 0
+    def restart(self) -> None:
+        self._received = 0
 
-    def take(self, text: str) -> None:
-        new = text[max(0, self._passed_on - self._come) :]
-        self._come += len(text)
+    def receive(self, text: str) -> None:
+        new = text[max(0, self._written - self._received) :]
+        self._received += len(text)
         if new:
-            self._passed_on += len(new)
+            self._written += len(new)
             self._write(new)
 
 
-def _checked(address: str) -> str:
+def _check_address(address: str) -> str:
     url = urlsplit(address)
     try:
-        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
-        good = False
-    if not good:
-        raise ConfigurationError(f"a job server's address is such as {DEFAULT_ADDRESS}, got {address!r}")
+        valid = False
+    if not valid:
+        raise ConfigurationError(f"a job server's address must be a URL such as {DEFAULT_ADDRESS}, got {address!r}")
     return address.rstrip("/")
 
 

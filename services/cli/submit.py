@@ -45,18 +45,21 @@ def _submit(parsed: argparse.Namespace, out: TextIO) -> int:
     command = parsed.arguments[1:] if parsed.arguments[:1] == ["--"] else parsed.arguments
     if not command or command[0] == "submit":
         raise ConfigurationError("name the command to run, such as: squall submit -- train dqn CartPole-v1")
-    build_parser().parse_args(command)  # reports bad arguments before the cluster is asked
+    build_parser().parse_args(command)  # reports bad arguments before anything is submitted
     server = JobServer(parsed.address, parsed.env_file)
     job = server.submit(command, parsed.working_dir)
-    print(f"job {job.id} is submitted to {job.address}\n{job.advice}", file=sys.stderr, flush=True)
+    print(f"submitted job {job.id} to {job.address}\n{job.advice}", file=sys.stderr, flush=True)
     if parsed.follow:
         log = sys.stderr if parsed.json else out
         try:
             job = server.follow(job, lambda text: print(text, end="", file=log, flush=True))
         except KeyboardInterrupt:
-            print(f"squall: job {job.id} goes on; with {server.env_file} exported\n{job.advice}", file=sys.stderr)
+            print(
+                f"squall: job {job.id} still runs; export the variables in {server.env_file}, then\n{job.advice}",
+                file=sys.stderr,
+            )
             return 130
-        print(f"job {job.id} {job.status}, exit status {job.exit_status}: {job.message}", file=sys.stderr)
+        print(f"job {job.id}: {job.status}, exit status {job.exit_status}: {job.message}", file=sys.stderr)
     if parsed.json:
         print_result(out, True, asdict(job), "")
     return job.exit_status or 0

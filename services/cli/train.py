@@ -114,8 +114,7 @@ def _configuration(parsed: argparse.Namespace) -> tuple[Any, list[str]]:
     if parsed.resume:
         if parsed.algorithm or parsed.config or parsed.name:
             raise ConfigurationError(
-                "--resume RUN continues with the run's own algorithm, environment, configuration, and name: "
-                "leave them out"
+                "--resume RUN uses the run's own algorithm, environment, configuration, and name: leave them out"
             )
         file = runs.folder_of(parsed.resume, parsed.store) / CONFIG
     config, preset = resolve(parsed.algorithm, parsed.environment, file=file, overrides=overrides)
@@ -123,6 +122,6 @@ def _configuration(parsed: argparse.Namespace) -> tuple[Any, list[str]]:
     if preset is None and file is None:
         note = f"no preset of {config.algorithm} for {config.environment}: the algorithm's defaults are used"
         if "eps_last_frame" in config.hyperparameters:
-            note += ", which are for Pong; a small task wants other warm_start_size and eps_last_frame"
+            note += ", which are tuned for Pong; a small task needs a smaller warm_start_size and eps_last_frame"
         notes.append(f"{note} (--show-config lists all keys)")
     return config, notes

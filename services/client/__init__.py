@@ -1,4 +1,4 @@
-"""Clients: what a Python program holds to control runs, ask a policy for actions, or feed experience over gRPC."""
+"""Python clients over gRPC: control runs, query a policy for actions, and feed a run with experience."""
 
 from services.client.run_client import SquallClient
 

@@ -1,4 +1,7 @@
-"""ExperienceClient: plays an environment of yours for a run, over gRPC, and starts again where a connection breaks."""
+"""The Python client that feeds a run with the experience of an external environment over gRPC.
+
+`ExperienceClient.play` opens a new session when the connection breaks.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +20,29 @@ from gymnasium import spaces
 
 from replay.errors import ConfigurationError, DeadlineExceeded, SquallError
 from replay.types import Array
-from services.client.run_client import Closing, SquallClient
+from services.client.run_client import Closeable, SquallClient
 from services.errors import NotReady, Overloaded, ServerUnavailable
 from services.rpc import squall_pb2 as pb
 from services.rpc import squall_pb2_grpc
 from services.rpc.codec import DTYPES, decode_array, encode_array, encode_space
 
 ANSWER_SECONDS = 360.0
-"""A little more than a run waits for its learner by default."""
-_SECONDS_TO_CLOSE = 30.0
-_LONGEST_PAUSE = 5.0
+"""Default deadline of an answer: a little longer than a run waits for its learner by default."""
+_CLOSE_SECONDS = 30.0
+_MAX_PAUSE_SECONDS = 5.0
 _log = logging.getLogger("squall.experience")
 
 
 @dataclass(frozen=True)
 class Played:
-    """What came of playing.
+    """The result of `ExperienceClient.play`.
 
     Attributes:
-        steps: steps that the server said it has in the run; those of a connection that broke are not among them.
-        taken: steps that the environment took.
-        returns: of the episodes that ended.
-        sessions: opened, so one less is how often the connection broke.
-        finished: the run takes no more: it has all its steps, or ends.
+        steps: steps that the server has confirmed; steps of a session whose connection broke are not included.
+        taken: steps of the environment.
+        returns: returns of the finished episodes.
+        sessions: number of opened sessions, which is one more than the number of broken connections.
+        finished: whether the run accepts no more experience, because it has all its steps or ends.
     """
 
     steps: int
@@ -49,33 +52,33 @@ class Played:
     finished: bool
 
 
-class ExperienceSession(Closing):
-    """One session: `reset`, then `step` until it returns None, then `reset` again. Use as a `with` block.
+class ExperienceSession(Closeable):
+    """One session: call `reset`, then `step` until it returns None, then `reset` again. Use it as a `with` block.
 
-    Errors are those that the server raised, by type; besides `ServerUnavailable` if the connection broke (open another
-    session, which begins an episode) and `DeadlineExceeded` if no answer came in time.
+    Methods raise the exceptions that the server has raised. They also raise `ServerUnavailable` if the connection has
+    broken (open another session, which begins a new episode) and `DeadlineExceeded` if no answer arrived in time.
     """
 
     def __init__(self, client: SquallClient, opening: pb.Open, *, seconds: float) -> None:
-        """Open it; see `ExperienceClient.open`."""
+        """Open the session; see `ExperienceClient.open`."""
         space = opening.observation_space
         self._dtype = DTYPES[space.box.dtype] if space.HasField("box") else np.dtype("int64")
         self._client, self._seconds = client, seconds
         self._requests: queue.SimpleQueue[pb.PlayRequest | None] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[pb.PlayResponse | SquallError] = queue.SimpleQueue()
         self._closed: pb.Closed | None = None
-        self._over = False
+        self._ended = False
         self._number = 0
         self.episode_return: float | None = None
-        """Return of the last episode that ended, as the server counted it."""
+        """Return of the last finished episode, as computed by the server."""
         self._call = squall_pb2_grpc.ExperienceStub(client.channel).Play(self._outgoing(), metadata=client.metadata)
-        # gRPC's blocking iterator has no deadline of its own.
+        # A thread reads the answers, because gRPC's blocking iterator has no timeout for one answer.
         self._reader = threading.Thread(target=self._read, name="experience", daemon=True)
         self._reader.start()
         try:
-            self.id = self._ask(pb.PlayRequest(open=opening)).opened.session
+            self.id = self._request(pb.PlayRequest(open=opening)).opened.session
         except BaseException:
-            self._abandon()
+            self._end()
             raise
 
     def _outgoing(self) -> Iterator[pb.PlayRequest]:
@@ -91,9 +94,9 @@ class ExperienceSession(Closing):
         except SquallError as error:
             self._answers.put(error)
 
-    def _ask(self, request: pb.PlayRequest) -> pb.PlayResponse:
-        if self._over:
-            raise ServerUnavailable("this session is over; open another one")
+    def _request(self, request: pb.PlayRequest) -> pb.PlayResponse:
+        if self._ended:
+            raise ServerUnavailable("this session has ended; open another session")
         self._requests.put(request)
         return self._answer(self._seconds)
 
@@ -101,52 +104,52 @@ class ExperienceSession(Closing):
         try:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
-            self._abandon()
-            raise DeadlineExceeded(f"{self._client.address} gave no answer for {seconds:g} s") from None
+            self._end()
+            raise DeadlineExceeded(f"no answer from {self._client.address} within {seconds:g} s") from None
         if isinstance(answer, SquallError):
-            self._abandon()
+            self._end()
             raise answer
         if answer.WhichOneof("kind") == "closed":
             self._closed = answer.closed
-            self._abandon()
+            self._end()
         return answer
 
-    def _abandon(self) -> None:
-        self._over = True
+    def _end(self) -> None:
+        self._ended = True
         self._requests.put(None)
         self._call.cancel()
-        self._reader.join(_SECONDS_TO_CLOSE)
+        self._reader.join(_CLOSE_SECONDS)
 
     @property
     def finished(self) -> bool:
-        """Whether the server said that the run takes no more: it has all its steps, or ends."""
+        """Whether the server has reported that the run accepts no more experience."""
         return self._closed is not None and self._closed.finished
 
     @property
     def steps(self) -> int | None:
-        """Steps of this session that are in the run; None before it was closed."""
+        """Number of steps of this session that the run has accepted; None before the session is closed."""
         return None if self._closed is None else int(self._closed.steps)
 
     def reset(self, observation: Any) -> Array | None:
-        """Begin an episode with its first observation; return the first action, None if the run is finished.
+        """Begin an episode with its first observation; return the first action, or None if the run is finished.
 
         Raises:
-            ConfigurationError: an observation of another shape or dtype; the text names both.
+            ConfigurationError: an observation of another shape or dtype; the error names both.
         """
         return self._action(pb.PlayRequest(reset=pb.Reset(observation=self._encode(observation))))
 
     def step(self, reward: float, terminated: bool, truncated: bool, observation: Any) -> Array | None:
-        """Tell what the last action brought; return the next one, None if the episode or the run is over.
+        """Send the result of the last action; return the next action, or None if the episode or the run has ended.
 
         Args:
-            reward: unclipped.
-            terminated: whether the episode ended here.
-            truncated: whether it was broken off here.
-            observation: that followed, the episode's last one too.
+            reward: reward of the action, unclipped.
+            terminated: whether the environment ended the episode with this step.
+            truncated: whether the episode was cut off after this step.
+            observation: observation after the step, also for the last step of an episode.
 
         Raises:
-            ConfigurationError: something that cannot be; the text names it and what would be right.
-            OutOfOrder: no episode is going on.
+            ConfigurationError: an invalid value; the error states which values are valid.
+            OutOfOrder: no episode is running.
         """
         step = pb.Step(
             number=self._number + 1, reward=reward, terminated=terminated, truncated=truncated,
@@ -156,12 +159,12 @@ class ExperienceSession(Closing):
         return self._action(pb.PlayRequest(step=step))
 
     def _encode(self, observation: Any) -> pb.Array:
-        # Environments give int for int64 and float64 for float32; anything else is for the server to refuse.
+        # Environments return int for int64 and float64 for float32. The server rejects any other difference.
         array = np.asarray(observation)
         return encode_array(array.astype(self._dtype) if array.dtype.kind == self._dtype.kind else array)
 
     def _action(self, request: pb.PlayRequest) -> Array | None:
-        answer = self._ask(request)
+        answer = self._request(request)
         if answer.WhichOneof("kind") == "action":
             message = answer.action.action
             dtype = DTYPES.get(message.dtype, np.dtype("int64")).name
@@ -171,8 +174,8 @@ class ExperienceSession(Closing):
         return None
 
     def close(self) -> int:
-        """Send what is left, end the session and return the steps of it that are in the run."""
-        if not self._over:
+        """Send the remaining steps, end the session, and return the number of its steps that the run has accepted."""
+        if not self._ended:
             self._requests.put(pb.PlayRequest(close=pb.Close()))
             self._answer(self._seconds)
         return self.steps or 0
@@ -180,15 +183,15 @@ class ExperienceSession(Closing):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._over:
+        if not self._ended:
             if error is None:
                 self.close()
             else:
-                self._abandon()
+                self._end()
 
 
-class ExperienceClient(Closing):
-    """Plays for a run; use as a `with` block. Several threads may each have sessions of their own."""
+class ExperienceClient(Closeable):
+    """The client that plays environments for a run; use it as a `with` block. Threads may have separate sessions."""
 
     def __init__(
         self,
@@ -200,15 +203,15 @@ class ExperienceClient(Closing):
         patience_seconds: float = 60.0,
         **connection: Any,
     ) -> None:
-        """Connect at the first session.
+        """Create a client, which connects at the first session.
 
         Args:
             address: `host:port` of the run's endpoint or of a gateway.
-            run: the run's name; may be left out at the run's own endpoint.
-            name: shown in the run's log.
-            answer_seconds: deadline of every answer; a run's learner may make a session wait.
-            patience_seconds: how long `play` tries to open a session again after a connection broke.
-            connection: `token`, `tls`, `tls_authority`, see `SquallClient`.
+            run: name of the run; may be omitted at the run's own endpoint.
+            name: name of the client in the run's log.
+            answer_seconds: deadline of every answer in seconds; a session may have to wait for the run's learner.
+            patience_seconds: seconds for which `play` tries to open a new session after the connection broke.
+            connection: `token`, `tls`, and `tls_authority`, see `SquallClient`.
         """
         self._client = SquallClient(address, **connection)
         self._run, self._name = run, name
@@ -221,11 +224,11 @@ class ExperienceClient(Closing):
     def open(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> ExperienceSession:
         """Open a session for an environment of these spaces.
 
-        Discrete actions are numbered from 0. A run that stacks frames wants single ones.
+        Discrete actions are numbered from 0. If the run stacks frames, the environment must return single frames.
 
         Raises:
-            ConfigurationError: spaces that are not the run's; the text names both.
-            ServesNothing: the run takes no experience from outside; on-policy ones do not.
+            ConfigurationError: other spaces than the run's; the error names both.
+            ServesNothing: the run accepts no external experience, such as an on-policy run.
             Overloaded: too many sessions are open.
         """
         if isinstance(action_space, spaces.Discrete):
@@ -239,18 +242,19 @@ class ExperienceClient(Closing):
         return ExperienceSession(self._client, opening, seconds=self._answer_seconds)
 
     def play(self, env: gym.Env[Any, Any], *, steps: int | None = None, seed: int | None = None) -> Played:
-        """Play until the run takes no more, or `steps` are taken; a broken connection begins a new episode.
+        """Play until the run accepts no more experience, or for `steps` steps.
 
-        A run that cannot be reached is tried again, with a word in the log `squall.experience`.
+        If the connection breaks, the client tries to open a new session, which begins a new episode. It logs a warning
+        to `squall.experience`.
 
         Args:
-            env: the environment; it is not closed.
-            steps: to take at most.
-            seed: of the first reset.
+            env: the environment, which is not closed.
+            steps: maximum number of steps.
+            seed: seed of the first reset.
 
         Raises:
             ServerUnavailable: the run could not be reached again within `patience_seconds`.
-            SquallError: see `open`, `ExperienceSession.step`.
+            SquallError: see `open` and `ExperienceSession.step`.
         """
         if steps is not None and steps < 1:
             raise ConfigurationError(f"steps must be positive, got {steps}")
@@ -272,12 +276,12 @@ class ExperienceClient(Closing):
                 if time.monotonic() - broken_at > self._patience:
                     raise
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, _MAX_PAUSE_SECONDS)
         return Played(accepted, player.taken, tuple(player.returns), sessions, player.finished)
 
 
 class _Player:
-    """Drives an environment by one session after the other."""
+    """Plays an environment through one session after another."""
 
     def __init__(self, env: gym.Env[Any, Any], steps: int | None, seed: int | None) -> None:
         self._env, self._steps, self._seed = env, steps, seed
@@ -298,8 +302,8 @@ class _Player:
                 self._seed = None
                 action = session.reset(observation)
             if action is not None:
-                own = int(action) + self._start if action.dtype.kind == "i" else action.copy()
-                observation, reward, terminated, truncated, _ = self._env.step(own)
+                env_action = int(action) + self._start if action.dtype.kind == "i" else action.copy()
+                observation, reward, terminated, truncated, _ = self._env.step(env_action)
                 self.taken += 1
                 action = session.step(float(reward), bool(terminated), bool(truncated), observation)
                 if (terminated or truncated) and session.episode_return is not None and not session.finished:

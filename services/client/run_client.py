@@ -1,4 +1,4 @@
-"""SquallClient: runs and policies over gRPC, from Python. Errors come back as the exceptions that the server raised."""
+"""The Python client of runs and policies over gRPC. It raises the exceptions that the server has raised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from replay.errors import ConfigurationError
 from replay.types import Array
 from services.rpc import squall_pb2 as pb
 from services.rpc import squall_pb2_grpc
-from services.rpc.auth import TOKEN, split_address
+from services.rpc.auth import TOKEN_VARIABLE, split_address
 from services.rpc.codec import DTYPES, decode_array, decode_space, encode_array
 from services.rpc.errors import from_status
 from services.rpc.server import CHANNEL_OPTIONS
@@ -28,14 +28,14 @@ CALL_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Description:
-    """What a policy is.
+    """The description of a policy.
 
     Attributes:
-        algorithm: what trained it.
-        environment: Gymnasium id of the environment, or empty.
-        observation_space: of one observation.
-        action_space: of one action; a Discrete one is numbered from 0.
-        weights_version: of the weights that it has now; -1 before the first.
+        algorithm: name of the algorithm that trains or trained the policy.
+        environment: Gymnasium id of the environment, or an empty text.
+        observation_space: space of one observation.
+        action_space: space of one action; Discrete actions are numbered from 0.
+        weights_version: version of the current weights; -1 before the first.
     """
 
     algorithm: str
@@ -46,17 +46,17 @@ class Description:
 
 
 class Acted(NamedTuple):
-    """Actions `[B, ...]`, and the version of the weights that chose them."""
+    """The answer to `SquallClient.act`: actions `[B, ...]`, and the version of the weights that chose them."""
 
     actions: Array
     weights_version: int
 
 
-class Closing:
-    """What a `with` block closes."""
+class Closeable:
+    """A base class of clients: a `with` block closes the client at its end."""
 
     def close(self) -> object:
-        """End it."""
+        """Close the client."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -68,13 +68,13 @@ class Closing:
         self.close()
 
 
-class SquallClient(Closing):
-    """Talks to a gateway, a run's endpoint or `squall serve`; use as a `with` block. Safe to use from several threads.
+class SquallClient(Closeable):
+    """The client of a gateway, a run's endpoint, or `squall serve`; use it as a `with` block. It is thread-safe.
 
-    Every method raises what the server raised, by type (`UnknownRun`, `CommandRefused`, ...), and besides:
+    Every method raises the exception that the server has raised (`UnknownRun`, `CommandRefused`, ...), and also:
 
-        Unauthenticated: the server wants a token, or another one.
-        ServerUnavailable: nobody answers there.
+        Unauthenticated: the server requires a token, or another token.
+        ServerUnavailable: no server answers at the address.
         DeadlineExceeded: no answer within `call_seconds`.
     """
 
@@ -87,21 +87,21 @@ class SquallClient(Closing):
         tls_authority: Path | None = None,
         call_seconds: float = CALL_SECONDS,
     ) -> None:
-        """Connect at the first call.
+        """Create a client, which connects at the first call.
 
         Args:
-            address: `host:port`.
-            token: what to show; default SQUALL_GRPC_TOKEN. Without TLS others on the way can read it.
-            tls: whether the server speaks TLS.
-            tls_authority: PEM file of the certificate authority to trust, instead of the system's; means TLS too.
-            call_seconds: deadline of a call.
+            address: `host:port` of the server.
+            token: the server's token; default SQUALL_GRPC_TOKEN. Without TLS, anybody on the network path can read it.
+            tls: whether the server uses TLS.
+            tls_authority: PEM file of the trusted certificate authority, in place of the system's; implies `tls`.
+            call_seconds: deadline of a call in seconds.
 
         Raises:
-            ConfigurationError: no such address, or a file that cannot be read.
+            ConfigurationError: an invalid address, or a file that cannot be read.
         """
         split_address(address)
         self.address, self._seconds = address, call_seconds
-        token = token or os.environ.get(TOKEN) or None
+        token = token or os.environ.get(TOKEN_VARIABLE) or None
         self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         if tls or tls_authority is not None:
             credentials = grpc.ssl_channel_credentials(_read(tls_authority))
@@ -120,15 +120,15 @@ class SquallClient(Closing):
         return list(self._call(self._control.ListRuns, pb.ListRunsRequest()).runs)
 
     def status(self, run: str, *, events: int = 10) -> pb.RunStatus:
-        """Return what is known of a run, with its last `events`. Raises `UnknownRun`."""
+        """Return the status of a run, with its last `events` events. Raises `UnknownRun`."""
         status: pb.RunStatus = self._call(self._control.Status, pb.StatusRequest(run=run, events=events))
         return status
 
     def watch(self, run: str) -> Iterator[pb.RunStatus]:
-        """Yield what is known of a run, once a second, until it has ended or is lost; each with the new events.
+        """Yield the status of a run with its new events, once a second, until the run has ended or is lost.
 
         Raises:
-            UnknownRun: there is no such run.
+            UnknownRun: no run has this name.
         """
         call = self._control.Watch(pb.WatchRequest(run=run), metadata=self.metadata)
         try:
@@ -143,23 +143,23 @@ class SquallClient(Closing):
         return scaled
 
     def checkpoint(self, run: str) -> pb.CheckpointResponse:
-        """Have a live run write a checkpoint. Raises `RunIsNotLive`, `CommandRefused`."""
+        """Make a live run write a checkpoint. Raises `RunIsNotLive`, `CommandRefused`."""
         written: pb.CheckpointResponse = self._call(self._control.Checkpoint, pb.CheckpointRequest(run=run))
         return written
 
     def stop(self, run: str) -> None:
-        """End a live run in order. Raises `RunIsNotLive`."""
+        """Stop a live run in order. Raises `RunIsNotLive`."""
         self._call(self._control.Stop, pb.StopRequest(run=run))
 
     def describe(self, run: str = "") -> Description:
-        """Return what the policy of a run is; the run may be left out where the server has one policy only."""
-        told: pb.DescribeResponse = self._call(self._policy.Describe, pb.DescribeRequest(run=run))
+        """Return the description of a run's policy; `run` may be omitted if the server has only one policy."""
+        answer: pb.DescribeResponse = self._call(self._policy.Describe, pb.DescribeRequest(run=run))
         return Description(
-            told.algorithm,
-            told.environment,
-            decode_space(told.observation_space, "the observation space"),
-            decode_space(told.action_space, "the action space"),
-            told.weights_version,
+            answer.algorithm,
+            answer.environment,
+            decode_space(answer.observation_space, "the observation space"),
+            decode_space(answer.action_space, "the action space"),
+            answer.weights_version,
         )
 
     def act(self, observations: Array, run: str = "", *, explore: bool = False) -> Acted:
@@ -167,18 +167,18 @@ class SquallClient(Closing):
 
         Args:
             observations: `[B, *observation_shape]`, of the observation space's dtype.
-            run: whose policy; may be left out where the server has one only.
-            explore: act as a rollout worker does, instead of greedily.
+            run: name of the run; may be omitted if the server has only one policy.
+            explore: whether to explore as a rollout worker does, instead of acting greedily.
 
         Raises:
-            ConfigurationError: observations of another shape or dtype; the text names both.
-            Overloaded: too many requests wait.
+            ConfigurationError: observations of another shape or dtype; the error names both.
+            Overloaded: too many requests are waiting.
         """
         request = pb.ActRequest(run=run, observations=encode_array(np.asarray(observations)), explore=explore)
-        told: pb.ActResponse = self._call(self._policy.Act, request)
-        dtype = DTYPES.get(told.actions.dtype, np.dtype("int64")).name
-        shape = (None,) * len(told.actions.shape)
-        return Acted(decode_array(told.actions, "actions", dtype=dtype, shape=shape), told.weights_version)
+        answer: pb.ActResponse = self._call(self._policy.Act, request)
+        dtype = DTYPES.get(answer.actions.dtype, np.dtype("int64")).name
+        shape = (None,) * len(answer.actions.shape)
+        return Acted(decode_array(answer.actions, "actions", dtype=dtype, shape=shape), answer.weights_version)
 
     def _call(self, method: Any, request: Any) -> Any:
         with self.errors():
@@ -186,11 +186,11 @@ class SquallClient(Closing):
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn a call's status into the exception that it stands for, within a `with` block."""
+        """Raise the exceptions of the calls inside a `with` block as the exceptions that the server has raised."""
         try:
             yield
         except grpc.RpcError as error:
-            call: Any = error  # it is the call, too
+            call: Any = error  # the error object is also the call
             raise from_status(call.code(), call.details(), call.trailing_metadata(), self.address) from error
 
 
@@ -200,4 +200,4 @@ def _read(file: Path | None) -> bytes | None:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"cannot read what TLS needs: {error}") from error
+        raise ConfigurationError(f"cannot read a TLS file: {error}") from error

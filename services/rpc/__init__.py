@@ -1,4 +1,5 @@
-"""gRPC: the protocol (`squall.proto` and the code generated from it), the server, and the services it offers.
+"""gRPC: the protocol (`squall.proto` and the code generated from it), the server, and its services.
 
-`squall.proto` is public: fields and methods are added, never renamed or renumbered. Run `make proto` after a change.
+`squall.proto` is public: fields and methods may be added but never renamed or renumbered. Run `make proto` after a
+change.
 """

@@ -1,4 +1,4 @@
-"""Auth."""
+"""Access to a gRPC server: its address, token, and TLS files, and the interceptor that checks the token."""
 
 from __future__ import annotations
 
@@ -19,52 +19,44 @@ from services.errors import Overloaded, Unauthenticated
 from services.rpc.errors import to_status
 from services.rpc.interceptors import Continuation, Handler, abort
 
-TOKEN = "SQUALL_GRPC_TOKEN"
-
-
+TOKEN_VARIABLE = "SQUALL_GRPC_TOKEN"
 LOOPBACK = "127.0.0.1"
-
-
-MOST_PROBES = 64
-"""Of those, health checks without the token."""
-
-
-_SHORTEST_TOKEN = 16
-
-
+MAX_PROBES = 64
+"""Concurrent health checks without the token; further ones are rejected."""
+_MIN_TOKEN_LENGTH = 16
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
 
 def read_token(file: Path | None = None) -> str | None:
-    """Return the token in `file`, else in SQUALL_GRPC_TOKEN, else None.
+    """Return the token in `file`, else the token in SQUALL_GRPC_TOKEN, else None.
 
     Raises:
-        ConfigurationError: the file cannot be read, or what it holds is no token.
+        ConfigurationError: the file cannot be read, or its content is not a valid token.
     """
     if file is None:
-        token, where = os.environ.get(TOKEN) or None, TOKEN
+        token, source = os.environ.get(TOKEN_VARIABLE) or None, TOKEN_VARIABLE
     else:
         try:
-            token, where = file.read_text().strip(), str(file)
+            token, source = file.read_text().strip(), str(file)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"cannot read a token from {file}: {error}") from error
-    if token is not None and not re.fullmatch(rf"[!-~]{{{_SHORTEST_TOKEN},1000}}", token):
+    if token is not None and not re.fullmatch(rf"[!-~]{{{_MIN_TOKEN_LENGTH},1000}}", token):
         raise ConfigurationError(
-            f"a token has {_SHORTEST_TOKEN} to 1,000 printable ASCII characters without spaces, which `openssl rand "
-            f"-hex 32` makes; that in {where} has {len(token)} characters or others"
+            f"a token has {_MIN_TOKEN_LENGTH} to 1,000 printable ASCII characters without spaces, such as the output "
+            f"of `openssl rand -hex 32`; the token in {source} has {len(token)} characters, or others"
         )
     return token
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where a server listens, and whom it lets in.
+    """Configuration of a gRPC server: its address, and the credentials that it requires and presents.
 
     Attributes:
-        address: `host:port`; port 0 takes any that is free.
-        token: what a caller must show, as `authorization: Bearer TOKEN`; None lets everybody in.
+        address: `host:port` to listen on; port 0 selects a free port.
+        token: token that every call must send, as `authorization: Bearer TOKEN`; None accepts all calls.
         tls_cert: PEM file of the server's certificate and its chain.
-        tls_key: PEM file of its key.
+        tls_key: PEM file of the certificate's key.
     """
 
     address: str = f"{LOOPBACK}:0"
@@ -76,14 +68,14 @@ class ServerConfig:
         host, _ = split_address(self.address)
         if self.token is None and not is_loopback(host):
             raise ConfigurationError(
-                f"listening on {self.address}, beyond this machine's loopback, needs a token: set {TOKEN}, or name a "
-                f"--token-file"
+                f"listening on {self.address}, beyond this machine's loopback, needs a token: set {TOKEN_VARIABLE}, or "
+                f"pass --token-file"
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigurationError("TLS takes both a certificate and its key: --tls-cert and --tls-key")
 
     def credentials(self) -> grpc.ServerCredentials | None:
-        """Return what TLS needs, or None without it.
+        """Return the credentials for TLS, or None without TLS.
 
         Raises:
             ConfigurationError: a file cannot be read.
@@ -93,22 +85,23 @@ class ServerConfig:
         try:
             pair = (self.tls_key.read_bytes(), self.tls_cert.read_bytes())
         except OSError as error:
-            raise ConfigurationError(f"cannot read what TLS needs: {error}") from error
+            raise ConfigurationError(f"cannot read a TLS file: {error}") from error
         return grpc.ssl_server_credentials([pair])
 
 
 def check_free(address: str) -> None:
-    """Refuse an address of this machine that nothing can listen on now; a port of 0 is any that is free.
+    """Check that a server can listen on an address of this machine now; port 0 stands for any free port.
 
     Raises:
-        ConfigurationError: with the system's reason, which gRPC's own error leaves out.
+        ConfigurationError: it cannot, with the operating system's reason, which gRPC's own error omits.
     """
     host, port = split_address(address)
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that ended a moment ago is no server
-            probe.bind(where)
+            # The port of a server that has just ended counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(resolved)
     except OSError as error:
         raise ConfigurationError(f"cannot listen on {address}: {error.strerror or error}") from error
 
@@ -117,7 +110,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Return host and port of `host:port` or `[IPv6]:port`.
 
     Raises:
-        ConfigurationError: it is neither.
+        ConfigurationError: an address of another form.
     """
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]/]+)):(\d{1,5})", address)
     if match is None or int(match[3]) > 65535:
@@ -126,7 +119,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine as seen from itself alone."""
+    """Return whether a host is a loopback address, which only this machine can reach."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -134,44 +127,49 @@ def is_loopback(host: str) -> bool:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Turns away whoever does not know the token, whatever the method, before anything that was sent is looked at."""
+    """Rejects every call without the token, of any method, before any message of the call is read.
+
+    A health check without the token is answered, because the container runtime that sends it has none.
+    """
 
     def __init__(self, token: str, health: Any) -> None:
         self._token, self._health = token.encode(), health
         self._probes = 0
-        # Of these kinds because they read no message; a caller of any other kind understands the answer.
-        self._denial: Handler = grpc.stream_stream_rpc_method_handler(self._deny)
+        # Handlers of streamed requests, because they can answer before they read a message. Their answers look the same
+        # to the caller of a unary method.
+        self._rejection: Handler = grpc.stream_stream_rpc_method_handler(self._reject)
         self._probe: Handler = grpc.stream_unary_rpc_method_handler(
             self._answer_probe, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
         )
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler | None:
-        """Let a call with the token through, and answer a health check without it."""
-        if self._is_known(details):
+        """Return the call's own handler if the call has the token."""
+        if self._has_token(details):
             return await continuation(details)
-        # The probe of whoever runs the container has no token.
-        return self._probe if details.method == _HEALTH_CHECK else self._denial
+        return self._probe if details.method == _HEALTH_CHECK else self._rejection
 
-    def _is_known(self, details: grpc.HandlerCallDetails) -> bool:
-        shown = [value for key, value in details.invocation_metadata or () if key == "authorization"]
-        if len(shown) != 1:
+    def _has_token(self, details: grpc.HandlerCallDetails) -> bool:
+        values = [value for key, value in details.invocation_metadata or () if key == "authorization"]
+        if len(values) != 1:
             return False
-        value = shown[0] if isinstance(shown[0], bytes) else shown[0].encode()
+        value = values[0] if isinstance(values[0], bytes) else values[0].encode()
         scheme, _, token = value.partition(b" ")
         return hmac.compare_digest(token.strip(), self._token) and scheme.lower() == b"bearer"
 
     async def _answer_probe(self, _: Any, context: Any) -> Any:
-        """Tell how the server as a whole is, whatever was asked: who never sends the question holds no call with it."""
-        if self._probes >= MOST_PROBES:
-            await abort(context, Overloaded(f"{self._probes} health checks without a token are under way already"))
+        """Return the health of the whole server without reading the request, so that no call waits for a request."""
+        if self._probes >= MAX_PROBES:
+            await abort(
+                context, Overloaded(f"{self._probes} health checks without a token are running; try again later")
+            )
         self._probes += 1
-        context.add_done_callback(self._probed)  # later than this answers, where the caller does not take the answer
+        context.add_done_callback(self._end_probe)  # the call is done once the client has received the answer
         return await self._health.Check(health_pb2.HealthCheckRequest(), context)
 
-    def _probed(self, _: Any) -> None:
+    def _end_probe(self, _: Any) -> None:
         self._probes -= 1
 
     @staticmethod
-    async def _deny(_: Any, context: Any) -> None:
-        code, text, trailers = to_status(Unauthenticated("this server wants a token: authorization: Bearer TOKEN"))
+    async def _reject(_: Any, context: Any) -> None:
+        code, text, trailers = to_status(Unauthenticated("this server requires a token: authorization: Bearer TOKEN"))
         await context.abort(code, text, trailers)

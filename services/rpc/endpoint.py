@@ -1,4 +1,4 @@
-"""Endpoint: the process of a live run that serves it over gRPC. It runs beside the driver, and takes no CPU slot."""
+"""The endpoint: the process of a live run that serves gRPC. It runs on the driver's node and reserves no CPU."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from services.rpc.experience import ExperienceService, NoExperience
 from services.rpc.policy import PolicyService, ServedPolicy
 from services.rpc.server import GRACE_SECONDS, ServerThread, Service
 
-_EVERY_HOST = ("0.0.0.0", "::")
+_ALL_INTERFACES = ("0.0.0.0", "::")
 
 
 class ServiceSpec(Protocol):
-    """A service described but not made: plain, so that it can be sent to the process that makes it."""
+    """The description of a service, which can be pickled and sent to the process that builds the service."""
 
     def build(self, incarnation: int) -> Service:
-        """Make the service, in that process."""
+        """Build the service, in the process that serves it; `incarnation` is that of the endpoint."""
 
 
 @dataclass(frozen=True)
 class PolicyServiceSpec:
-    """Policy, always with the run's newest weights.
+    """The description of the Policy service of a live run, which always has the run's newest weights.
 
     Attributes:
-        run: the run's name.
+        run: name of the run.
         seed: the run's seed.
-        algorithm: what trains it.
-        spec: the acting module.
-        weights: where its weights come from.
+        algorithm: name of the algorithm that trains the policy.
+        spec: description of the policy.
+        weights: source of its weights.
     """
 
     run: str
@@ -53,7 +53,7 @@ class PolicyServiceSpec:
     weights: WeightClient
 
     def build(self, incarnation: int) -> PolicyService:
-        """Make the service."""
+        """Build the service."""
         policy = self.spec.build()
         policy.begin(spawn_seed(self.seed, "endpoint", incarnation=incarnation))
         return PolicyService(ServedPolicy(policy, self.algorithm, weights=self.weights), self.run)
@@ -61,14 +61,14 @@ class PolicyServiceSpec:
 
 @dataclass(frozen=True)
 class ExperienceServiceSpec:
-    """Experience, from environments outside.
+    """The description of the Experience service, which receives experience from external environments.
 
     Attributes:
-        run: the run's name.
-        algorithm: what trains it.
-        rollout: what a rollout worker of the run does.
-        weights: where the policy's weights come from.
-        replay: where experience goes; None for an on-policy run, which takes none.
+        run: name of the run.
+        algorithm: name of the algorithm that trains the policy.
+        rollout: description of a rollout worker of the run.
+        weights: source of the policy's weights.
+        replay: client of the replay that receives the experience; None for an on-policy run, which accepts none.
         first_worker: worker index in the pushes of the first session.
         sessions: number of sessions that one incarnation of the endpoint may open.
     """
@@ -82,17 +82,17 @@ class ExperienceServiceSpec:
     sessions: int
 
     def build(self, incarnation: int) -> Service:
-        """Make the service."""
+        """Build the service."""
         if self.replay is None:
             return NoExperience(
-                f"{self.algorithm} is on-policy: its batches are made under permits that only rollout workers hold; "
-                f"experience from outside needs an off-policy algorithm, such as dqn or sac"
+                f"{self.algorithm} is on-policy: only rollout workers get the permits for its batches; external "
+                f"experience needs an off-policy algorithm, such as dqn or sac"
             )
         policy = self.rollout.policy.build()
         policy.begin(spawn_seed(self.rollout.run_seed, "experience", incarnation=incarnation))
         served = ServedPolicy(policy, self.algorithm, weights=self.weights)
         replay = self.replay
-        # Each thread's own: a client says what its call waits for.
+        # One copy for each thread, because a client has the state of its current call.
         return ExperienceService(
             self.run,
             self.rollout,
@@ -105,16 +105,16 @@ class ExperienceServiceSpec:
 
 @dataclass(frozen=True)
 class EndpointReport:
-    """What `squall status` shows of an endpoint, and a gateway needs to find it.
+    """The report of an endpoint, for `squall status` and for gateways.
 
     Attributes:
-        pid: of its process.
-        node: its host.
-        address: where it listens, `host:port`.
-        services: what it offers, by full name.
-        status_message: the same for people, and how it goes.
-        waiting_for: what callers wait for, or None.
-        finished: whether they were told that the run has all its steps.
+        pid: process id.
+        node: host name of its machine.
+        address: address that it listens on, `host:port`.
+        services: full names of its services.
+        status_message: summary for people.
+        waiting_for: event that clients wait for, or None.
+        finished: whether clients have been notified that the run has all its steps.
     """
 
     pid: int
@@ -126,93 +126,96 @@ class EndpointReport:
     finished: bool = False
 
     def plain(self) -> dict[str, Any]:
-        """Return what a gateway needs, as plain JSON values."""
+        """Return the values that a gateway needs, as JSON values."""
         return {"node": self.node, "address": self.address, "services": list(self.services)}
 
 
 class Endpoint:
-    """Serves some services for as long as it lives."""
+    """A gRPC server of some services, for use as a Ray actor."""
 
-    def __init__(self, offers: Sequence[ServiceSpec], *, incarnation: int = 0, threads: int | None = None) -> None:
-        """Make the services; `listen` opens.
+    def __init__(self, specs: Sequence[ServiceSpec], *, incarnation: int = 0, threads: int | None = None) -> None:
+        """Build the services; `listen` starts the server.
 
         Args:
-            offers: what to serve.
-            incarnation: how often this process was recreated.
-            threads: PyTorch threads of this process; None leaves them.
+            specs: descriptions of the services.
+            incarnation: number of restarts of this process.
+            threads: number of PyTorch threads of this process; None keeps the default.
         """
         if threads is not None:
             torch.set_num_threads(threads)
-        self._services = [offer.build(incarnation) for offer in offers]
+        self._services = [spec.build(incarnation) for spec in specs]
         self._server: ServerThread | None = None
-        self._refused: ConfigurationError | None = None
+        self._listen_error: ConfigurationError | None = None
         self._address = ""
 
     def listen(
-        self, server_config: ServerConfig, *, known_as: str | None = None, port_before: int | None = None
+        self, server_config: ServerConfig, *, advertised_host: str | None = None, previous_port: int | None = None
     ) -> None:
-        """Take calls.
+        """Start the server.
 
         Args:
-            server_config: where, and for whom.
-            known_as: the host that others reach this one by, where it listens on every address it has.
-            port_before: where an earlier process listened that took any free port: this one does again, if it can.
+            server_config: configuration of the server.
+            advertised_host: host name that clients use if the server listens on all interfaces.
+            previous_port: port of the previous incarnation. If the configuration asks for any free port, this port is
+                tried first.
 
         Raises:
-            ConfigurationError: nothing can listen there; `report` raises it too.
+            ConfigurationError: the address cannot be used; `report` raises this error too.
         """
         try:
-            self._server = _listen(self._services, server_config, port_before)
+            self._server = _listen(self._services, server_config, previous_port)
         except ConfigurationError as error:
-            self._refused = error
+            self._listen_error = error
             raise
-        self._address = reachable(self._server.address, known_as)
+        self._address = reachable(self._server.address, advertised_host)
 
     def note_progress(self, env_steps: int) -> None:
-        """Take note of how far the run is."""
+        """Set the run's number of environment steps."""
         for service in self._services:
             service.note_progress(env_steps)
 
     def report(self) -> EndpointReport:
-        """Return where it listens, and what it offers; raises what `listen` met."""
-        if self._refused is not None:
-            raise self._refused
+        """Return the address and the state of the services; raises the error of a failed `listen`."""
+        if self._listen_error is not None:
+            raise self._listen_error
         names = tuple(service.name for service in self._services)
-        what = ", ".join(name.rpartition(".")[2] for name in names)
-        told = [service.status_message for service in self._services if service.status_message]
+        short_names = ", ".join(name.rpartition(".")[2] for name in names)
+        messages = [service.status_message for service in self._services if service.status_message]
         return EndpointReport(
             os.getpid(),
             socket.gethostname(),
             self._address,
             names,
-            status_message="; ".join([f"serves {what} on {self._address}", *told]),
+            status_message="; ".join([f"serves {short_names} on {self._address}", *messages]),
             waiting_for=next((service.waiting_for for service in self._services if service.waiting_for), None),
             finished=any(service.finished for service in self._services),
         )
 
     def finish(self) -> None:
-        """Tell callers who bring something that the run takes no more."""
+        """Notify clients that the run accepts no more experience."""
         for service in self._services:
             service.finish()
 
     def close(self) -> None:
-        """Listen no more, once callers have had a moment to hear that it is over."""
+        """Notify clients that the run has ended, and stop the server after a grace period."""
         self.finish()
         if self._server is not None:
             self._server.close(GRACE_SECONDS)
 
 
-def _listen(services: Sequence[Service], server_config: ServerConfig, port_before: int | None) -> ServerThread:
-    if port_before is not None and server_config.address.endswith(":0"):
-        with contextlib.suppress(ConfigurationError):  # somebody else has it now
-            return ServerThread(services, replace(server_config, address=f"{server_config.address[:-1]}{port_before}"))
+def _listen(services: Sequence[Service], server_config: ServerConfig, previous_port: int | None) -> ServerThread:
+    if previous_port is not None and server_config.address.endswith(":0"):
+        with contextlib.suppress(ConfigurationError):  # another process uses the port now
+            return ServerThread(
+                services, replace(server_config, address=f"{server_config.address[:-1]}{previous_port}")
+            )
     return ServerThread(services, server_config)
 
 
-def reachable(address: str, known_as: str | None) -> str:
-    """Return the address that others reach a server by; `known_as` is its host where it listens on all it has."""
+def reachable(address: str, advertised_host: str | None) -> str:
+    """Return the address that clients use; `advertised_host` is the host of a server that listens on all interfaces."""
     host, port = split_address(address)
-    return f"{known_as}:{port}" if known_as and host in _EVERY_HOST else address
+    return f"{advertised_host}:{port}" if advertised_host and host in _ALL_INTERFACES else address
 
 
 EndpointActor = actor_class(Endpoint)

@@ -1,6 +1,7 @@
-"""The one gRPC port of a cluster: RunControl from the store, Policy and Experience passed on to the run's endpoint.
+"""The gateway: one gRPC port for all runs of a store.
 
-It keeps nothing: a run's endpoint is looked up in the store, where the run's coordinator records it.
+It serves RunControl from the store, and forwards Policy and Experience to the endpoint of the run. A gateway has no
+state of its own: it looks up a run's endpoint in the store, where the run's coordinator records the endpoint.
 """
 
 from __future__ import annotations
@@ -20,143 +21,151 @@ from replay.errors import ConfigurationError
 from services.errors import NotReady, OutOfOrder, RunIsNotLive, ServesNothing
 from services.rpc import squall_pb2 as pb
 from services.rpc import squall_pb2_grpc
-from services.rpc.auth import TOKEN, ServerConfig, is_loopback, split_address
+from services.rpc.auth import TOKEN_VARIABLE, ServerConfig, is_loopback, split_address
 from services.rpc.control import RunControlService
-from services.rpc.errors import names_itself
+from services.rpc.errors import is_from_squall
 from services.rpc.server import CHANNEL_OPTIONS, Service, serve_until_signal
 from services.store.base import RunStore
 from services.store.locate import open_default_store
 
-# What gRPC itself says of a connection that breaks, the second where it breaks while a message is on its way.
+# Statuses with which gRPC reports a broken connection; the second if the connection breaks during a message.
 _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
-KNOWN_SECONDS = 1.0
-"""How long an endpoint that was looked up is believed to be there."""
-_MOST_IDLE_CHANNELS = 64
-_LOOKUPS_AT_ONCE = 8
+CACHE_SECONDS = 1.0
+"""Seconds for which a gateway reuses the address of an endpoint before it looks the endpoint up again."""
+_MAX_IDLE_CHANNELS = 64
+_LOOKUP_THREADS = 8
 
 _Message = TypeVar("_Message")
 
 
 def find_endpoint(store: RunStore, run: str, service: str) -> str:
-    """Return the address of the endpoint that offers `service`, a full name, of a live run.
+    """Return the address of a live run's endpoint that offers `service`, given by its full name.
 
     Raises:
-        ConfigurationError: no run is named.
-        UnknownRun: there is no such run.
-        RunIsNotLive: it ended or is lost.
-        ServesNothing: it was started without `--serve`, or offers this to its own machine alone.
-        NotReady: it will offer this, and does not yet.
+        ConfigurationError: an empty name of a run.
+        UnknownRun: no run has this name.
+        RunIsNotLive: the run has ended or is lost.
+        ServesNothing: the run was started without `--serve`, or serves its own machine only.
+        NotReady: the endpoint is starting.
     """
     if not run:
-        raise ConfigurationError("name a run: a gateway has many")
+        raise ConfigurationError("name a run: a gateway serves all runs of its store")
     record = store.get(run)
     short = service.rpartition(".")[2]
     if not record.live:
         raise RunIsNotLive(f"run {run!r} is {record.state}; `squall serve {run}` serves a policy from its checkpoint")
-    # The coordinator's first snapshot comes when Ray is up.
+    # A starting run has no snapshot until Ray is running.
     endpoints = (store.read_snapshot(run) or {}).get("endpoints", [] if record.state == "starting" else None)
     if endpoints is None:
         raise ServesNothing(f"run {run!r} serves nothing: it was started without --serve")
     if not endpoints:
-        raise NotReady(f"run {run!r} is {record.state}, and its endpoint is not up")
+        raise NotReady(f"run {run!r} is {record.state}, and its endpoint is not ready")
     offering = [endpoint for endpoint in endpoints if service in endpoint["services"]]
     if not offering:
         raise ServesNothing(f"run {run!r} does not serve {short}")
     address, node = offering[0]["address"], offering[0]["node"]
     if is_loopback(split_address(address)[0]) and node != socket.gethostname():
         raise ServesNothing(
-            f"run {run!r} serves {short} to its own machine {node} alone; start it with --serve {node}:0 and a token"
+            f"run {run!r} serves {short} to its own machine {node} only; start it with --serve {node}:0 and a token"
         )
     return str(address)
 
 
 @dataclass
-class _Channel:
+class _Connection:
     channel: grpc.aio.Channel
     calls: int = 0
-    used: float = 0.0
+    last_used: float = 0.0
 
 
-class Endpoints:
-    """The way to runs' endpoints: looks them up, a moment's worth at once, and keeps connections."""
+class EndpointPool:
+    """Connections to the endpoints of runs. Concurrent calls share lookups and connections."""
 
     def __init__(self, store: RunStore, token: str | None) -> None:
-        """Look in `store`, and show `token` to endpoints."""
+        """Look up endpoints in `store`, and send them `token`."""
         self._store = store
         self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._executor = ThreadPoolExecutor(_LOOKUPS_AT_ONCE, "lookup")
-        self._known: dict[tuple[str, str], tuple[float, asyncio.Future[str]]] = {}
-        self._channels: dict[str, _Channel] = {}
+        self._executor = ThreadPoolExecutor(_LOOKUP_THREADS, "lookup")
+        # Run and service -> expiry time and lookup.
+        self._addresses: dict[tuple[str, str], tuple[float, asyncio.Future[str]]] = {}
+        self._connections: dict[str, _Connection] = {}
 
     async def _address(self, run: str, service: str) -> str:
         now, key = time.monotonic(), (run, service)
-        known = self._known.get(key)
-        if known is None or known[0] < now:
-            self._known = {key: entry for key, entry in self._known.items() if entry[0] >= now}
+        cached = self._addresses.get(key)
+        if cached is None or cached[0] < now:
+            self._addresses = {key: entry for key, entry in self._addresses.items() if entry[0] >= now}
             loop = asyncio.get_running_loop()
-            found = loop.run_in_executor(self._executor, find_endpoint, self._store, run, service)
-            known = self._known[key] = (now + KNOWN_SECONDS, found)
-        # Shielded: others wait for the same answer.
-        return await asyncio.shield(known[1])
+            lookup = loop.run_in_executor(self._executor, find_endpoint, self._store, run, service)
+            cached = self._addresses[key] = (now + CACHE_SECONDS, lookup)
+        # Shielded, because other calls wait for the same lookup.
+        return await asyncio.shield(cached[1])
 
     @contextlib.asynccontextmanager
     async def channel(self, run: str, service: str) -> AsyncIterator[grpc.aio.Channel]:
-        """Yield a connection to the endpoint of a run; raises as `find_endpoint` does, and `NotReady`."""
+        """Yield a channel to the endpoint of a run.
+
+        Raises as `find_endpoint` does, and also `NotReady` if the endpoint does not answer.
+        """
         address = await self._address(run, service)
-        held = self._channels.get(address)
-        if held is None:
-            held = self._channels[address] = _Channel(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
-        held.calls += 1
+        connection = self._connections.get(address)
+        if connection is None:
+            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            connection = self._connections[address] = _Connection(channel)
+        connection.calls += 1
         try:
-            yield held.channel
+            yield connection.channel
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise ServesNothing(
-                    f"the endpoint of run {run!r} wants another token than this gateway's: both take {TOKEN}"
+                    f"the endpoint of run {run!r} has another token than this gateway: set the same "
+                    f"{TOKEN_VARIABLE} for both"
                 ) from error
-            if error.code() in _BROKEN and not names_itself(error):
-                self._known.pop((run, service), None)
+            if error.code() in _BROKEN and not is_from_squall(error):
+                self._addresses.pop((run, service), None)
                 raise NotReady(
-                    f"the endpoint of run {run!r} at {address} does not answer; if it died it is being recreated"
+                    f"the endpoint of run {run!r} at {address} does not answer; if it has exited, it is being restarted"
                 ) from error
             raise
         finally:
-            held.calls -= 1
-            held.used = time.monotonic()
-            await self._close_idle(_MOST_IDLE_CHANNELS)
+            connection.calls -= 1
+            connection.last_used = time.monotonic()
+            await self._close_idle(_MAX_IDLE_CHANNELS)
 
-    async def _close_idle(self, most: int) -> None:
-        idle = sorted((held.used, address) for address, held in self._channels.items() if not held.calls)
-        for _, address in idle[: max(0, len(idle) - most)]:
-            await self._channels.pop(address).channel.close()
+    async def _close_idle(self, limit: int) -> None:
+        idle = sorted(
+            (connection.last_used, address) for address, connection in self._connections.items() if not connection.calls
+        )
+        for _, address in idle[: max(0, len(idle) - limit)]:
+            await self._connections.pop(address).channel.close()
 
     async def close(self) -> None:
         """Close all connections."""
         self._executor.shutdown(wait=False, cancel_futures=True)
-        for held in self._channels.values():
-            await held.channel.close()
+        for connection in self._connections.values():
+            await connection.channel.close()
 
 
 def serve_gateway(server_config: ServerConfig, announce: Callable[[str], None], store_url: str | None = None) -> None:
-    """Be the one port for all runs of a store, until SIGINT or SIGTERM; `announce` is told the address.
+    """Serve all runs of a store until SIGINT or SIGTERM, and call `announce` with the address when ready.
 
     Raises:
-        ConfigurationError: nothing can listen there.
+        ConfigurationError: the address cannot be used.
     """
     with open_default_store(store_url) as store:
         serve_until_signal(gateway_services(store, server_config.token), server_config, announce)
 
 
 def gateway_services(store: RunStore, token: str | None) -> list[Service]:
-    """Return what a gateway offers; `token` is what it shows to endpoints."""
-    endpoints = Endpoints(store, token)
+    """Return the services of a gateway; it sends `token` to the endpoints."""
+    endpoints = EndpointPool(store, token)
     return [RunControlService(store), PolicyProxy(endpoints), ExperienceProxy(endpoints)]
 
 
 class _Proxy(Service):
-    """Passes calls on."""
+    """A service that forwards calls to the endpoints of runs."""
 
-    def __init__(self, endpoints: Endpoints) -> None:
+    def __init__(self, endpoints: EndpointPool) -> None:
         self._endpoints = endpoints
 
     async def stop(self) -> None:
@@ -165,43 +174,43 @@ class _Proxy(Service):
 
 
 class PolicyProxy(squall_pb2_grpc.PolicyServicer, _Proxy):
-    """Passes Policy's calls on to the run that the request names."""
+    """The Policy service, which forwards each call to the run that the request names."""
 
     name = "squall.v1.Policy"
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register this service's methods."""
+        """Register the methods of this service at a server."""
         squall_pb2_grpc.add_PolicyServicer_to_server(self, server)
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
-        """Pass it on."""
+        """Return the description of the run's policy."""
         async with self._endpoints.channel(request.run, self.name) as channel:
-            described: pb.DescribeResponse = await self._pass_on(
+            described: pb.DescribeResponse = await self._forward(
                 squall_pb2_grpc.PolicyStub(channel).Describe, request, context
             )
             return described
 
     async def Act(self, request: pb.ActRequest, context: Any) -> pb.ActResponse:
-        """Pass it on."""
+        """Return actions of the run's policy."""
         async with self._endpoints.channel(request.run, self.name) as channel:
-            acted: pb.ActResponse = await self._pass_on(squall_pb2_grpc.PolicyStub(channel).Act, request, context)
+            acted: pb.ActResponse = await self._forward(squall_pb2_grpc.PolicyStub(channel).Act, request, context)
             return acted
 
-    async def _pass_on(self, call: Any, request: Any, context: Any) -> Any:
+    async def _forward(self, call: Any, request: Any, context: Any) -> Any:
         return await call(request, timeout=context.time_remaining(), metadata=self._endpoints.metadata)
 
 
 class ExperienceProxy(squall_pb2_grpc.ExperienceServicer, _Proxy):
-    """Passes sessions on to the run that their first message names."""
+    """The Experience service, which forwards each session to the run that its first message names."""
 
     name = "squall.v1.Experience"
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register this service's methods."""
+        """Register the methods of this service at a server."""
         squall_pb2_grpc.add_ExperienceServicer_to_server(self, server)
 
     async def Play(self, requests: AsyncIterator[pb.PlayRequest], context: Any) -> AsyncIterator[pb.PlayResponse]:
-        """Pass a session on, message by message, until either side ends it."""
+        """Forward a session, message by message, until the client or the endpoint ends it."""
         first = await anext(requests, None)
         if first is None or first.WhichOneof("kind") != "open":
             raise OutOfOrder("a session begins with Open, which names the run")
@@ -218,5 +227,5 @@ class ExperienceProxy(squall_pb2_grpc.ExperienceServicer, _Proxy):
 
 async def _chain(first: _Message, rest: AsyncIterator[_Message]) -> AsyncIterator[_Message]:
     yield first
-    async for each in rest:
-        yield each
+    async for message in rest:
+        yield message

@@ -1,4 +1,4 @@
-"""Interceptors."""
+"""The interceptor that turns errors into gRPC status codes, and the limits on messages, calls, and waits."""
 
 from __future__ import annotations
 
@@ -14,21 +14,14 @@ from google.protobuf.message import DecodeError
 from replay.errors import ConfigurationError, DeadlineExceeded
 from services.rpc.errors import TRAILER, to_status
 
-MOST_BYTES = 16 * 2**20
-"""Bytes in one message, either way."""
-
-
-MOST_CALLS = 4_096
-"""Calls under way at once; more are turned away."""
-
-
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""Maximum size of one message, in both directions."""
+MAX_CALLS = 4_096
+"""Maximum number of concurrent calls; further calls are rejected."""
 FIRST_MESSAGE_SECONDS = 60.0
-"""A call whose first message takes longer is ended: core alone would wait for it for ever."""
-
-
+"""Deadline of a call's first message; gRPC's core alone would wait forever."""
 IDLE_SECONDS = 300.0
-"""A call whose peer takes no answer for so long is ended, and a session whose client says nothing."""
-
+"""Deadline for a client to receive an answer, and for the client of a session to send its next message."""
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
@@ -36,38 +29,39 @@ _Result = TypeVar("_Result")
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns errors into status codes, those of reading a message too."""
+    """Turns the errors of calls into status codes, including errors of decoding a message."""
 
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler | None:
-        """Wrap the handler of a call, so that its errors become statuses."""
-        known = self._handlers.get(details.method)
-        if known is None:
+        """Return the call's handler, wrapped so that its errors become status codes."""
+        wrapped = self._handlers.get(details.method)
+        if wrapped is None:
             handler = await continuation(details)
             if handler is None:
                 return None
-            known = self._handlers[details.method] = _translating(handler)
-        return known
+            wrapped = self._handlers[details.method] = _wrap(handler)
+        return wrapped
 
 
-def _translating(handler: Any) -> Handler:
-    """Return a handler like the given one that reads its requests itself, to say what was wrong and not to wait long.
+def _wrap(handler: Any) -> Handler:
+    """Return a handler that decodes its requests itself, to report invalid messages and to bound the waits.
 
-    It takes a stream of them in any case, because before a handler of a single one is called core waits for that one.
+    The handler takes a stream of requests even for a unary method: before it calls a handler of a unary request, gRPC's
+    core waits for the request without a deadline.
     """
-    asks, answers = (
+    requests, responses = (
         "stream" if streams else "unary" for streams in (handler.request_streaming, handler.response_streaming)
     )
-    inner, read = getattr(handler, f"{asks}_{answers}"), _reader(handler.request_deserializer)
+    inner, decode = getattr(handler, f"{requests}_{responses}"), _decoder(handler.request_deserializer)
 
-    async def requests_of(raw: Any) -> Any:
-        return _read_each(raw, read) if handler.request_streaming else read(await _first_of(raw))
+    async def decoded(raw: Any) -> Any:
+        return _decode_each(raw, decode) if handler.request_streaming else decode(await _first_message(raw))
 
     async def answer(raw: Any, context: Any) -> Any:
         try:
-            return await inner(await requests_of(raw), context)
+            return await inner(await decoded(raw), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -75,71 +69,71 @@ def _translating(handler: Any) -> Handler:
 
     async def answer_each(raw: Any, context: Any) -> None:
         try:
-            # Closed here, so that it ends with the call, not when it is collected.
-            async with contextlib.aclosing(inner(await requests_of(raw), context)) as responses:
-                async for response in responses:
-                    await in_time(context.write(response), IDLE_SECONDS, "the caller to take an answer")
+            # Closed here, so that the generator ends with the call, not when it is garbage-collected.
+            async with contextlib.aclosing(inner(await decoded(raw), context)) as stream:
+                async for response in stream:
+                    await wait_at_most(IDLE_SECONDS, context.write(response), "the caller to take an answer")
         except grpc.aio.AbortError:
             raise
         except Exception as error:
             await abort(context, error)
 
-    make: Any = getattr(grpc, f"stream_{answers}_rpc_method_handler")
-    behaviour = answer_each if inspect.isasyncgenfunction(inner) else answer
-    made: Handler = make(behaviour, response_serializer=handler.response_serializer)
-    return made
+    make: Any = getattr(grpc, f"stream_{responses}_rpc_method_handler")
+    behavior = answer_each if inspect.isasyncgenfunction(inner) else answer
+    wrapped: Handler = make(behavior, response_serializer=handler.response_serializer)
+    return wrapped
 
 
-def _reader(deserialize: Any) -> Callable[[bytes | None], Any]:
+def _decoder(deserialize: Any) -> Callable[[bytes | None], Any]:
     name = getattr(getattr(deserialize, "__self__", None), "__name__", "message")
 
-    def read(raw: bytes | None) -> Any:
+    def decode(raw: bytes | None) -> Any:
         if raw is None:
             raise ConfigurationError(f"the call ended without its {name}")
         try:
             return deserialize(raw)
         except DecodeError as error:
-            raise ConfigurationError(f"{len(raw)} bytes came that are no {name}") from error
+            raise ConfigurationError(f"received {len(raw)} bytes that are no {name}") from error
 
-    return read
+    return decode
 
 
-async def _read_each(raw: AsyncIterator[bytes], read: Callable[[bytes | None], Any]) -> AsyncIterator[Any]:
-    message = await _first_of(raw)
+async def _decode_each(raw: AsyncIterator[bytes], decode: Callable[[bytes | None], Any]) -> AsyncIterator[Any]:
+    message = await _first_message(raw)
     while message is not None:
-        yield read(message)
+        yield decode(message)
         message = await anext(raw, None)
 
 
-async def _first_of(raw: AsyncIterator[bytes]) -> bytes | None:
-    """Return the first message of a call, or None if it has none."""
-    return await in_time(anext(raw, None), FIRST_MESSAGE_SECONDS, "the call's first message")
+async def _first_message(raw: AsyncIterator[bytes]) -> bytes | None:
+    """Return the first message of a call, or None if the call has ended without one."""
+    return await wait_at_most(FIRST_MESSAGE_SECONDS, anext(raw, None), "the call's first message")
 
 
-async def in_time(waited_for: Awaitable[_Result], seconds: float, what: str) -> _Result:
-    """Wait for something that a caller must do.
+async def wait_at_most(seconds: float, awaitable: Awaitable[_Result], name: str) -> _Result:
+    """Wait for a client's action and return its result.
 
     Raises:
-        DeadlineExceeded: it was not done within `seconds`.
+        DeadlineExceeded: no result within `seconds`; the message contains `name`.
     """
     limit = asyncio.timeout(seconds)
     try:
         async with limit:
-            return await waited_for
+            return await awaitable
     except TimeoutError as error:
         if not limit.expired():
             raise
-        raise DeadlineExceeded(f"waited {seconds:g} s for {what}") from error
+        raise DeadlineExceeded(f"waited {seconds:g} s for {name}") from error
 
 
 async def abort(context: Any, error: Exception) -> None:
-    """End a call with an error's status."""
+    """End a call with the status of an error."""
     if isinstance(error, grpc.aio.AioRpcError):
-        # A server behind this one said so.
+        # The status of a server behind this one.
         trailers = tuple((key, value) for key, value in error.trailing_metadata() or () if key == TRAILER)
         await context.abort(error.code(), error.details() or "", trailers)
     if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
-        # So says gRPC's own base class of a service for a method that is not overridden.
+        # Set by gRPC's base class of a service, for a method that the service does not override.
         await context.abort(context.code(), context.details())
-    code, text, named = to_status(error)
-    await context.abort(code, text, named)
+    code, text, trailers = to_status(error)
+    await context.abort(code, text, trailers)

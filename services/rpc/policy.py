@@ -1,4 +1,4 @@
-"""Policy over gRPC: an acting module that answers many callers, those of one moment with one forward pass."""
+"""The Policy service: it answers concurrent requests for actions with shared forward passes of one policy."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from services.rpc import squall_pb2_grpc
 from services.rpc.codec import decode_array, encode_array, spaces_of
 from services.rpc.server import Service
 
-MOST_ROWS = 1_024
-"""Observations in one forward pass, and in one request."""
-MOST_WAITING = 8_192
-"""Observations that wait for a forward pass; what would be more is turned away."""
+MAX_BATCH_SIZE = 1_024
+"""Maximum number of observations in one forward pass, and in one request."""
+MAX_WAITING = 8_192
+"""Maximum number of observations that wait for a forward pass; further requests are rejected."""
 REFRESH_SECONDS = 0.1
 
 
 class ServedPolicy:
-    """An acting module and what a server tells of it. One thread at a time may use it."""
+    """A policy with the properties that a server reports about it. Only one thread at a time may use it."""
 
     def __init__(
         self, policy: Policy, algorithm: str, *, version: int = -1, step: int = 0, weights: WeightClient | None = None
@@ -39,14 +39,14 @@ class ServedPolicy:
         """Serve `policy`.
 
         Args:
-            policy: the module.
-            algorithm: what trained it.
-            version: of its weights; -1 if it has none of a run's yet.
-            step: the run's step count, which exploration follows.
-            weights: where newer weights come from, for a live run.
+            policy: the acting module.
+            algorithm: name of the algorithm that trains or trained it.
+            version: version of its weights; -1 before the run's first weights have arrived.
+            step: the run's number of environment steps, on which exploration depends.
+            weights: source of newer weights, for a live run.
 
         Raises:
-            ConfigurationError: its observations or actions have a dtype that has no place in the protocol.
+            ConfigurationError: observations or actions with a dtype that the protocol does not support.
         """
         self.policy, self.algorithm, self.version, self.step = policy, algorithm, version, step
         self._weights = weights
@@ -55,11 +55,11 @@ class ServedPolicy:
 
     @property
     def environment(self) -> EnvironmentSpec:
-        """Whose observations it takes and whose actions it gives."""
+        """The environment that the policy acts in."""
         return self.policy.spec.environment
 
     def refresh(self) -> None:
-        """Take newer weights if they have arrived, and ask for the next; never waits."""
+        """Load newer weights if they have arrived, and request the next; never waits."""
         newer = None if self._weights is None else self._weights.poll()
         if newer is not None:
             unpack(newer, self.policy)
@@ -68,7 +68,7 @@ class ServedPolicy:
     def act(self, observations: Array, explore: bool) -> tuple[Array, int]:
         """Return actions `[B, *action_shape]` and the version of the weights that chose them.
 
-        Discrete actions are numbered from 0; others lie in the environment's box and have its dtype.
+        Discrete actions are numbered from 0; continuous actions lie in the environment's box and have its dtype.
 
         Raises:
             NotReady: the run has published no weights yet.
@@ -82,16 +82,16 @@ class ServedPolicy:
 
 
 @dataclass(frozen=True)
-class _Waiting:
+class _Request:
     observations: Array
-    answer: asyncio.Future[tuple[Array, int]]
+    future: asyncio.Future[tuple[Array, int]]
 
 
 class Batcher:
-    """Lets requests that come at the same time share a forward pass. Used on one event loop.
+    """Combines concurrent requests into shared forward passes. All calls come from one event loop.
 
-    When nothing is under way a request starts at once; those that come meanwhile wait for the end of that pass and
-    are the next one. So nobody waits for a batch to fill, and the batches grow with the load.
+    A request that arrives while no pass is running starts a pass at once. Requests that arrive during a pass form the
+    next one. So no request waits for a batch to fill, and the batches grow with the load.
     """
 
     def __init__(
@@ -99,21 +99,21 @@ class Batcher:
         forward: Callable[[Array, bool], tuple[Array, int]],
         executor: Executor,
         *,
-        most_rows: int = MOST_ROWS,
-        most_waiting: int = MOST_WAITING,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
-        """Call `forward`, with observations and whether to explore, in `executor`.
+        """Create a batcher that calls `forward(observations, explore)` in `executor`.
 
         Args:
-            forward: returns the actions and the version of the weights.
-            executor: one thread, unless `forward` may run in several.
-            most_rows: observations in one pass; a request with more is a pass of its own.
-            most_waiting: observations that may wait.
+            forward: function that returns the actions and the version of the weights.
+            executor: executor of one thread, unless `forward` is thread-safe.
+            max_batch_size: maximum number of observations in one pass; a larger request is a pass of its own.
+            max_waiting: maximum number of waiting observations.
         """
         self._forward, self._executor = forward, executor
-        self._most_rows, self._most_waiting = most_rows, most_waiting
-        self._queues: dict[bool, deque[_Waiting]] = {False: deque(), True: deque()}
-        self._rows_waiting = 0
+        self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
+        self._queues: dict[bool, deque[_Request]] = {False: deque(), True: deque()}
+        self._observations_waiting = 0
         self._running: asyncio.Task[None] | None = None
         self.passes = 0
         self.requests = 0
@@ -124,19 +124,22 @@ class Batcher:
         Raises:
             Overloaded: too many observations wait already.
         """
-        rows = len(observations)
-        if self._rows_waiting and self._rows_waiting + rows > self._most_waiting:
-            raise Overloaded(f"{self._rows_waiting} observations wait for the policy, and {self._most_waiting} may")
+        size = len(observations)
+        if self._observations_waiting and self._observations_waiting + size > self._max_waiting:
+            raise Overloaded(
+                f"{self._observations_waiting} of at most {self._max_waiting} observations are waiting for the policy "
+                f"already; try again later"
+            )
         self.requests += 1
-        waiting = _Waiting(observations, asyncio.get_running_loop().create_future())
-        self._queues[explore].append(waiting)
-        self._rows_waiting += rows
+        request = _Request(observations, asyncio.get_running_loop().create_future())
+        self._queues[explore].append(request)
+        self._observations_waiting += size
         if self._running is None:
             self._running = asyncio.create_task(self._run())
-        return await waiting.answer
+        return await request.future
 
     async def _run(self) -> None:
-        """Make passes, greedy and exploring ones in turn, until nobody waits."""
+        """Run passes, greedy and exploring ones in turn, until no request waits."""
         try:
             while any(self._queues.values()):
                 for explore in (False, True):
@@ -146,77 +149,77 @@ class Batcher:
         finally:
             self._running = None
 
-    def _take(self, explore: bool) -> list[_Waiting]:
-        queue, rows = self._queues[explore], 0
-        batch: list[_Waiting] = []
-        while queue and (not batch or rows + len(queue[0].observations) <= self._most_rows):
-            waiting = queue.popleft()
-            self._rows_waiting -= len(waiting.observations)
-            if not waiting.answer.done():  # its caller may have gone
-                batch.append(waiting)
-                rows += len(waiting.observations)
+    def _take(self, explore: bool) -> list[_Request]:
+        queue, size = self._queues[explore], 0
+        batch: list[_Request] = []
+        while queue and (not batch or size + len(queue[0].observations) <= self._max_batch_size):
+            request = queue.popleft()
+            self._observations_waiting -= len(request.observations)
+            if not request.future.done():  # done if its caller has cancelled the call
+                batch.append(request)
+                size += len(request.observations)
         return batch
 
-    async def _pass(self, batch: list[_Waiting], explore: bool) -> None:
+    async def _pass(self, batch: list[_Request], explore: bool) -> None:
         self.passes += 1
-        observations = np.concatenate([waiting.observations for waiting in batch])
+        observations = np.concatenate([request.observations for request in batch])
         loop = asyncio.get_running_loop()
         try:
             actions, version = await loop.run_in_executor(self._executor, self._forward, observations, explore)
         except Exception as error:
-            for waiting in batch:
-                if not waiting.answer.done():
-                    waiting.answer.set_exception(error)
+            for request in batch:
+                if not request.future.done():
+                    request.future.set_exception(error)
             return
         start = 0
-        for waiting in batch:
-            end = start + len(waiting.observations)
-            if not waiting.answer.done():
-                waiting.answer.set_result((actions[start:end], version))
+        for request in batch:
+            end = start + len(request.observations)
+            if not request.future.done():
+                request.future.set_result((actions[start:end], version))
             start = end
 
 
 class PolicyService(squall_pb2_grpc.PolicyServicer, Service):
-    """Serves one policy."""
+    """The service of one policy."""
 
     name = "squall.v1.Policy"
 
-    def __init__(self, served: ServedPolicy, run: str, *, most_rows: int = MOST_ROWS) -> None:
-        """Serve `served` as that of `run`; `most_rows` observations share a pass."""
+    def __init__(self, served: ServedPolicy, run: str, *, max_batch_size: int = MAX_BATCH_SIZE) -> None:
+        """Serve `served` as the policy of `run`, with up to `max_batch_size` observations in a pass."""
         self.served, self._run = served, run
-        # The one thread that touches the module.
+        # The only thread that uses the policy.
         self._executor = ThreadPoolExecutor(1, "policy")
-        self.batcher = Batcher(served.act, self._executor, most_rows=most_rows)
-        self._refreshing: asyncio.Task[None] | None = None
+        self.batcher = Batcher(served.act, self._executor, max_batch_size=max_batch_size)
+        self._refresh_task: asyncio.Task[None] | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register this service's methods."""
+        """Register the methods of this service at a server."""
         squall_pb2_grpc.add_PolicyServicer_to_server(self, server)
 
     async def start(self) -> None:
-        """Begin to fetch newer weights, for a live run."""
+        """Start to fetch newer weights, for a live run."""
         if self.served.live:
-            self._refreshing = asyncio.create_task(self._refresh())
+            self._refresh_task = asyncio.create_task(self._refresh())
 
     async def stop(self) -> None:
-        """End that, and begin no more passes."""
-        if self._refreshing is not None:
-            self._refreshing.cancel()
+        """Stop fetching weights, and start no further pass."""
+        if self._refresh_task is not None:
+            self._refresh_task.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _refresh(self) -> None:
-        # By the clock, not by the calls: who asks seldom wants the newest weights too.
+        # Periodically rather than at each call, so that rare calls get the newest weights too.
         loop = asyncio.get_running_loop()
         while True:
             await loop.run_in_executor(self._executor, self.served.refresh)
             await asyncio.sleep(REFRESH_SECONDS)
 
     def note_progress(self, env_steps: int) -> None:
-        """Take note of how far the run is: exploration follows it."""
+        """Set the run's number of environment steps, on which exploration depends."""
         self.served.step = env_steps
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
-        """Return what the policy is."""
+        """Return the description of the policy."""
         self._check_run(request.run)
         observations, actions = self.served.spaces
         return pb.DescribeResponse(
@@ -237,18 +240,18 @@ class PolicyService(squall_pb2_grpc.PolicyServicer, Service):
         environment = self.served.environment
         shape = (None, *environment.observation_shape)
         observations = decode_array(message, "observations", dtype=environment.observation_dtype, shape=shape)
-        if not 1 <= len(observations) <= MOST_ROWS:
-            raise ConfigurationError(f"a request has 1 to {MOST_ROWS} observations, got {len(observations)}")
+        if not 1 <= len(observations) <= MAX_BATCH_SIZE:
+            raise ConfigurationError(f"a request has 1 to {MAX_BATCH_SIZE} observations, got {len(observations)}")
         if observations.dtype.kind == "f" and not np.isfinite(observations).all():
             raise ConfigurationError("observations must be finite, got NaN or infinity")
         count = environment.observation_count
-        # One that is out of range would fail the pass for all who share it.
+        # An observation outside this range would fail the pass for all requests that share it.
         if count is not None and not np.all((observations >= 0) & (observations < count)):
             raise ConfigurationError(f"observations must lie in 0 .. {count - 1}, got others")
         return observations
 
     def _check_run(self, run: str) -> None:
-        if self._refreshing is not None and self._refreshing.done():
-            self._refreshing.result()  # raises what ended it: old weights must not pass for the newest
+        if self._refresh_task is not None and self._refresh_task.done():
+            self._refresh_task.result()  # raises its error, because stale weights must not be served as the newest
         if run not in ("", self._run):
-            raise UnknownRun(f"this server has the policy of {self._run!r} alone, not of {run!r}")
+            raise UnknownRun(f"this server serves the policy of {self._run!r} only, not of {run!r}")

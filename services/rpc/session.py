@@ -1,4 +1,7 @@
-"""What one Experience session has sent, checked and cut into segments exactly as a rollout worker's single lane is."""
+"""One session of the Experience service: it checks the client's messages and cuts its steps into segments.
+
+The segments are exactly those of a rollout worker with a single lane.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from services.errors import OutOfOrder
 from services.rpc import squall_pb2 as pb
 from services.rpc.codec import decode_array, decode_space, describe_space, spaces_of
 
-LARGEST_REWARD = 1e30
-"""Rewards are kept as float32, and n of them are summed."""
-MOST_CHARACTERS = 100
+MAX_REWARD = 1e30
+"""Maximum absolute value of a reward: rewards are stored as float32, and n of them are summed."""
+MAX_CLIENT_NAME_LENGTH = 100
 
 
 @dataclass(frozen=True)
-class Content:
-    """What is ready to be pushed; see `Push`."""
+class PushContent:
+    """The content of one push of a session; see `Push`."""
 
     segments: tuple[Segment, ...]
     episodes: tuple[EpisodeResult, ...]
@@ -33,40 +36,40 @@ class Content:
 
 
 class Session:
-    """One environment outside, as one lane. Every message is checked in full before it changes anything.
+    """One external environment, as a single lane. Every message is checked completely before it changes anything.
 
-    Where the run stacks frames the client sends single ones: they are stacked here, zero frames before an episode's
-    first, so that the policy sees what the replay rebuilds, bit for bit.
+    If the run stacks frames, the client sends single frames and the session stacks them, with zero frames before the
+    first frame of an episode. The policy then sees exactly the stacks that the replay rebuilds.
+
+    Attributes:
+        steps: number of received steps, which is also the number of the last step.
     """
 
     def __init__(self, rollout: RolloutSpec, opening: pb.Open) -> None:
-        """Compare the client's spaces with the run's.
+        """Compare the client's spaces with the spaces of the run.
 
         Raises:
-            ConfigurationError: they differ, or cannot be; the text names both.
+            ConfigurationError: different or invalid spaces; the error names both.
         """
-        if len(opening.client) > MOST_CHARACTERS:
-            raise ConfigurationError(f"client has at most {MOST_CHARACTERS} characters, got {len(opening.client)}")
+        if len(opening.client) > MAX_CLIENT_NAME_LENGTH:
+            raise ConfigurationError(
+                f"client has at most {MAX_CLIENT_NAME_LENGTH} characters, got {len(opening.client)}"
+            )
         self._environment = rollout.policy.environment
         self._layout = rollout.layout
         self._dtype = _check_spaces(self._environment, self._layout.frame_shape, opening)
-        self._gamma, self._clip, self._measure = rollout.gamma, rollout.clip_rewards, rollout.track_return_statistics
+        self._gamma, self._clip_rewards = rollout.gamma, rollout.clip_rewards
+        self._track_return_statistics = rollout.track_return_statistics
         self._builder = SegmentBuilder(self._layout, 1, rollout.gamma)
         self._no_action = np.zeros((1, *self._layout.action_shape), self._layout.action_dtype)
         self._action = self._no_action
         self._stack = np.zeros((self._layout.stack, *self._layout.frame_shape), self._layout.frame_dtype)
-        self._begun = self._in_episode = False
-        self._return, self._discounted, self._length = 0.0, 0.0, 0
+        self._builder_has_rows = self._in_episode = False
+        self._episode_return, self._discounted_return, self._length = 0.0, 0.0, 0
         self._segments: list[Segment] = []
         self._episodes: list[EpisodeResult] = []
         self._returns = Moments()
         self.steps = 0
-        """Steps that came, which is the number of the last one too."""
-
-    @property
-    def in_episode(self) -> bool:
-        """Whether an action is asked for."""
-        return self._in_episode
 
     @property
     def observation(self) -> Array:
@@ -74,84 +77,84 @@ class Session:
         return self._stack[0].copy() if self._layout.stack == 1 else self._stack.copy()
 
     def reset(self, reset: pb.Reset) -> None:
-        """Begin an episode; one that was going on is cut: what it has is flushed, and it is no finished episode.
+        """Begin an episode. A running episode is cut: its steps are kept, but it does not count as a finished episode.
 
         Raises:
-            ConfigurationError: an observation that does not fit.
+            ConfigurationError: an invalid observation.
         """
-        frame = self._frame(reset.observation)
+        frame = self._decode_frame(reset.observation)
         if self._in_episode:
             self._segments += self._builder.flush()
-            self._begun = False
+            self._builder_has_rows = False
         self._stack[:] = 0
-        self._show(frame)
-        if self._begun:
-            # The row after an episode's end, as under NEXT_STEP autoreset: no step, its action ignored.
-            self._add(self._no_action, 0.0, False, False)
+        self._add_frame(frame)
+        if self._builder_has_rows:
+            # The row after an episode's end, as under NEXT_STEP autoreset: it is no step, and its action is ignored.
+            self._add_row(self._no_action, 0.0, False, False)
         else:
             self._builder.begin(self.observation[None])
-        self._begun = self._in_episode = True
-        self._return, self._discounted, self._length = 0.0, 0.0, 0
+        self._builder_has_rows = self._in_episode = True
+        self._episode_return, self._discounted_return, self._length = 0.0, 0.0, 0
 
     def act(self, action: Array) -> None:
-        """Take note of the action `[*action_shape]` that the next step answers."""
+        """Store the action `[*action_shape]` that leads to the next step."""
         self._action = np.asarray(action, self._layout.action_dtype)[None]
 
     def step(self, step: pb.Step) -> EpisodeResult | None:
-        """Take a step; return the episode's result if it ended one.
+        """Add a step; return the episode's result if the step ended the episode.
 
         Raises:
-            OutOfOrder: a gap, or no episode is going on.
-            ConfigurationError: an observation or a reward that cannot be.
+            OutOfOrder: a missing step, or a step outside an episode.
+            ConfigurationError: an invalid observation or reward.
         """
         if step.number != self.steps + 1:
-            raise OutOfOrder(f"step {step.number} came where step {self.steps + 1} comes next; open a new session")
+            raise OutOfOrder(f"expected step {self.steps + 1}, got step {step.number}; open a new session")
         if not self._in_episode:
-            raise OutOfOrder(f"step {step.number} came outside an episode; a Reset begins one")
-        frame, reward = self._frame(step.observation), step.reward
-        if not (math.isfinite(reward) and abs(reward) <= LARGEST_REWARD):
-            raise ConfigurationError(f"a reward must be a number within +-{LARGEST_REWARD:g}, got {reward}")
+            raise OutOfOrder(f"step {step.number} came outside an episode; send a Reset first")
+        frame, reward = self._decode_frame(step.observation), step.reward
+        if not (math.isfinite(reward) and abs(reward) <= MAX_REWARD):
+            raise ConfigurationError(f"a reward must be a number within +-{MAX_REWARD:g}, got {reward}")
         self.steps += 1
-        self._show(frame)
-        learned = float(np.clip(reward, -1.0, 1.0)) if self._clip else reward
-        self._add(self._action, learned, step.terminated, step.truncated)
-        self._return += reward
+        self._add_frame(frame)
+        learner_reward = float(np.clip(reward, -1.0, 1.0)) if self._clip_rewards else reward
+        self._add_row(self._action, learner_reward, step.terminated, step.truncated)
+        self._episode_return += reward
         self._length += 1
-        if self._measure:
-            self._discounted = self._gamma * self._discounted + learned
-            self._returns = self._returns.merged(Moments.of(np.array([self._discounted])))
+        if self._track_return_statistics:
+            self._discounted_return = self._gamma * self._discounted_return + learner_reward
+            self._returns = self._returns.merged(Moments.of(np.array([self._discounted_return])))
         if not (step.terminated or step.truncated):
             return None
         self._in_episode = False
-        result = EpisodeResult(self._return, self._length)
+        result = EpisodeResult(self._episode_return, self._length)
         self._episodes.append(result)
         return result
 
-    def _add(self, action: Array, reward: float, terminated: bool, truncated: bool) -> None:
+    def _add_row(self, action: Array, reward: float, terminated: bool, truncated: bool) -> None:
         ended = np.array([terminated]), np.array([truncated])
         self._segments += self._builder.add(action, np.array([reward]), *ended, self.observation[None]) or ()
 
     def flush(self) -> None:
-        """Make what is left ready, because nothing more will come."""
-        if self._begun:
+        """Cut the remaining steps into segments at the end of the session."""
+        if self._builder_has_rows:
             self._segments += self._builder.flush()
-        self._begun = self._in_episode = False
+        self._builder_has_rows = self._in_episode = False
 
     def is_ready(self, *, rest: bool = False) -> bool:
-        """Whether there is a segment to push, or with `rest` anything."""
+        """Return whether there is a segment to push, or, with `rest`, a segment or an episode result."""
         return bool(self._segments or (rest and self._episodes))
 
-    def take(self) -> Content:
-        """Return what is ready and forget it."""
-        content = Content(tuple(self._segments), tuple(self._episodes), self._returns)
+    def take(self) -> PushContent:
+        """Return all content that is ready to be pushed, and remove it from the session."""
+        content = PushContent(tuple(self._segments), tuple(self._episodes), self._returns)
         self._segments, self._episodes, self._returns = [], [], Moments()
         return content
 
-    def _show(self, frame: Array) -> None:
+    def _add_frame(self, frame: Array) -> None:
         self._stack[:-1] = self._stack[1:]
         self._stack[-1] = frame
 
-    def _frame(self, message: pb.Array) -> Array:
+    def _decode_frame(self, message: pb.Array) -> Array:
         raw = decode_array(message, "an observation", dtype=self._dtype, shape=self._layout.frame_shape)
         with np.errstate(over="ignore"):
             frame = np.asarray(raw, self._layout.frame_dtype)
@@ -164,9 +167,10 @@ class Session:
 
 
 def _check_spaces(environment: EnvironmentSpec, frame_shape: tuple[int, ...], opening: pb.Open) -> str:
-    """Return the dtype in which observations will come: the run's own, or float64 where that is float32.
+    """Return the dtype of the client's observations: that of the run, or float64 if the run's is float32.
 
-    Only spaces of the run's own size are decoded: a few bytes may stand for the bounds of millions of elements.
+    Spaces are decoded only if their size equals that of the run's: a message of a few bytes may stand for the bounds of
+    millions of elements.
     """
     own_observations, own_actions = spaces_of(environment)
     if own_observations.HasField("box"):
@@ -175,16 +179,16 @@ def _check_spaces(environment: EnvironmentSpec, frame_shape: tuple[int, ...], op
     dtype, own_dtype = observations.box.dtype, own_observations.box.dtype
     narrowed = (dtype, own_dtype) == (pb.DTYPE_FLOAT64, pb.DTYPE_FLOAT32)
     if not _same_size(observations, own_observations) or not (narrowed or dtype == own_dtype):
-        stacks = environment.frame_stack
-        hint = f"; the run stacks {stacks} of them itself" if stacks > 1 else ""
+        stack = environment.frame_stack
+        hint = f" (single frames, of which the run stacks {stack})" if stack > 1 else ""
         raise ConfigurationError(
             f"observation_space must be {describe_space(own_observations)}{hint}, got {describe_space(observations)}"
         )
     if not _same_size(actions, own_actions):
         raise ConfigurationError(f"action_space must be {describe_space(own_actions)}, got {describe_space(actions)}")
-    theirs, mine = decode_space(actions, "action_space"), decode_space(own_actions, "the run's action space")
-    if not _same_bounds(theirs, mine):
-        raise ConfigurationError(f"action_space must be {mine}, got {theirs}")
+    space, own_space = decode_space(actions, "action_space"), decode_space(own_actions, "the run's action space")
+    if not _same_bounds(space, own_space):
+        raise ConfigurationError(f"action_space must be {own_space}, got {space}")
     return str(decode_space(observations, "observation_space").dtype)
 
 
@@ -196,8 +200,8 @@ def _same_size(space: pb.Space, own: pb.Space) -> bool:
 def _same_bounds(space: spaces.Space[Any], own: spaces.Space[Any]) -> bool:
     if not isinstance(space, spaces.Box) or not isinstance(own, spaces.Box):
         return bool(space == own)
-    # They may have come by way of another precision.
+    # Approximately, because the client may have computed its bounds in another precision.
     return all(
-        np.allclose(theirs, mine, rtol=1e-6, atol=0.0)
-        for theirs, mine in ((space.low, own.low), (space.high, own.high))
+        np.allclose(bound, own_bound, rtol=1e-6, atol=0.0)
+        for bound, own_bound in ((space.low, own.low), (space.high, own.high))
     )

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RunControlStub:
-    """Runs, live and ended. All calls take a run's name.
+    """Live and ended runs. All calls except ListRuns take a run's name.
     """
 
     def __init__(self, channel):
@@ -68,7 +68,7 @@ class RunControlStub:
 
 
 class RunControlServicer:
-    """Runs, live and ended. All calls take a run's name.
+    """Live and ended runs. All calls except ListRuns take a run's name.
     """
 
     def ListRuns(self, request, context):
@@ -84,7 +84,7 @@ class RunControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """A look a second, until the run has ended or is lost.
+        """Sends the status once a second, until the run has ended or is lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,7 +150,7 @@ def add_RunControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RunControl:
-    """Runs, live and ended. All calls take a run's name.
+    """Live and ended runs. All calls except ListRuns take a run's name.
     """
 
     @staticmethod
@@ -317,7 +317,7 @@ class RunControl:
 
 
 class PolicyStub:
-    """The acting module of a live run, always with its newest weights, or of a checkpoint.
+    """The policy of a live run, always with its newest weights, or of a checkpoint.
     """
 
     def __init__(self, channel):
@@ -339,7 +339,7 @@ class PolicyStub:
 
 
 class PolicyServicer:
-    """The acting module of a live run, always with its newest weights, or of a checkpoint.
+    """The policy of a live run, always with its newest weights, or of a checkpoint.
     """
 
     def Describe(self, request, context):
@@ -349,7 +349,7 @@ class PolicyServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Act(self, request, context):
-        """Requests that come at the same time share a forward pass.
+        """Concurrent requests share a forward pass.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -377,7 +377,7 @@ def add_PolicyServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Policy:
-    """The acting module of a live run, always with its newest weights, or of a checkpoint.
+    """The policy of a live run, always with its newest weights, or of a checkpoint.
     """
 
     @staticmethod
@@ -436,14 +436,15 @@ class Policy:
 
 
 class ExperienceStub:
-    """Environments outside Squall feed an off-policy run. One call is one session, one environment, and its steps come in
+    """External environments feed an off-policy run. One call is one session of one environment, and its steps come in
     order.
 
     client: Open, then for each episode: Reset, Step, Step, ..., Step with terminated or truncated; then Close
-    server: Opened, then an Action for each Reset and each Step that ended no episode, EpisodeEnded for one that did;
-    Closed after a Close, when everything is in the replay; or instead of an answer, when the run needs no more
+    server: Opened, then Action for each Reset and for each Step within an episode, and EpisodeEnded for the Step that
+    ends the episode; Closed after Close, when all steps are in the replay, or in place of an answer, when the
+    run accepts no more experience
 
-    A call that breaks off ends its session: whole steps that arrived count, once; a new session begins a new episode.
+    A broken call ends its session. Every complete step that has arrived counts once. A new session begins a new episode.
     """
 
     def __init__(self, channel):
@@ -460,14 +461,15 @@ class ExperienceStub:
 
 
 class ExperienceServicer:
-    """Environments outside Squall feed an off-policy run. One call is one session, one environment, and its steps come in
+    """External environments feed an off-policy run. One call is one session of one environment, and its steps come in
     order.
 
     client: Open, then for each episode: Reset, Step, Step, ..., Step with terminated or truncated; then Close
-    server: Opened, then an Action for each Reset and each Step that ended no episode, EpisodeEnded for one that did;
-    Closed after a Close, when everything is in the replay; or instead of an answer, when the run needs no more
+    server: Opened, then Action for each Reset and for each Step within an episode, and EpisodeEnded for the Step that
+    ends the episode; Closed after Close, when all steps are in the replay, or in place of an answer, when the
+    run accepts no more experience
 
-    A call that breaks off ends its session: whole steps that arrived count, once; a new session begins a new episode.
+    A broken call ends its session. Every complete step that has arrived counts once. A new session begins a new episode.
     """
 
     def Play(self, request_iterator, context):
@@ -493,14 +495,15 @@ def add_ExperienceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Experience:
-    """Environments outside Squall feed an off-policy run. One call is one session, one environment, and its steps come in
+    """External environments feed an off-policy run. One call is one session of one environment, and its steps come in
     order.
 
     client: Open, then for each episode: Reset, Step, Step, ..., Step with terminated or truncated; then Close
-    server: Opened, then an Action for each Reset and each Step that ended no episode, EpisodeEnded for one that did;
-    Closed after a Close, when everything is in the replay; or instead of an answer, when the run needs no more
+    server: Opened, then Action for each Reset and for each Step within an episode, and EpisodeEnded for the Step that
+    ends the episode; Closed after Close, when all steps are in the replay, or in place of an answer, when the
+    run accepts no more experience
 
-    A call that breaks off ends its session: whole steps that arrived count, once; a new session begins a new episode.
+    A broken call ends its session. Every complete step that has arrived counts once. A new session begins a new episode.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""The run store: where runs are registered, and where coordinators and commands leave messages for each other.
+"""The run store: a registry of runs, and the mailbox between a run's coordinator and the commands that control the run.
 
-`base` is the contract, `sqlite` and `redis` keep it, `buffered` is the coordinator's writer, `locate` opens the store
-that a URL or the environment names, and `remote_control` sends commands to a run. What is written here is read by
-other versions of Squall: a new field needs a default.
+`base` defines the interface, and `sqlite` and `redis` implement it. `buffered` is the writer of a coordinator. `locate`
+opens the store that a URL or the environment names. `remote_control` sends commands to a run. Other versions of Squall
+read the stored data, so a new field needs a default.
 """

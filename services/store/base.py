@@ -1,16 +1,16 @@
-"""RunStore: where runs are registered, and where a run and its visitors leave word for each other.
+"""The run store: the interface that every store implements.
 
-The coordinator writes a snapshot and a heartbeat every second and reads commands; `squall runs | status |
-stop` and the gRPC front read the former and write the latter. Nobody attaches to a run's processes to ask.
+A run's coordinator writes a snapshot and a heartbeat every second and reads commands. `squall runs`, `squall status`,
+`squall stop`, and the gRPC services read the snapshots and send the commands, so no process has to attach to a run.
 
-One contract, `RunStore`: `sqlite_store.SQLiteRunStore` keeps a file that several processes of one machine share,
-`redis_store.RedisRunStore` a server that several machines share; both pass the same test-suite. `BufferedWriter`
-is the coordinator's pen: a store that is away stops no training.
+`sqlite.SQLiteRunStore` keeps the data in a file that several processes of one machine share, `redis.RedisRunStore` in a
+server that several machines share. Both pass the same test suite. A coordinator writes through
+`buffered.BufferedWriter`, so training continues while the store is unavailable.
 
-Conventions. Times are Unix seconds. Payloads are JSON objects: tuples come back as lists, and NaN and
-infinities come back as None, because `--json` passes payloads on and JSON has no word for them. Metrics
-alone keep NaN and infinities: a loss that diverged is worth knowing. "lost" is never written: it is what a
-reader sees of a run that stopped reporting.
+Conventions. Times are Unix seconds. Payloads are JSON objects: a tuple is read back as a list, and NaN and infinities
+are read back as None, because `--json` prints payloads and JSON cannot represent these numbers. Only metrics keep NaN
+and infinities, because a diverged loss must stay visible. The state "lost" is never written: readers derive it for a
+run that has stopped reporting.
 """
 
 from __future__ import annotations
@@ -26,22 +26,19 @@ from services.errors import StoreTimeout, StoreUnavailable
 from services.store.records import Command, Event, MetricsRow, ProcessIdentity, RunRecord
 
 HISTORY = 10_000
-"""Rows of metrics, of events and of commands that are kept for one run; the oldest go first."""
+"""Number of metrics rows, of events, and of commands that a store keeps for each run; the oldest are dropped first."""
 
-_LOOK_SECONDS = 2.0
-
-
-# What every store does alike: checks, JSON, and what a reader makes of a record.
+_POLL_TIMEOUT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class StoreHealth:
-    """What a store's server says of itself.
+    """The health of a store's server.
 
     Attributes:
-        server: what it is.
-        clock: Unix seconds by the server's clock; None where it has none of its own.
-        warnings: what about it may lose runs, each with what to do.
+        server: kind, version, and address of the server.
+        clock: time in Unix seconds by the server's clock; None if the server has no clock of its own.
+        warnings: settings of the server that may lose runs, each with its remedy.
     """
 
     server: str
@@ -50,22 +47,23 @@ class StoreHealth:
 
 
 class RunStore(ABC):
-    """The contract. Calls may come from any thread, and from several processes at once.
+    """The interface of a run store. Calls may come from any thread, and from several processes at once.
 
-    Every method may raise `StoreUnavailable`, within the store's timeout, and `StoreIncompatible`. Every
-    method that takes a run's name raises `UnknownRun` where there is none. Every change is all or nothing.
+    Every method may raise `StoreUnavailable`, within the store's timeout, and `StoreIncompatible`. Every method that
+    takes a run's name raises `UnknownRun` if no run has this name. Every change is atomic.
 
-    A run that reads lost may have a coordinator that only cannot be heard. What it writes as `owner` changes
-    nothing once another has adopted the run, and raises `RunTakenOver`; without `owner` anybody may write.
+    The coordinator of a lost run may still be running, cut off from the store, while another coordinator adopts the
+    run. Therefore a write with `owner` raises `RunTakenOver` and changes nothing if the run has another owner. A write
+    without `owner` is always accepted.
     """
 
     @abstractmethod
     def with_timeout(self, seconds: float) -> RunStore:
-        """Open the same store once more; its calls give up (`StoreUnavailable`) after about `seconds`."""
+        """Return a second client of the same store, whose calls raise `StoreUnavailable` after about `seconds`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of files and connections; calls after that raise `StoreUnavailable`."""
+        """Close files and connections; later calls raise `StoreUnavailable`."""
 
     def __enter__(self) -> Self:
         return self
@@ -77,47 +75,48 @@ class RunStore(ABC):
 
     @abstractmethod
     def health(self) -> StoreHealth:
-        """Reach the store and say how it is."""
+        """Connect to the store and return its health."""
 
     @abstractmethod
     def register(self, record: RunRecord) -> None:
-        """Enter a new run.
+        """Add a new run.
 
         Raises:
-            RunNameInUse: a run, even one that ended, has this name; of two registrations at once one fails.
-            ConfigurationError: a name, state or time that cannot be.
-            NotStorable: a configuration that is not plain.
+            RunNameInUse: a run, live or ended, has this name. If two processes register the same name at once, one of
+                them gets this error.
+            ConfigurationError: an invalid name, state, or time.
+            NotStorable: a configuration that JSON cannot represent.
         """
 
     @abstractmethod
     def get(self, name: str) -> RunRecord:
-        """Read one run, `lost` if it stopped reporting. Raises `UnknownRun` with the nearest names."""
+        """Return one run, `lost` if it has stopped reporting. Raises `UnknownRun` with the most similar names."""
 
     @abstractmethod
     def list_runs(self) -> list[RunRecord]:
-        """Read all runs, newest first."""
+        """Return all runs, newest first."""
 
     @abstractmethod
     def update_state(
         self, name: str, state: str, stopped_because: str | None = None, *, owner: ProcessIdentity | None = None
     ) -> None:
-        """Write a run's state; a reason of None leaves the reason that is there.
+        """Write a run's state; a reason of None keeps the reason that is already stored.
 
         Raises:
-            RunTakenOver: the run is not `owner`'s any more.
-            ConfigurationError: there is no such state, or (`lost`) it is none to write.
+            RunTakenOver: the run no longer belongs to `owner`.
+            ConfigurationError: an unknown state, or `lost`, which is never written.
         """
 
     @abstractmethod
     def adopt(self, name: str, host: str, pid: int, pid_started: float) -> RunRecord:
-        """Take over an ended or lost run, to resume it: it is `starting`, with a fresh heartbeat.
+        """Take over an ended or lost run to resume it, and return its record: `starting`, with a new heartbeat.
 
-        Commands that its last coordinator did not read are acknowledged with `{"error": ...}`: a stop that
-        was meant for that one must not stop this one.
+        Commands that the previous coordinator has not read are acknowledged with `{"error": ...}`: a stop that was sent
+        to the previous coordinator must not stop the next one.
 
         Raises:
-            RunIsLive: the run has a coordinator, or (on this host) a process that is stuck; of two
-                adoptions at once one fails.
+            RunIsLive: the run has a coordinator, or its process on this host still exists but is stuck. If two
+                processes adopt a run at once, one of them gets this error.
         """
 
     @abstractmethod
@@ -127,49 +126,55 @@ class RunStore(ABC):
         """Replace the run's snapshot and heartbeat.
 
         Raises:
-            RunTakenOver: the run is not `owner`'s any more.
-            NotStorable: a snapshot that is not plain.
-            ConfigurationError: a heartbeat that is no moment.
+            RunTakenOver: the run no longer belongs to `owner`.
+            NotStorable: a snapshot that JSON cannot represent.
+            ConfigurationError: a heartbeat that is not a valid time.
         """
 
     @abstractmethod
     def read_snapshot(self, name: str) -> dict[str, Any] | None:
-        """Read the last snapshot, None if there was none yet."""
+        """Return the last snapshot; None before the first."""
 
     @abstractmethod
     def send_command(self, name: str, kind: str, arguments: Mapping[str, Any]) -> int:
         """Queue a command for the run's coordinator and return its id.
 
         Raises:
-            RunIsNotLive: the run ended or is lost.
-            NotStorable: arguments that are not plain.
+            RunIsNotLive: the run has ended or is lost.
+            NotStorable: arguments that JSON cannot represent.
         """
 
     @abstractmethod
     def pending_commands(self, name: str) -> list[Command]:
-        """Read the commands not acknowledged yet, oldest first."""
+        """Return the commands that are not acknowledged yet, oldest first."""
 
     @abstractmethod
     def acknowledge(
         self, name: str, id: int, result: Mapping[str, Any], *, owner: ProcessIdentity | None = None
     ) -> None:
-        """Answer a command. The first answer stands. Raises `UnknownCommand`, `RunTakenOver`, or `NotStorable`."""
+        """Store the answer to a command; only the first answer counts.
+
+        Raises:
+            UnknownCommand: the run has no command with this id.
+            RunTakenOver: the run no longer belongs to `owner`.
+            NotStorable: a result that JSON cannot represent.
+        """
 
     @abstractmethod
     def command_result(self, name: str, id: int) -> dict[str, Any] | None:
-        """Read the answer to a command, None if there is none yet. Raises `UnknownCommand`."""
+        """Return the answer to a command, None if there is none yet. Raises `UnknownCommand`."""
 
     def wait_for_acknowledgement(self, name: str, id: int, deadline_seconds: float) -> dict[str, Any]:
-        """Wait for a command's answer and return it; a store that is away meanwhile is waited for too.
+        """Block until a command is answered, and return the answer; the wait continues while the store is unavailable.
 
         Raises:
-            StoreTimeout: no answer within `deadline_seconds`, or seconds more where the store is silent; the text
-                says what was waited for.
-            UnknownCommand: there is no such command.
+            StoreTimeout: no answer within `deadline_seconds`, or a few seconds more if the store does not respond. The
+                message states the run's state.
+            UnknownCommand: the run has no command with this id.
         """
         deadline = time.monotonic() + deadline_seconds
-        waited_for = f"command {id}"
-        with self.with_timeout(_LOOK_SECONDS) as store:
+        awaited = f"command {id}"
+        with self.with_timeout(_POLL_TIMEOUT_SECONDS) as store:
             while True:
                 try:
                     result = store.command_result(name, id)
@@ -177,40 +182,41 @@ class RunStore(ABC):
                         return result
                     kind = next((command.kind for command in store.pending_commands(name) if command.id == id), "")
                     run = store.get(name)
-                    waited_for = f"run {name!r} to answer {kind!r} (command {id}); the run is {run.state}"
+                    awaited = f"run {name!r} to answer {kind!r} (command {id}); the run is {run.state}"
                     if run.stopped_because:
-                        waited_for += f": {run.stopped_because}"
+                        awaited += f": {run.stopped_because}"
                 except StoreUnavailable as error:
-                    waited_for = f"run {name!r} to answer command {id}; {error}"
+                    awaited = f"run {name!r} to answer command {id}; {error}"
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise StoreTimeout(f"waited {deadline_seconds:g} s for {waited_for}")
+                    raise StoreTimeout(f"waited {deadline_seconds:g} s for {awaited}")
                 time.sleep(min(0.05, remaining))
 
     @abstractmethod
     def add_event(self, name: str, kind: str, text: str, time: float) -> None:
-        """Append to the run's events; the oldest beyond `HISTORY` are dropped.
+        """Append an event to the run's events; the oldest beyond `HISTORY` are dropped.
 
         Raises:
-            ConfigurationError: a time that cannot be.
+            ConfigurationError: an invalid time.
         """
 
     @abstractmethod
     def events(self, name: str, limit: int = 100, after_id: int | None = None) -> list[Event]:
-        """Read events, oldest first: the newest `limit`, or the first `limit` after the event `after_id`.
+        """Return events, oldest first: the newest `limit`, or the first `limit` after the event `after_id`.
 
-        A follower passes the last id that it has seen (0 for "from the beginning") and misses none.
+        A client that follows a run passes the last id that it has read (0 for "from the beginning") and misses no
+        event.
         """
 
     @abstractmethod
     def add_metrics(self, name: str, step: int, values: Mapping[str, float], time: float) -> None:
-        """Append to the run's metrics; the oldest rows beyond `HISTORY` are dropped.
+        """Append a row to the run's metrics; the oldest rows beyond `HISTORY` are dropped.
 
         Raises:
-            NotStorable: a metric that is no number.
-            ConfigurationError: a step or time that cannot be.
+            NotStorable: a metric that is not a number.
+            ConfigurationError: an invalid step or time.
         """
 
     @abstractmethod
     def metrics(self, name: str, limit: int = HISTORY) -> list[MetricsRow]:
-        """Read the newest `limit` rows of metrics, oldest first."""
+        """Return the newest `limit` rows of metrics, oldest first."""

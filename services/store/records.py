@@ -1,4 +1,4 @@
-"""Records."""
+"""Records of the run store: runs, commands, events, and metrics, with the checks that every store applies to them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,23 @@ from typing import Any, NamedTuple
 import psutil
 
 from replay.errors import ConfigurationError
-from services.errors import RunIsLive, RunTakenOver, UnknownRun
+from services.errors import RunIsLive, RunIsNotLive, RunNameInUse, RunTakenOver, UnknownRun
 
 LIVE_STATES = ("starting", "running", "stopping")
-
-
 ENDED_STATES = ("finished", "failed")
-
-
 LOST = "lost"
 
-
 LOST_AFTER = 10.0
-"""Seconds without a heartbeat after which a live run reads lost."""
+"""Seconds without a heartbeat after which a live run is reported as lost."""
+UNREAD_COMMAND = {"error": "the run was resumed before it read this command"}
+"""Answer to the commands that a run's previous coordinator has not read; see `RunStore.adopt`."""
 
-
-# psutil reckons a process's start from the boot time, which is in whole seconds and may wander by one.
+# Seconds. psutil computes a process's start time from the boot time, which has whole seconds and may vary by one.
 _START_TOLERANCE = 2.0
 
 
 class ProcessIdentity(NamedTuple):
-    """One process of one machine, so that neither a reused pid nor another host's is mistaken for it."""
+    """One process of one machine. The start time distinguishes it from a later process with the same pid."""
 
     host: str
     pid: int
@@ -43,26 +39,26 @@ class ProcessIdentity(NamedTuple):
 
 
 def this_process() -> ProcessIdentity:
-    """Identify the calling process as `RunRecord` and `RunStore.adopt` want it."""
+    """Return the identity of the calling process, as `RunRecord` and `RunStore.adopt` expect it."""
     return ProcessIdentity(socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known of one run.
+    """The record of one run.
 
     Attributes:
-        name: unique among all runs of a store, and a folder's name.
+        name: name of the run, unique in its store; also the name of its folder.
         created: Unix seconds.
-        algorithm: such as `"dqn"`.
-        environment: the environment's id.
-        seed: the run's seed, from which all others come.
+        algorithm: name of the algorithm, such as `"dqn"`.
+        environment: id of the environment.
+        seed: the run's seed, from which all other seeds are derived.
         host: name of the machine on which the coordinator runs.
-        pid: the coordinator's process there.
-        pid_started: that process's creation time in Unix seconds, as psutil gives it.
-        state: `starting`, `running`, `stopping`, `finished` or `failed`; when read also `lost`.
-        heartbeat: Unix seconds at which the coordinator last said that it is alive.
-        stopped_because: why the run stopped, stops or reads lost; None while it goes on.
+        pid: the coordinator's process id on that machine.
+        pid_started: creation time of that process in Unix seconds, as psutil reports it.
+        state: `starting`, `running`, `stopping`, `finished`, or `failed`; for readers also `lost`.
+        heartbeat: Unix seconds of the coordinator's last sign of life.
+        stopped_because: reason why the run stopped, is stopping, or is lost; None while it continues.
         config: the resolved configuration.
     """
 
@@ -81,24 +77,24 @@ class RunRecord:
 
     @property
     def live(self) -> bool:
-        """Whether a coordinator is at work on it."""
+        """Whether the run has a coordinator that is running it."""
         return self.state in LIVE_STATES
 
     @property
     def owner(self) -> ProcessIdentity:
-        """Its coordinator's process."""
+        """The process of the run's coordinator."""
         return ProcessIdentity(self.host, self.pid, self.pid_started)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A wish that somebody sent to a run.
+    """A request to a run.
 
     Attributes:
         id: 1, 2, 3, ... within the run.
-        time: Unix seconds when it was sent.
-        kind: such as `"stop"`.
-        arguments: what the kind needs.
+        time: Unix seconds at which the command was sent.
+        kind: kind of the command, such as `"stop"`.
+        arguments: arguments of this kind of command.
     """
 
     id: int
@@ -109,7 +105,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a run; `id` counts 1, 2, 3, ... in the run, `time` is in Unix seconds."""
+    """An event of a run; `id` counts 1, 2, 3, ... within the run, `time` is in Unix seconds."""
 
     id: int
     time: float
@@ -119,59 +115,65 @@ class Event:
 
 @dataclass(frozen=True)
 class MetricsRow:
-    """Metrics of one moment: `step` in environment steps, `time` in Unix seconds, `values` by metric name."""
+    """Metrics at one time: `step` in environment steps, `time` in Unix seconds, `values` by metric name."""
 
     step: int
     time: float
     values: dict[str, float]
 
 
+# Checks of values.
+
+
 def check_run_name(name: str) -> None:
-    """Raise `ConfigurationError` unless `name` can be a run's name, which is a folder's name too."""
-    if not _can_be_named(name):
+    """Raise `ConfigurationError` unless `name` is a valid name of a run, and thus of its folder."""
+    if not _is_valid_name(name):
         raise ConfigurationError(
             "a run name has up to 100 letters, digits, dots, dashes and underscores"
             f" and starts with a letter or digit, got {name!r}"
         )
 
 
-def _can_be_named(name: str) -> bool:
+def _is_valid_name(name: str) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None
 
 
 def check_state(state: str) -> None:
-    """Raise `ConfigurationError` unless `state` may be written."""
+    """Raise `ConfigurationError` unless `state` is a state that can be written."""
     if state not in LIVE_STATES + ENDED_STATES:
         raise ConfigurationError(f"a run's state is one of {', '.join(LIVE_STATES + ENDED_STATES)}, got {state!r}")
 
 
 def check_record(record: RunRecord) -> None:
-    """Raise `ConfigurationError` unless `record` may be registered."""
+    """Raise `ConfigurationError` unless `record` can be registered."""
     check_run_name(record.name)
     check_state(record.state)
     for field in ("created", "pid_started", "heartbeat"):
         check_time(field, getattr(record, field))
-    check_whole("pid", record.pid, least=1)
+    check_integer("pid", record.pid, least=1)
     if not isinstance(record.seed, Integral):
         raise ConfigurationError(f"a run's seed must be a whole number, got {record.seed!r}")
 
 
-def check_time(what: str, seconds: float) -> None:
-    """Raise `ConfigurationError` unless `seconds` is a moment: finite, and not before 1970."""
+def check_time(name: str, seconds: float) -> None:
+    """Raise `ConfigurationError` unless `seconds` is a valid time: finite, and not before 1970."""
     if not (isinstance(seconds, Real) and math.isfinite(seconds) and seconds >= 0):
-        raise ConfigurationError(f"{what} must be Unix seconds, got {seconds!r}")
+        raise ConfigurationError(f"{name} must be Unix seconds, got {seconds!r}")
 
 
-def check_whole(what: str, number: int, least: int) -> None:
-    """Raise `ConfigurationError` unless `number` is a whole number of at least `least` that 64 bits hold."""
+def check_integer(name: str, number: int, least: int) -> None:
+    """Raise `ConfigurationError` unless `number` is an integer of at least `least` that fits into 64 bits."""
     if not isinstance(number, Integral) or not least <= number < 2**63:
-        raise ConfigurationError(f"{what} must be a whole number of at least {least}, got {number!r}")
+        raise ConfigurationError(f"{name} must be a whole number of at least {least}, got {number!r}")
+
+
+# Checks of a run's state, and the errors of unknown and taken names.
 
 
 def unknown_run(name: str, known: list[str]) -> UnknownRun:
-    """Make the error for a name that no run has; it may be anything that a caller sent."""
-    if not _can_be_named(name):
-        return UnknownRun(f"no run is named {str(name)[:100]!r}: a run's name cannot be that")
+    """Return the error for a name that no run has; `name` may be any text, because callers of a server send it."""
+    if not _is_valid_name(name):
+        return UnknownRun(f"no run is named {str(name)[:100]!r}: that is not a valid run name")
     if not known:
         return UnknownRun(f"no run is named {name!r}: there are no runs yet")
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -180,43 +182,56 @@ def unknown_run(name: str, known: list[str]) -> UnknownRun:
     return UnknownRun(f"no run is named {name!r} among the {len(known)} that `squall runs` lists")
 
 
+def name_in_use(name: str) -> RunNameInUse:
+    """Return the error for a name that another run has."""
+    return RunNameInUse(f"a run named {name!r} exists already: choose another name, or resume it")
+
+
 def as_read(record: RunRecord) -> RunRecord:
-    """Turn a record as written into one as read: a run that should live and does not is `lost`, and why."""
+    """Return a stored record as readers see it: a live run without a process or a heartbeat is `lost`."""
     if not record.live:
         return record
     silence = time.time() - record.heartbeat
-    if record.host == socket.gethostname() and not _is_there(record.pid, record.pid_started):
-        return replace(record, state=LOST, stopped_because=f"its process {record.pid} is gone")
+    if record.host == socket.gethostname() and not _process_exists(record.pid, record.pid_started):
+        return replace(record, state=LOST, stopped_because=f"its process {record.pid} has exited")
     if silence > LOST_AFTER:
         return replace(record, state=LOST, stopped_because=f"no heartbeat for {silence:.0f} s")
     return record
 
 
+def check_live(record: RunRecord, command: str) -> None:
+    """Raise `RunIsNotLive` if a stored run has no coordinator that could read `command`, the kind of a command."""
+    seen = as_read(record)
+    if not seen.live:
+        reason = f" ({seen.stopped_because})" if seen.stopped_because else ""
+        raise RunIsNotLive(f"run {seen.name!r} is {seen.state}{reason} and has no coordinator to read {command!r}")
+
+
 def check_adoptable(record: RunRecord) -> None:
-    """Raise `RunIsLive` if `record`, as written, may have a coordinator at work on it."""
+    """Raise `RunIsLive` if a stored run may still have a running coordinator."""
     seen = as_read(record)
     if seen.live:
         raise RunIsLive(
             f"run {record.name!r} is {seen.state} (process {record.pid} on {record.host}); stop it before resuming it"
         )
-    # Suspended or stuck is not dead: it would wake up and write into the same run.
-    if seen.state == LOST and record.host == socket.gethostname() and _is_there(record.pid, record.pid_started):
+    # A suspended or stuck process could continue later and write into the resumed run.
+    if seen.state == LOST and record.host == socket.gethostname() and _process_exists(record.pid, record.pid_started):
         raise RunIsLive(
-            f"run {record.name!r} has {seen.stopped_because}, but its process {record.pid} still exists;"
+            f"run {record.name!r} is lost ({seen.stopped_because}), but its process {record.pid} still exists;"
             " end that process before resuming the run"
         )
 
 
 def check_owner(record: RunRecord, owner: ProcessIdentity | None) -> None:
-    """Raise `RunTakenOver` if `record`, as written, is another coordinator's than `owner`; None stands for any."""
+    """Raise `RunTakenOver` if a stored run has another owner than `owner`; None accepts every owner."""
     if owner is not None and record.owner != owner:
         raise RunTakenOver(
-            f"run {record.name!r} was resumed by process {record.pid} on {record.host}, because this one was not heard "
-            f"of for {LOST_AFTER:.0f} s: it ends here and goes on there"
+            f"run {record.name!r} was resumed by process {record.pid} on {record.host}, because the store "
+            f"received no heartbeat for {LOST_AFTER:.0f} s from this process, which ends; the run continues there"
         )
 
 
-def _is_there(pid: int, started: float) -> bool:
+def _process_exists(pid: int, started: float) -> bool:
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - started) < _START_TOLERANCE and process.status() != psutil.STATUS_ZOMBIE

@@ -1,48 +1,43 @@
-"""RedisRunStore: the run store in a Redis server, for runs and visitors on several machines.
+"""The run store in a Redis server, for runs and clients on several machines.
 
-Keys, all on one server and one database (no Redis Cluster). A run's name has no colon, so none can collide:
+Keys, all on one server and in one database (no Redis Cluster). A run's name contains no colon, so keys cannot collide:
 
     squall:schema             "1", the version of this layout
     squall:runs               set: the names of all runs
     squall:run:<run>          hash: the fields of `RunRecord` as text (`config` as JSON; no `stopped_because` means
-                              None), `snapshot` as JSON, and `commands`, `events`, `metrics`: the last id given out
+                              None), `snapshot` as JSON, and `commands`, `events`, `metrics`: the last id assigned
     squall:commands:<run>     hash: id -> {"time", "kind", "arguments"} as JSON, of commands without an answer
     squall:answers:<run>      hash: id -> the answer as JSON
     squall:events:<run>       stream: entry <id>-0 with token, time, kind, text
     squall:metrics:<run>      stream: entry <id>-0 with token, time, step, values
 
-Each change is one Lua script or one MULTI, so all or nothing and alone. `adopt` and `send_command` first read the
-run, because only Python can look for a process, and change it if it is still as it was read.
+Each change is one Lua script or one MULTI, and therefore atomic. `adopt` and `send_command` first read the run, because
+only Python can check whether a process exists, and then change the run if it has not changed since.
 
-No call is repeated in here. One that raised `StoreUnavailable` may have been carried out nevertheless: the
-connection broke before the answer. Repeating it at the same store object is then safe for all that sets
-something, and for events and metrics, whose token the server looks up before it appends them once more. A
-registration or a command is sent at most once; whoever repeats those may find the first one done.
+The store never repeats a call by itself. A call that raised `StoreUnavailable` may still have taken effect, if the
+connection broke before the answer. Repeating the call on the same store object is safe for all methods that set a
+value, and for events and metrics: the server looks for their token before it appends them again. A registration or a
+command is sent at most once; a caller that repeats one may find that the first one has succeeded.
 
-A server keeps what was acknowledged over its own restart only with `appendonly yes`. A snapshot that was held up on
-a broken connection may arrive after a newer one; the next, a second later, replaces it.
+A server keeps acknowledged writes across its own restart only with `appendonly yes`. A snapshot that was delayed on a
+broken connection may arrive after a newer one; the next snapshot, a second later, replaces it.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-
 from replay.errors import ConfigurationError, SquallError
-from services.errors import RunIsNotLive, RunNameInUse, StoreIncompatible, StoreUnavailable, UnknownCommand
+from services.errors import UnknownCommand
 from services.store.base import HISTORY, RunStore, StoreHealth
-from services.store.payloads import clean_text, metrics_from_json, metrics_to_json, plain_payload
+from services.store.payloads import clean_text, metrics_from_json, metrics_to_json, payload_from_json, plain_payload
 from services.store.records import (
+    UNREAD_COMMAND,
     Command,
     Event,
     MetricsRow,
@@ -50,23 +45,21 @@ from services.store.records import (
     RunRecord,
     as_read,
     check_adoptable,
+    check_integer,
+    check_live,
     check_owner,
     check_record,
     check_state,
     check_time,
-    check_whole,
+    name_in_use,
     unknown_run,
 )
+from services.store.redis_connection import SCHEMA_KEY, SCHEMA_VERSION, RedisConnection
 from services.store.redis_scripts import ACKNOWLEDGE, ADOPT, APPEND, REGISTER, SEND, UPDATE, run_script
-from services.store.redis_url import hide_password, parse_url
 
-_SCHEMA, _RUNS = "squall:schema", "squall:runs"
-_SCHEMA_VERSION = 1
-_OLDEST_SERVER = (6, 2)
-_MOST_UNSURE = 1000
-# A script's error carries the code of the command that failed inside the text.
-_UNAVAILABLE = re.compile(r"\b(OOM|MISCONF|READONLY|BUSY|LOADING|MASTERDOWN|NOREPLICAS|UNKILLABLE)\b")
-_RECORD = (
+_RUNS_KEY = "squall:runs"
+_MAX_UNCONFIRMED = 1000
+_RECORD_FIELDS = (
     "name",
     "created",
     "algorithm",
@@ -83,74 +76,63 @@ _RECORD = (
 
 
 class RedisRunStore(RunStore):
-    """A `RunStore` in a Redis server, version 6.2 or newer, which it first speaks to when first called.
+    """A `RunStore` in a Redis server, version 6.2 or newer. The first call connects.
 
-    A password that is refused when the store is first reached raises `ConfigurationError`; later it counts as an
-    outage, so that a writer keeps what it has. No error shows the password.
+    A password that is refused by the first connection raises `ConfigurationError`. Later it counts as an outage, so
+    that a `BufferedWriter` keeps its writes. No error contains the password.
 
     Args:
-        url: one of `SCHEMES`; user and password are percent-encoded. TLS takes `?ssl_ca_certs=FILE`, and
-            `ssl_certfile`, `ssl_keyfile` where the server wants to see a certificate.
-        timeout_seconds: how long to wait for a connection, and for each answer.
-        history: rows of metrics, of events and of commands kept for a run.
+        url: a URL of one of `redis_url.SCHEMES`; user and password are percent-encoded. TLS takes `?ssl_ca_certs=FILE`,
+            and `ssl_certfile` and `ssl_keyfile` if the server requires a client certificate.
+        timeout_seconds: timeout of a connection attempt, and of each answer.
+        history: number of metrics rows, of events, and of commands that are kept for each run.
 
     Raises:
-        ConfigurationError: a URL or option that cannot work.
+        ConfigurationError: an invalid URL or option.
     """
 
     def __init__(self, url: str, *, timeout_seconds: float = 5.0, history: int = HISTORY) -> None:
         if not timeout_seconds > 0:
             raise ConfigurationError(f"a store's timeout must be positive, got {timeout_seconds}")
-        check_whole("a store's history", history, least=1)
+        check_integer("a store's history", history, least=1)
         self._url = url
-        self.shown = hide_password(url)
-        self._timeout = timeout_seconds
         self._history = history
-        connection_class, options, self._secrets = parse_url(url)
-        self._client: Any = redis.Redis(
-            connection_pool=redis.ConnectionPool(
-                connection_class=connection_class,
-                **options,
-                socket_timeout=timeout_seconds,
-                socket_connect_timeout=timeout_seconds,
-                retry=Retry(NoBackoff(), 0),
-                driver_info=None,
-                protocol=2,
-                decode_responses=True,
-                encoding_errors="replace",
-                redis_connect_func=self._greet,
-            )
-        )
-        self._reached = False
-        self._closed = False
+        self._connection = RedisConnection(url, timeout_seconds)
         self._lock = threading.Lock()
-        self._unsure: dict[tuple[str, ...], str] = {}
+        # Content of an append whose call failed -> its token. The append may still have taken effect.
+        self._unconfirmed: dict[tuple[str, ...], str] = {}
 
     def __repr__(self) -> str:
-        return f"RedisRunStore({self.shown!r})"
+        return f"RedisRunStore({self.shown_url!r})"
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without its password, for people."""
+        return self._connection.shown_url
 
     def with_timeout(self, seconds: float) -> RedisRunStore:
-        """Open the same store once more, with calls that give up after about `seconds`."""
+        """See `RunStore.with_timeout`."""
         store = RedisRunStore(self._url, timeout_seconds=seconds, history=self._history)
-        store._reached = self._reached
+        store._connection.has_connected = self._connection.has_connected
         return store
 
     def close(self) -> None:
-        """Close the connections; calls after that raise `StoreUnavailable`."""
-        self._closed = True
-        self._client.connection_pool.disconnect()
+        """Close the connections; later calls raise `StoreUnavailable`."""
+        self._connection.close()
 
     def health(self) -> StoreHealth:
         """See `RunStore.health`."""
-        with self._asking() as client:
+        with self._connection.client() as client:
             info, (seconds, microseconds) = client.info(), client.time()
         warnings = []
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
-            warnings.append(f"it may forget runs when it is full: set maxmemory-policy noeviction, not {policy}")
+            warnings.append(
+                f"it may delete runs when its memory is full: set maxmemory-policy noeviction, not {policy}"
+            )
         if not info.get("aof_enabled", 1):
-            warnings.append("it forgets what is newer than its last snapshot when it dies: set appendonly yes")
-        server = f"Redis {info.get('redis_version', 'of no version')}, {self.shown}"
+            warnings.append("a crash loses all data since its last snapshot: set appendonly yes")
+        server = f"Redis {info.get('redis_version', 'of unknown version')}, {self.shown_url}"
         return StoreHealth(server, seconds + microseconds / 1e6, tuple(warnings))
 
     def register(self, record: RunRecord) -> None:
@@ -171,22 +153,22 @@ class RedisRunStore(RunStore):
         }
         if record.stopped_because is not None:
             fields["stopped_because"] = clean_text(record.stopped_because)
-        keys = (_key("run", record.name), _RUNS, _SCHEMA)
-        with self._asking() as client:
-            if not run_script(client, REGISTER, keys, record.name, _SCHEMA_VERSION, *_flat(fields)):
-                raise RunNameInUse(f"a run named {record.name!r} exists already: choose another name, or resume it")
+        keys = (_key("run", record.name), _RUNS_KEY, SCHEMA_KEY)
+        with self._connection.client() as client:
+            if not run_script(client, REGISTER, keys, record.name, SCHEMA_VERSION, *_flat(fields)):
+                raise name_in_use(record.name)
 
     def get(self, name: str) -> RunRecord:
         """See `RunStore.get`."""
-        with self._asking() as client:
-            return as_read(self._written(client, name))
+        with self._connection.client() as client:
+            return as_read(self._stored_record(client, name))
 
     def list_runs(self) -> list[RunRecord]:
         """See `RunStore.list_runs`."""
-        with self._asking() as client:
+        with self._connection.client() as client:
             pipeline = client.pipeline(transaction=False)
-            for name in client.smembers(_RUNS):
-                pipeline.hmget(_key("run", name), _RECORD)
+            for name in client.smembers(_RUNS_KEY):
+                pipeline.hmget(_key("run", name), _RECORD_FIELDS)
             records = [_record(row) for row in pipeline.execute() if row[0] is not None]
         return [as_read(record) for record in sorted(records, key=lambda record: (-record.created, record.name))]
 
@@ -201,12 +183,12 @@ class RedisRunStore(RunStore):
     def adopt(self, name: str, host: str, pid: int, pid_started: float) -> RunRecord:
         """See `RunStore.adopt`."""
         check_time("pid_started", pid_started)
-        check_whole("pid", pid, least=1)
-        unread = json.dumps({"error": "the run was resumed before it read this command"})
+        check_integer("pid", pid, least=1)
+        unread = json.dumps(UNREAD_COMMAND)
         keys = (_key("run", name), _key("commands", name), _key("answers", name))
-        with self._asking() as client:
+        with self._connection.client() as client:
             while True:
-                record = self._written(client, name)
+                record = self._stored_record(client, name)
                 check_adoptable(record)
                 fields = {
                     "host": host,
@@ -215,9 +197,9 @@ class RedisRunStore(RunStore):
                     "state": "starting",
                     "heartbeat": repr(time.time()),
                 }
-                expected = f"{_as_written(record)} {record.heartbeat!r}"
+                expected = f"{_state_and_owner(record)} {record.heartbeat!r}"
                 if run_script(client, ADOPT, keys, expected, unread, *_flat(fields)):
-                    return self._written(client, name)
+                    return self._stored_record(client, name)
 
     def write_snapshot(
         self, name: str, snapshot: Mapping[str, Any], heartbeat: float, *, owner: ProcessIdentity | None = None
@@ -229,31 +211,28 @@ class RedisRunStore(RunStore):
 
     def read_snapshot(self, name: str) -> dict[str, Any] | None:
         """See `RunStore.read_snapshot`."""
-        with self._asking() as client:
-            there, text = client.hmget(_key("run", name), "name", "snapshot")
-            if there is None:
+        with self._connection.client() as client:
+            stored_name, text = client.hmget(_key("run", name), "name", "snapshot")
+            if stored_name is None:
                 raise _unknown(client, name)
-        return _payload(text)
+        return payload_from_json(text)
 
     def send_command(self, name: str, kind: str, arguments: Mapping[str, Any]) -> int:
         """See `RunStore.send_command`."""
         payload = plain_payload("arguments", arguments)
         keys = (_key("run", name), _key("commands", name), _key("answers", name))
-        with self._asking() as client:
+        with self._connection.client() as client:
             while True:
-                written = self._written(client, name)
-                record = as_read(written)
-                if not record.live:
-                    reason = f" ({record.stopped_because})" if record.stopped_because else ""
-                    raise RunIsNotLive(f"run {name!r} is {record.state}{reason}: nobody would read {kind!r}")
+                record = self._stored_record(client, name)
+                check_live(record, kind)
                 text = json.dumps({"time": time.time(), "kind": clean_text(kind), "arguments": payload})
-                id = run_script(client, SEND, keys, _as_written(written), self._history, text)
+                id = run_script(client, SEND, keys, _state_and_owner(record), self._history, text)
                 if id:
                     return int(id)
 
     def pending_commands(self, name: str) -> list[Command]:
         """See `RunStore.pending_commands`."""
-        commands = self._read(name, lambda ask: ask.hgetall(_key("commands", name)))[0]
+        commands = self._read(name, lambda pipeline: pipeline.hgetall(_key("commands", name)))[0]
         return [
             Command(id, **json.loads(text)) for id, text in sorted((int(id), text) for id, text in commands.items())
         ]
@@ -264,22 +243,22 @@ class RedisRunStore(RunStore):
         """See `RunStore.acknowledge`."""
         text = json.dumps(plain_payload("result", result))
         keys = (_key("run", name), _key("commands", name), _key("answers", name))
-        with self._asking() as client:
-            if not run_script(client, ACKNOWLEDGE, keys, _identity(owner), id, text):
-                check_owner(self._written(client, name), owner)
+        with self._connection.client() as client:
+            if not run_script(client, ACKNOWLEDGE, keys, _owner_text(owner), id, text):
+                check_owner(self._stored_record(client, name), owner)
                 raise UnknownCommand(f"run {name!r} has no command {id}")
 
     def command_result(self, name: str, id: int) -> dict[str, Any] | None:
         """See `RunStore.command_result`."""
 
-        def ask(pipeline: Any) -> None:
+        def queue_reads(pipeline: Any) -> None:
             pipeline.hget(_key("answers", name), id)
             pipeline.hexists(_key("commands", name), id)
 
-        answer, waiting = self._read(name, ask)
-        if answer is None and not waiting:
+        answer, is_pending = self._read(name, queue_reads)
+        if answer is None and not is_pending:
             raise UnknownCommand(f"run {name!r} has no command {id}")
-        return _payload(answer)
+        return payload_from_json(answer)
 
     def add_event(self, name: str, kind: str, text: str, time: float) -> None:
         """See `RunStore.add_event`."""
@@ -288,130 +267,80 @@ class RedisRunStore(RunStore):
 
     def events(self, name: str, limit: int = 100, after_id: int | None = None) -> list[Event]:
         """See `RunStore.events`."""
-        check_whole("limit", limit, least=1)
+        check_integer("limit", limit, least=1)
         key, count = _key("events", name), int(limit)
         if after_id is None:
-            rows = self._read(name, lambda ask: ask.xrevrange(key, count=count))[0][::-1]
+            rows = self._read(name, lambda pipeline: pipeline.xrevrange(key, count=count))[0][::-1]
         else:
-            rows = self._read(name, lambda ask: ask.xrange(key, min=f"({max(after_id, 0)}-0", count=count))[0]
-        return [Event(_id(row), float(values["time"]), values["kind"], values["text"]) for row, values in rows]
+            first = f"({max(after_id, 0)}-0"
+            rows = self._read(name, lambda pipeline: pipeline.xrange(key, min=first, count=count))[0]
+        return [
+            Event(_event_id(entry), float(values["time"]), values["kind"], values["text"]) for entry, values in rows
+        ]
 
     def add_metrics(self, name: str, step: int, values: Mapping[str, float], time: float) -> None:
         """See `RunStore.add_metrics`."""
-        check_whole("step", step, least=0)
+        check_integer("step", step, least=0)
         check_time("the metrics' time", time)
         self._append("metrics", name, time, {"step": str(int(step)), "values": metrics_to_json(values)})
 
     def metrics(self, name: str, limit: int = HISTORY) -> list[MetricsRow]:
         """See `RunStore.metrics`."""
-        check_whole("limit", limit, least=1)
-        rows = self._read(name, lambda ask: ask.xrevrange(_key("metrics", name), count=int(limit)))[0]
+        check_integer("limit", limit, least=1)
+        rows = self._read(name, lambda pipeline: pipeline.xrevrange(_key("metrics", name), count=int(limit)))[0]
         return [
             MetricsRow(int(values["step"]), float(values["time"]), metrics_from_json(values["values"]))
             for _, values in reversed(rows)
         ]
 
-    # What several methods do.
+    # Shared by several methods.
 
     @staticmethod
-    def _written(client: Any, name: str) -> RunRecord:
-        row = client.hmget(_key("run", name), _RECORD)
+    def _stored_record(client: Any, name: str) -> RunRecord:
+        row = client.hmget(_key("run", name), _RECORD_FIELDS)
         if row[0] is None:
             raise _unknown(client, name)
         return _record(row)
 
     def _update(self, name: str, owner: ProcessIdentity | None, fields: Mapping[str, str]) -> None:
-        with self._asking() as client:
-            while not run_script(client, UPDATE, (_key("run", name),), _identity(owner), *_flat(fields)):
-                check_owner(self._written(client, name), owner)
+        with self._connection.client() as client:
+            while not run_script(client, UPDATE, (_key("run", name),), _owner_text(owner), *_flat(fields)):
+                check_owner(self._stored_record(client, name), owner)
 
-    def _read(self, name: str, ask: Callable[[Any], object]) -> list[Any]:
-        """Return the answers to what `ask` asks of a pipeline, all of one moment. Raises `UnknownRun`."""
-        with self._asking() as client:
+    def _read(self, name: str, queue_reads: Callable[[Any], object]) -> list[Any]:
+        """Return the answers to the commands that `queue_reads` adds to a pipeline, read atomically.
+
+        Raises:
+            UnknownRun: no run has this name.
+        """
+        with self._connection.client() as client:
             pipeline = client.pipeline()
             pipeline.exists(_key("run", name))
-            ask(pipeline)
+            queue_reads(pipeline)
             answers: list[Any] = pipeline.execute()
             if not answers[0]:
                 raise _unknown(client, name)
         return answers[1:]
 
-    def _append(self, kind: str, name: str, moment: float, values: Mapping[str, str]) -> None:
-        """Append to a stream under the run's next id, once even if the same call failed before."""
-        fields = {"time": repr(float(moment)), **values}
+    def _append(self, kind: str, name: str, time: float, values: Mapping[str, str]) -> None:
+        """Append to a stream under the run's next id, only once even if the same call failed before."""
+        fields = {"time": repr(float(time)), **values}
         content = (kind, name, *fields.values())
         with self._lock:
-            known = self._unsure.pop(content, None)
-        token = known or secrets.token_hex(8)
+            earlier_token = self._unconfirmed.pop(content, None)
+        token = earlier_token or secrets.token_hex(8)
         keys = (_key("run", name), _key(kind, name))
         try:
-            with self._asking() as client:
-                unsure = 0 if known is None else 1
-                if not run_script(client, APPEND, keys, kind, self._history, token, unsure, *_flat(fields)):
+            with self._connection.client() as client:
+                unconfirmed = 0 if earlier_token is None else 1
+                if not run_script(client, APPEND, keys, kind, self._history, token, unconfirmed, *_flat(fields)):
                     raise _unknown(client, name)
         except BaseException:
             with self._lock:
-                self._unsure[content] = token
-                if len(self._unsure) > _MOST_UNSURE:
-                    del self._unsure[next(iter(self._unsure))]
+                self._unconfirmed[content] = token
+                if len(self._unconfirmed) > _MAX_UNCONFIRMED:
+                    del self._unconfirmed[next(iter(self._unconfirmed))]
             raise
-
-    # The server.
-
-    @contextmanager
-    def _asking(self) -> Iterator[Any]:
-        if self._closed:
-            raise StoreUnavailable(f"run store {self.shown} was closed")
-        try:
-            yield self._client
-        except redis.RedisError as error:
-            hidden = any(secret in str(error) for secret in self._secrets)
-            raise self._translated(error) from (None if hidden else error)
-
-    def _greet(self, connection: Any) -> None:
-        """Log in on a new connection, and look whom it reached: a restart may have put another server there."""
-        try:
-            connection.on_connect()
-            connection.send_command("INFO", "server")
-            info = str(connection.read_response())
-            version = re.search(r"redis_version:(\d+)\.(\d+)", info)
-            if version is None or tuple(map(int, version.groups())) < _OLDEST_SERVER:
-                found = "no Redis" if version is None else f"Redis {'.'.join(version.groups())}"
-                wanted = ".".join(map(str, _OLDEST_SERVER))
-                raise StoreIncompatible(f"run store {self.shown} is {found}; Squall needs {wanted} or newer")
-            connection.send_command("GET", _SCHEMA)
-            schema = connection.read_response() or "0"
-            if not schema.isdecimal():
-                raise StoreIncompatible(f"run store {self.shown}: {_SCHEMA} is of something else; use another database")
-            if int(schema) > _SCHEMA_VERSION:
-                raise StoreIncompatible(
-                    f"run store {self.shown} is of version {schema}, made by a newer Squall;"
-                    f" this one reads up to version {_SCHEMA_VERSION}: upgrade, or use another store"
-                )
-        except BaseException:
-            connection.disconnect()
-            raise
-        self._reached = True
-
-    def _translated(self, error: redis.RedisError) -> SquallError:
-        text = str(error)
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        text = f"run store {self.shown}: {' '.join(text.split())[:300]}"
-        if isinstance(error, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
-            return StoreUnavailable(text) if self._reached else ConfigurationError(text)
-        if isinstance(error, redis.TimeoutError):
-            return StoreUnavailable(f"run store {self.shown}: no answer within {self._timeout:g} s")
-        if isinstance(error, redis.InvalidResponse):
-            return StoreIncompatible(f"what answers at {self.shown} is no Redis")
-        if isinstance(error, redis.ConnectionError) or _is_temporary(error):
-            return StoreUnavailable(text)
-        return StoreIncompatible(text)
-
-
-def _is_temporary(error: redis.RedisError) -> bool:
-    temporary = redis.OutOfMemoryError | redis.ReadOnlyError | redis.exceptions.MasterDownError
-    return isinstance(error, temporary) or _UNAVAILABLE.search(str(error)) is not None
 
 
 def _key(kind: str, name: str) -> str:
@@ -419,34 +348,27 @@ def _key(kind: str, name: str) -> str:
 
 
 def _unknown(client: Any, name: str) -> SquallError:
-    return unknown_run(name, sorted(client.smembers(_RUNS)))
+    return unknown_run(name, sorted(client.smembers(_RUNS_KEY)))
 
 
 def _flat(fields: Mapping[str, str]) -> list[str]:
     return [text for pair in fields.items() for text in pair]
 
 
-def _identity(owner: ProcessIdentity | None) -> str:
+def _owner_text(owner: ProcessIdentity | None) -> str:
     return "" if owner is None else f"{owner.host} {owner.pid} {owner.pid_started!r}"
 
 
-def _as_written(record: RunRecord) -> str:
-    return f"{record.state} {_identity(record.owner)}"
+def _state_and_owner(record: RunRecord) -> str:
+    return f"{record.state} {_owner_text(record.owner)}"
 
 
-def _id(entry: str) -> int:
+def _event_id(entry: str) -> int:
     return int(entry.removesuffix("-0"))
 
 
-def _payload(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    payload: dict[str, Any] = json.loads(text)
-    return payload
-
-
 def _record(row: list[Any]) -> RunRecord:
-    values = dict(zip(_RECORD, row, strict=True))
+    values = dict(zip(_RECORD_FIELDS, row, strict=True))
     for field in ("created", "pid_started", "heartbeat"):
         values[field] = float(values[field])
     for field in ("seed", "pid"):

@@ -1,4 +1,7 @@
-"""What a run's visitors do from afar, by way of the store alone: ask, command, follow. Every front is one of these."""
+"""Remote control of a run through its store: read its status, send it commands, and follow it.
+
+The command line and the gRPC services use these functions, so no client has to reach the run's processes.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from services.store.base import RunStore
 from services.store.records import ENDED_STATES, LOST, Event
 
 COMMAND_SECONDS = 30.0
-LOOK_SECONDS = 1.0
-AWAY_SECONDS = 60.0
+POLL_SECONDS = 1.0
+MAX_OUTAGE_SECONDS = 60.0
+"""Seconds that a client which follows a run waits for an unavailable store."""
 
 
 def status(store: RunStore, run: str, *, events: int = 10) -> dict[str, Any]:
-    """Return what is known of a run: its record, its last snapshot if there was one, its last events.
+    """Return the status of a run: its record, its last snapshot if there is one, and its last `events` events.
 
     Raises:
-        UnknownRun: there is no such run.
+        UnknownRun: no run has this name.
     """
     record = store.get(run)
     snapshot = store.read_snapshot(run) or {}
@@ -53,13 +57,13 @@ def command(
     """Send a command to a live run and return its answer.
 
     Raises:
-        UnknownRun: there is no such run.
-        RunIsNotLive: it ended or is lost.
-        CommandRefused: it said no.
-        StoreTimeout: it did not answer within `seconds`.
+        UnknownRun: no run has this name.
+        RunIsNotLive: the run has ended or is lost.
+        CommandRefused: the run refused the command.
+        StoreTimeout: no answer within `seconds`.
     """
-    sent = store.send_command(run, kind, arguments or {})
-    answer = store.wait_for_acknowledgement(run, sent, seconds)
+    id = store.send_command(run, kind, arguments or {})
+    answer = store.wait_for_acknowledgement(run, id, seconds)
     if "error" in answer:
         raise CommandRefused(f"run {run!r} refused {kind!r}: {answer['error']}")
     return answer
@@ -67,71 +71,71 @@ def command(
 
 @dataclass(frozen=True)
 class RunUpdate:
-    """What a look at a run brought: its status, and the events since the look before."""
+    """The state of a followed run: its status, and the events since the previous update."""
 
     status: dict[str, Any]
     events: list[Event]
 
     @property
     def last(self) -> bool:
-        """Whether no more will come: the run has ended or is lost."""
+        """Whether this is the last update, because the run has ended or is lost."""
         return self.status["state"] in (*ENDED_STATES, LOST)
 
     def plain(self) -> dict[str, Any]:
-        """Return both as one mapping of plain values."""
+        """Return status and events as one mapping of plain values."""
         return {**self.status, "events": [_plain(event) for event in self.events]}
 
 
 class Follower:
-    """Looks at a run again and again; whoever holds it says when. A store that is away is waited for, for a minute."""
+    """Follows a run by polling its store. It tolerates a store that is unavailable for up to a minute."""
 
     def __init__(self, store: RunStore, run: str, *, past_events: int = 10) -> None:
-        """Begin to follow a run.
+        """Start to follow a run.
 
         Args:
-            store: where the run reports.
-            run: its name.
-            past_events: how many of the events so far come with the first news.
+            store: the store in which the run is registered.
+            run: name of the run.
+            past_events: number of past events in the first update.
 
         Raises:
-            UnknownRun: there is no such run.
+            UnknownRun: no run has this name.
         """
         store.get(run)
         self._store, self._run, self._past_events = store, run, past_events
-        self._seen: int | None = None
-        self._answered = time.monotonic()
+        self._last_id: int | None = None
+        self._answered_at = time.monotonic()
 
-    def look(self) -> RunUpdate | None:
-        """Return what is new, or None while the store is away.
+    def poll(self) -> RunUpdate | None:
+        """Return the next update, or None while the store is unavailable.
 
         Raises:
-            StoreUnavailable: it was away for too long.
+            StoreUnavailable: the store has been unavailable for more than `MAX_OUTAGE_SECONDS`.
         """
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
-            # The state before the events: what is read last misses none that led to the state.
-            told = status(self._store, self._run, events=0)
-            if self._seen is None:
+            # The state is read before the events, so that no event that led to the last state is missed.
+            current = status(self._store, self._run, events=0)
+            if self._last_id is None:
                 new = self._store.events(self._run, limit=self._past_events)
             else:
-                new = self._store.events(self._run, after_id=self._seen)
+                new = self._store.events(self._run, after_id=self._last_id)
         except StoreUnavailable:
-            if begun - self._answered > AWAY_SECONDS:
+            if start - self._answered_at > MAX_OUTAGE_SECONDS:
                 raise
             return None
-        self._answered = begun
-        self._seen = max([self._seen or 0, *(event.id for event in new)])
-        return RunUpdate(told, new)
+        self._answered_at = start
+        self._last_id = max([self._last_id or 0, *(event.id for event in new)])
+        return RunUpdate(current, new)
 
 
-def follow(store: RunStore, run: str, *, every: float = LOOK_SECONDS, past_events: int = 10) -> Iterator[RunUpdate]:
-    """Yield news of a run, one look every so many seconds, until it has ended or is lost; raises as `Follower` does."""
+def follow(store: RunStore, run: str, *, every: float = POLL_SECONDS, past_events: int = 10) -> Iterator[RunUpdate]:
+    """Yield an update of a run every `every` seconds, until the run has ended or is lost; raises as `Follower` does."""
     follower = Follower(store, run, past_events=past_events)
     while True:
-        begun = time.monotonic()
-        news = follower.look()
-        if news is not None:
-            yield news
-            if news.last:
+        start = time.monotonic()
+        update = follower.poll()
+        if update is not None:
+            yield update
+            if update.last:
                 return
-        time.sleep(max(0.0, begun + every - time.monotonic()))
+        time.sleep(max(0.0, start + every - time.monotonic()))

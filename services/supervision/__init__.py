@@ -1,4 +1,4 @@
-"""Supervision: the coordinator of one run, the processes it starts, watches, and recreates, and what it reports.
+"""Supervision of a run: the coordinator starts, watches, and recreates the run's processes, and reports its state.
 
-Start at `coordinator`; `topology` says which processes a run has, `processes` what happens when one dies.
+Start at `coordinator`. `topology` describes a run's processes, and `processes` handles the exit of one.
 """

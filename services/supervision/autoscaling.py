@@ -1,7 +1,7 @@
-"""Sizing: how many rollout workers `--actors auto` wants, from who waited for whom.
+"""Autoscaling for `--actors auto`: the number of rollout workers follows from how long workers and learner wait.
 
-A number of workers is judged once: one that was too small is not gone back to, one that was too large neither,
-until that is long ago. So the number settles and cannot flap.
+A number of workers that was too small or too large is remembered for `FORGET_SECONDS` and not tried again until then,
+so the number converges instead of oscillating.
 """
 
 from __future__ import annotations
@@ -13,89 +13,95 @@ from typing import Any
 
 WINDOW_SECONDS = 10.0
 FORGET_SECONDS = 600.0
-LEARNER_STARVES = 0.2
-LEARNER_IS_FED = 0.05
-WORKERS_ARE_BUSY = 0.2
+LEARNER_STARVED = 0.2
+LEARNER_FED = 0.05
+WORKERS_BUSY = 0.2
 WORKERS_IDLE = 0.6
 
 
 @dataclass(frozen=True)
-class Waits:
-    """Which part of a span of time the learner waited for experience, and workers, on average, for the learner."""
+class WaitFractions:
+    """Waiting times in a window, as fractions of its length.
+
+    Attributes:
+        learner: how long the learner waited for experience.
+        workers: how long workers waited for the learner, on average.
+    """
 
     learner: float
     workers: float
 
 
-def decide(actors: int, waits: Waits, *, most: int, too_few: int = 0, too_many: int | None = None) -> int:
-    """Return how many workers there shall be.
+def decide(actors: int, waits: WaitFractions, *, maximum: int, too_few: int = 0, too_many: int | None = None) -> int:
+    """Return the number of workers that the run should have.
 
     Args:
-        actors: how many there are.
-        waits: who waited for whom.
-        most: how many there may be.
-        too_few: a number that was not enough.
-        too_many: a number that was too much.
+        actors: current number of workers.
+        waits: how long learner and workers waited.
+        maximum: the largest number allowed.
+        too_few: a number that was too small; 0 if none is known.
+        too_many: a number that was too large; None if none is known.
     """
-    least = too_few + 1
-    most = most if too_many is None else min(most, too_many - 1)
-    if waits.learner > LEARNER_STARVES and waits.workers < WORKERS_ARE_BUSY and actors < most:
-        return min(actors + max(1, actors // 2), most)
-    if waits.workers > WORKERS_IDLE and waits.learner < LEARNER_IS_FED and actors > max(least, 1):
-        return max(actors - max(1, actors // 4), least, 1)
+    minimum = too_few + 1
+    maximum = maximum if too_many is None else min(maximum, too_many - 1)
+    if waits.learner > LEARNER_STARVED and waits.workers < WORKERS_BUSY and actors < maximum:
+        return min(actors + max(1, actors // 2), maximum)
+    if waits.workers > WORKERS_IDLE and waits.learner < LEARNER_FED and actors > max(minimum, 1):
+        return max(actors - max(1, actors // 4), minimum, 1)
     return actors
 
 
 class Autoscaler:
-    """Measures windows of time between changes, and remembers what was too few and too many."""
+    """Measures waiting times over windows, and remembers which numbers of workers were too small or too large."""
 
-    def __init__(self, most: int) -> None:
-        """Begin with no experience.
+    def __init__(self, maximum: int) -> None:
+        """Create an autoscaler without any measurement.
 
         Args:
-            most: how many workers there may be.
+            maximum: the largest number of workers allowed.
         """
-        self.most = most
-        self._few: tuple[int, float] = (0, 0.0)
-        self._many: tuple[int | None, float] = (None, 0.0)
-        self._begun: tuple[float, float, dict[Any, float]] | None = None
+        self.maximum = maximum
+        # Each is a number of workers and the time when it was judged.
+        self._too_few: tuple[int, float] = (0, 0.0)
+        self._too_many: tuple[int | None, float] = (None, 0.0)
+        self._window: tuple[float, float, dict[Any, float]] | None = None
 
-    def look(self, learner: float, workers: Mapping[Any, float], now: float | None = None) -> tuple[int, str] | None:
-        """Return a better number of workers and the reason, or None to leave it.
+    def update(self, learner: float, workers: Mapping[Any, float], now: float | None = None) -> tuple[int, str] | None:
+        """Return a better number of workers with the reason, or None to keep the current number.
 
         Args:
-            learner: seconds that the learner has waited for experience, so far.
-            workers: seconds that each worker has waited for the learner so far, by incarnation.
-            now: the moment, in seconds that only grow.
+            learner: total seconds that the learner has waited for experience.
+            workers: total seconds that each worker has waited for the learner, by worker incarnation.
+            now: current time in seconds, monotonic; None reads the clock.
         """
         now = time.monotonic() if now is None else now
-        before, self._begun = self._begun, self._begun or (now, learner, dict(workers))
-        if before is None:
+        window, self._window = self._window, self._window or (now, learner, dict(workers))
+        if window is None:
             return None
-        begun, learner_before, workers_before = before
+        started, learner_before, workers_before = window
         if learner < learner_before or workers.keys() != workers_before.keys():
-            self._begun = (now, learner, dict(workers))  # somebody is new: measure those there are now
+            self._window = (now, learner, dict(workers))  # a process was added or recreated: start a new window
             return None
-        span = now - begun
-        if span < WINDOW_SECONDS or not workers:
+        seconds = now - started
+        if seconds < WINDOW_SECONDS or not workers:
             return None
-        self._begun = (now, learner, dict(workers))
-        waited = sum(seconds - workers_before[who] for who, seconds in workers.items()) / len(workers)
-        return self._judge(len(workers), Waits((learner - learner_before) / span, waited / span), now)
+        self._window = (now, learner, dict(workers))
+        waited = sum(total - workers_before[worker] for worker, total in workers.items()) / len(workers)
+        return self._judge(len(workers), WaitFractions((learner - learner_before) / seconds, waited / seconds), now)
 
-    def _judge(self, actors: int, waits: Waits, now: float) -> tuple[int, str] | None:
-        few, many = self._few, self._many
+    def _judge(self, actors: int, waits: WaitFractions, now: float) -> tuple[int, str] | None:
+        too_few, too_many = self._too_few, self._too_many
         wanted = decide(
             actors,
             waits,
-            most=self.most,
-            too_few=few[0] if now - few[1] < FORGET_SECONDS else 0,
-            too_many=many[0] if now - many[1] < FORGET_SECONDS else None,
+            maximum=self.maximum,
+            too_few=too_few[0] if now - too_few[1] < FORGET_SECONDS else 0,
+            too_many=too_many[0] if now - too_many[1] < FORGET_SECONDS else None,
         )
         if wanted == actors:
             return None
         if wanted > actors:
-            self._few = actors, now
+            self._too_few = actors, now
             return wanted, f"the learner waited {waits.learner:.0%} of the time for experience"
-        self._many = actors, now
+        self._too_many = actors, now
         return wanted, f"workers waited {waits.workers:.0%} of the time for the learner"

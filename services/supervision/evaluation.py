@@ -1,7 +1,7 @@
-"""EvaluationScheduler: periodic greedy evaluations choose the best checkpoint; fresh ones score the best and the last.
+"""Evaluation of a run: periodic greedy evaluations choose the best checkpoint; final ones score the best and the last.
 
-DQN's end points swing, so the score of the best weights is told beside that of the last. The best is evaluated
-again on episodes that did not choose it: the highest of many noisy means is too high.
+A DQN's return fluctuates near the end of training, so a run reports the scores of both. The best weights are scored on
+fresh episodes, because the maximum of many noisy means is biased upwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ CANDIDATE = "candidate.ckpt"
 
 
 class EvaluationScheduler:
-    """Asks the learner for a candidate checkpoint, the evaluator for its episodes, and keeps the best. Never waits."""
+    """Requests a candidate checkpoint from the learner and its episodes from the evaluator, and keeps the best.
+
+    `tick` never blocks.
+    """
 
     def __init__(
         self,
@@ -42,74 +45,75 @@ class EvaluationScheduler:
         final_episodes: int,
         goal: float | None = None,
     ) -> None:
-        """Begin nothing yet; `tick` does.
+        """Create a scheduler; `tick` starts evaluations.
 
         Args:
-            learner: writes checkpoints.
-            evaluator: plays episodes.
-            observer: told of every evaluation.
-            progress: the run's; remembers the best.
+            learner: the process that writes checkpoints.
+            evaluator: the process that plays episodes.
+            observer: notified of every evaluation.
+            progress: the run's progress, which keeps the best return.
             checkpoints: folder of the checkpoints.
             every: environment steps between periodic evaluations; 0 for none.
-            episodes: of a periodic evaluation.
-            final_episodes: of a final one.
-            goal: mean return of a periodic evaluation at which `reached_goal` becomes true.
+            episodes: number of episodes of a periodic evaluation.
+            final_episodes: number of episodes of a final evaluation.
+            goal: mean return of a periodic evaluation at which `reached_goal` becomes true; None for no goal.
         """
         self._learner, self._evaluator, self._observer = learner, evaluator, observer
         self._progress, self._checkpoints = progress, checkpoints
         self._every, self._episodes, self._final_episodes = every, episodes, final_episodes
         self._goal = goal
         self.reached_goal = False
-        self._asked: tuple[str, Any, int] | None = None
+        # Phase ("checkpoint" or "episodes"), reference to its result, and environment steps at its start.
+        self._pending: tuple[str, Any, int] | None = None
         self.history: list[dict[str, float]] = []
         self.final: tuple[Evaluation, Evaluation] | None = None
 
     @property
     def playing(self) -> bool:
-        """Whether the evaluator is at work on a periodic evaluation."""
-        return self._asked is not None and self._asked[0] == "episodes"
+        """Whether the evaluator is playing the episodes of a periodic evaluation."""
+        return self._pending is not None and self._pending[0] == "episodes"
 
-    def give_up(self) -> None:
-        """Forget the evaluation under way, because a process it needs is gone."""
-        self._asked = None
+    def cancel(self) -> None:
+        """Drop the pending evaluation, because a process that it needs has exited."""
+        self._pending = None
 
     def tick(self) -> None:
-        """Begin an evaluation when its step has come, or take in what came of the one under way."""
-        if self._asked is not None:
-            self._go_on()
+        """Start an evaluation when it is due, or advance the pending one if its result has arrived."""
+        if self._pending is not None:
+            self._advance()
             return
         steps = self._progress.counters.env_steps
         due = self._every and steps >= self._progress.next_evaluation
         if due and self._learner.report is not None and not self._learner.done and self._evaluator.handle is not None:
             self._progress.next_evaluation = steps - steps % self._every + self._every
             self._progress.evaluations += 1
-            self._asked = ("checkpoint", self._learner.handle.checkpoint.remote(CANDIDATE), steps)
+            self._pending = ("checkpoint", self._learner.handle.checkpoint.remote(CANDIDATE), steps)
 
-    def _go_on(self) -> None:
-        assert self._asked is not None
-        phase, reference, steps = self._asked
+    def _advance(self) -> None:
+        assert self._pending is not None
+        phase, reference, steps = self._pending
         if not is_ready(reference):
             return
-        self._asked = None
+        self._pending = None
         try:
             answer = ray.get(reference)
         except RayError as error:
-            # A death is seen, and told, by whoever polls the process.
+            # The coordinator, which polls the process, reports its exit.
             if self._learner.handle is not None and not self._learner.done:
                 self._observer.event("evaluation", f"no evaluation at {steps:,} steps: {type(error).__name__}")
             return
         if phase == "checkpoint":
-            play = self._evaluator.handle.evaluate
-            asked = play.remote(answer, self._episodes, "evaluation", self._progress.evaluations)
-            self._asked = ("episodes", asked, steps)
+            evaluate = self._evaluator.handle.evaluate
+            episodes = evaluate.remote(answer, self._episodes, "evaluation", self._progress.evaluations)
+            self._pending = ("episodes", episodes, steps)
         else:
-            self._take(answer, steps)
+            self._record(answer, steps)
 
-    def _take(self, evaluation: Evaluation, steps: int) -> None:
+    def _record(self, evaluation: Evaluation, steps: int) -> None:
         self.history.append({"env_steps": steps, "mean": evaluation.mean, "std": evaluation.std})
         text = f"mean return {evaluation.mean:.1f} +- {evaluation.std:.1f} at {steps:,} steps"
         best = self._progress.best_return
-        # At a tie the later weights, which have seen more.
+        # A tie goes to the later weights, which were trained longer.
         if not math.isfinite(evaluation.mean):
             text += ": the returns are not finite"
         elif best is None or evaluation.mean >= best:
@@ -127,17 +131,17 @@ class EvaluationScheduler:
         self._observer.metrics(steps, {"eval/mean_reward": evaluation.mean, "eval/mean_ep_length": length})
 
     def finish(self, while_waiting: Callable[[], None]) -> None:
-        """Let a periodic evaluation end, then score the best and the last checkpoint; `final` holds both.
+        """Complete a pending periodic evaluation, then score the best and the last checkpoint; set `final` to both.
 
         Args:
-            while_waiting: called again and again; it may raise to give up.
+            while_waiting: called repeatedly; may raise to cancel the evaluation.
         """
         while self.playing:
             while_waiting()
             if self.playing:
-                self._go_on()
+                self._advance()
         best, last_path = self._checkpoints / BEST, self._checkpoints / LAST
-        # A learner that died while it was stopped may leave no last checkpoint behind.
+        # There is no last checkpoint if the learner died while it was being stopped.
         last = self._score(last_path if last_path.exists() else best, "final-last", while_waiting)
         self.final = (self._score(best, "final-best", while_waiting) if best.exists() else last, last)
         (self._checkpoints / CANDIDATE).unlink(missing_ok=True)
@@ -155,13 +159,13 @@ class EvaluationScheduler:
                 raise error.cause from error
             except RayError:
                 continue
-        raise AssertionError("evaluators are made anew for ever, or the coordinator gives up")
+        raise AssertionError("unreachable: _evaluators yields until the coordinator raises")
 
     def _evaluators(self, while_waiting: Callable[[], None]) -> Iterator[Any]:
-        """Yield the evaluator's handle, and its successor's after a death."""
-        before = None
+        """Yield the evaluator's handle, and after each exit of the evaluator its successor's handle."""
+        previous = None
         while True:
-            while self._evaluator.handle is None or self._evaluator.handle is before:
+            while self._evaluator.handle is None or self._evaluator.handle is previous:
                 while_waiting()
-            before = self._evaluator.handle
-            yield before
+            previous = self._evaluator.handle
+            yield previous

@@ -1,10 +1,12 @@
-"""Supervised processes: a Ray actor that may die, the loop it runs, what it reports, how often it was recreated."""
+"""Supervision of one process: a Ray actor that is started, polled for reports, and recreated after an exit."""
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +21,24 @@ _ANSI_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 START_SECONDS = 180.0
 SILENCE_SECONDS = 60.0
 PENDING_SECONDS = 5.0
-LONGEST_PAUSE = 60.0
+MAX_PAUSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class ProcessExit:
-    """Why a process is gone: a line for people, and the whole story where there is one."""
+    """The reason why a process exited.
+
+    Attributes:
+        line: the reason in one line, for people.
+        details: the full text, such as a traceback; empty if there is none.
+    """
 
     line: str
     details: str = ""
 
 
 def describe_exit(error: BaseException) -> ProcessExit:
-    """Say why a process is gone, in one line."""
+    """Return the reason for an exit from the error that Ray raised."""
     if isinstance(error, RayTaskError):
         cause = error.cause
         return ProcessExit(f"{type(cause).__name__}: {_first_line(cause)}", _ANSI_COLORS.sub("", str(error)))
@@ -43,9 +50,9 @@ def describe_exit(error: BaseException) -> ProcessExit:
     if isinstance(error, OutOfMemoryError) or "due to the node running low on memory" in text:
         return ProcessExit("killed for lack of memory", text)
     if isinstance(error, ActorDiedError):
-        # Ray heads its reason with a sentence and fields; on a busy machine it gives up before it has the reason.
-        heads = (ActorDiedError.BASE_ERROR_MSG, "\t")
-        reason = "\n".join(line for line in text.splitlines() if not line.startswith(heads))
+        # Ray puts a sentence and some fields before the reason. On a busy machine the reason may be missing.
+        headers = (ActorDiedError.BASE_ERROR_MSG, "\t")
+        reason = "\n".join(line for line in text.splitlines() if not line.startswith(headers))
         reason = reason.rpartition("Worker exit detail: ")[2].strip()
         if not reason or "connection error code" in reason:
             return ProcessExit("the process ended abruptly (killed, or crashed in native code)", text)
@@ -54,7 +61,7 @@ def describe_exit(error: BaseException) -> ProcessExit:
 
 
 def name_is_taken(error: ValueError) -> bool:
-    """Return whether Ray refused an actor's name because another actor still has it; only Ray's text tells."""
+    """Return whether Ray refused an actor's name because another actor has it; only Ray's text shows this."""
     return "already" in str(error)
 
 
@@ -64,7 +71,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class Process:
-    """One supervised process. `poll` is cheap and never waits."""
+    """One supervised process. `poll` is cheap and never blocks."""
 
     def __init__(
         self,
@@ -76,23 +83,24 @@ class Process:
         first_incarnation: int = 0,
         report_method: str = "report",
         numbered: bool = False,
-        is_at_work: Callable[[Any, Any], bool] = lambda first, now: True,
+        made_progress: Callable[[Any, Any], bool] = lambda first, now: True,
     ) -> None:
-        """Describe the process; `start` brings it up.
+        """Describe the process; `start` starts it.
 
         Args:
-            role: such as `"worker"`.
-            index: which of that role.
+            role: the process's role, such as `"worker"`.
+            index: the process's number within its role.
             start: takes an incarnation and returns the actor's handle.
-            run: calls the actor's loop and returns the reference to its result; None if it has none.
+            run: calls the actor's loop and returns the reference to its result; None if the actor has no loop.
             first_incarnation: number of the first incarnation.
-            report_method: the actor's method that says how it goes.
-            numbered: whether there may be several of this role.
-            is_at_work: takes an incarnation's first report and a later one, and says whether it got to work.
+            report_method: name of the actor's method that returns its report.
+            numbered: whether the run may have several processes of this role.
+            made_progress: takes an incarnation's first report and a later one, and returns whether the incarnation
+                has done any work.
         """
         self.role, self.index = role, index
         self._start, self._run = start, run
-        self._report_method, self._is_at_work = report_method, is_at_work
+        self._report_method, self._made_progress = report_method, made_progress
         self._numbered = numbered
         self.pending: str | None = None
         self.incarnation = first_incarnation - 1
@@ -101,41 +109,45 @@ class Process:
         self.report: Any = None
         self.result: Any = None
         self.done = False
-        self.last_death: ProcessExit | None = None
+        self.last_exit: ProcessExit | None = None
         self._reporting: Any = None
         self._running: Any = None
         self._first_report: Any = None
-        self._asked_at = self._launched_at = 0.0
-        self._launch_at = self._answer_by = 0.0
+        self._requested_at = self._launched_at = 0.0
+        self._launch_at = self._report_deadline = 0.0
         self._launching = False
-        self._fruitless_deaths = 0
+        self._failed_starts = 0
 
     @property
     def name(self) -> str:
-        """Such as `worker-0`; the index is left out where there is only one."""
+        """The role, with the index if the role is numbered: `learner`, `worker-0`."""
         return f"{self.role}-{self.index}" if self._numbered else self.role
 
     @property
     def state(self) -> str:
-        """`starting`, `pending` for want of room, `running`, or `done`."""
+        """The state: `starting`, `pending` (the cluster lacks resources for it), `running`, or `done`."""
         if self.done or self.report is not None:
             return "done" if self.done else "running"
         return "pending" if self.pending else "starting"
 
-    def seek_room(self, no_room: Callable[[], str | None]) -> None:
-        """Take note of why this process cannot start, if it has not for a while; `no_room` says so."""
+    def check_resources(self, shortage: Callable[[], str | None]) -> None:
+        """Mark the process as pending if it has not started for a while because the cluster lacks resources.
+
+        Args:
+            shortage: returns which resources are missing, or None if there are enough.
+        """
         now = time.monotonic()
         late = self.handle is not None and now - self._launched_at > PENDING_SECONDS
-        self.pending = no_room() if late and self.report is None and not self.done else None
+        self.pending = shortage() if late and self.report is None and not self.done else None
         if self.pending is not None:
-            self._answer_by = now + START_SECONDS  # it begins to start when there is room
+            self._report_deadline = now + START_SECONDS  # the start begins when the resources are free
 
     def start(self, pause: float = 0.0) -> None:
-        """Start the next incarnation, after a pause if that is given, and its loop if it has one."""
+        """Start the next incarnation after `pause` seconds, and its loop if it has one."""
         self.incarnation += 1
         self.report = self._first_report = self._reporting = self.pending = None
         self._launch_at = time.monotonic() + pause
-        self._answer_by = self._launch_at + START_SECONDS
+        self._report_deadline = self._launch_at + START_SECONDS
         self._launching = True
         if not pause:
             self._launch()
@@ -154,7 +166,7 @@ class Process:
             self._running = self._run(self.handle)
 
     def poll(self) -> ProcessExit | None:
-        """Take in a report or the loop's result; return why the process is gone, if it is."""
+        """Receive a report or the loop's result if one has arrived; return why the process exited, if it did."""
         now = time.monotonic()
         if self._launching and now >= self._launch_at:
             self._launch()
@@ -166,71 +178,80 @@ class Process:
                 self.done = True
                 return None
             if self._reporting is not None and is_ready(self._reporting):
-                self._take(ray.get(self._reporting))
+                self._receive_report(ray.get(self._reporting))
         except (RayError, GetTimeoutError) as error:
             return self._handle_exit(describe_exit(error))
         if self.report is None:
-            if self.pending is None and now > self._answer_by:
-                return self._handle_exit(ProcessExit(f"gave no first answer within {START_SECONDS:.0f} s"))
-        elif self._reporting is not None and now - self._asked_at > SILENCE_SECONDS:
-            return self._handle_exit(ProcessExit(f"gave no answer for {SILENCE_SECONDS:.0f} s"))
+            if self.pending is None and now > self._report_deadline:
+                return self._handle_exit(ProcessExit(f"sent no report within {START_SECONDS:.0f} s of its start"))
+        elif self._reporting is not None and now - self._requested_at > SILENCE_SECONDS:
+            return self._handle_exit(ProcessExit(f"sent no report for {SILENCE_SECONDS:.0f} s"))
         return None
 
-    def _take(self, report: Any) -> None:
+    def _receive_report(self, report: Any) -> None:
         self.report, self._reporting = report, None
         if self._first_report is None:
             self._first_report = report
-        elif self._is_at_work(self._first_report, report):
-            self._fruitless_deaths = 0
+        elif self._made_progress(self._first_report, report):
+            self._failed_starts = 0
 
-    def ask_for_report(self, *, anew: bool = False) -> None:
-        """Ask for a report unless one is on its way; `anew` asks in any case, and forgets what is on its way."""
-        if self.handle is not None and (anew or self._reporting is None) and not self.done:
-            self._reporting = getattr(self.handle, self._report_method).remote()
-            self._asked_at = time.monotonic()
-
-    def _handle_exit(self, death: ProcessExit) -> ProcessExit:
-        self.kill()
-        self.last_death = death
-        self._fruitless_deaths += 1
-        return death
-
-    def restart(self, *, dispensable: bool = False) -> float:
-        """Start again after a death; return the seconds until then.
+    def request_report(self, *, fresh: bool = False) -> None:
+        """Request a report, unless a request is pending.
 
         Args:
-            dispensable: whether others can do without it: it is tried for ever, after longer and longer pauses.
+            fresh: drop a pending request and send a new one, because the pending report may be outdated.
+        """
+        if self.handle is not None and (fresh or self._reporting is None) and not self.done:
+            self._reporting = getattr(self.handle, self._report_method).remote()
+            self._requested_at = time.monotonic()
+
+    def _handle_exit(self, reason: ProcessExit) -> ProcessExit:
+        self.kill()
+        self.last_exit = reason
+        self._failed_starts += 1
+        return reason
+
+    def restart(self, *, optional: bool = False) -> float:
+        """Start the next incarnation after an exit; return the seconds until it starts.
+
+        Args:
+            optional: whether the run can do without the process. Restarts of an optional process never end the run;
+                the pauses between them grow to `MAX_PAUSE_SECONDS`.
 
         Raises:
-            CrashLoop: it died too often in a row before it got to work.
+            CrashLoop: the process exited `MAX_FAILED_STARTS` times in a row before it did any work.
         """
-        if self._fruitless_deaths >= MAX_FAILED_STARTS and not dispensable:
-            assert self.last_death is not None
+        if self._failed_starts >= MAX_FAILED_STARTS and not optional:
+            assert self.last_exit is not None
             raise CrashLoop(
-                f"{self.name} died {self._fruitless_deaths} times in a row before it got to work, "
-                f"last: {self.last_death.line}"
+                f"{self.name} died {self._failed_starts} times in a row before it got to work, "
+                f"last: {self.last_exit.line}"
             )
         self.restarts += 1
-        again = self._fruitless_deaths - 1
-        pause = min(2.0**again, LONGEST_PAUSE) if dispensable and again > 0 else 0.0
+        failed_restarts = self._failed_starts - 1
+        pause = min(2.0**failed_restarts, MAX_PAUSE_SECONDS) if optional and failed_restarts > 0 else 0.0
         self.start(pause)
         return pause
 
     def kill(self) -> None:
-        """End the process at once, if it is there."""
+        """Kill the process, if it is running."""
         if self.handle is not None:
             ray.kill(self.handle)
         self.handle = self._running = self._reporting = None
         self._launching = False
 
     def pid(self) -> int | None:
-        """Return the pid that the last report told."""
+        """Return the process id from the last report."""
         report = self.report
         pid = report.get("pid") if isinstance(report, dict) else getattr(report, "pid", None)
         return None if pid is None else int(pid)
 
     def describe(self, *, ended: bool = False) -> dict[str, Any]:
-        """Return what `squall status` shows, as plain JSON values; `ended` says that the run is over."""
+        """Return the process's entry in `squall status`, as plain JSON values.
+
+        Args:
+            ended: whether the run has ended.
+        """
         report = self.report
         state = getattr(report, "state", None) or self.state
         return {
@@ -243,6 +264,29 @@ class Process:
             "incarnation": self.incarnation,
             "restarts": self.restarts,
             "steps_sent": getattr(report, "steps_sent", None),
-            "last_word": self.pending or getattr(report, "last_word", ""),
-            "last_death": None if self.last_death is None else self.last_death.line,
+            "last_word": self.pending or getattr(report, "status_message", ""),
+            "last_death": None if self.last_exit is None else self.last_exit.line,
         }
+
+
+def describe_this_process(role: str, state: str, incarnation: int) -> dict[str, Any]:
+    """Return the calling process's own entry in `squall status`, with the same keys as `Process.describe`."""
+    return {
+        "name": role,
+        "role": role,
+        "index": 0,
+        "node": socket.gethostname(),
+        "pid": os.getpid(),
+        "state": state,
+        "incarnation": incarnation,
+        "restarts": 0,
+        "steps_sent": None,
+        "last_word": "",
+        "last_death": None,
+    }
+
+
+def waiting_reasons(processes: Iterable[Process]) -> dict[str, str]:
+    """Return what each waiting process waits for, by the process's name."""
+    reasons = {process.name: getattr(process.report, "waiting_for", None) for process in processes if not process.done}
+    return {name: reason for name, reason in reasons.items() if reason}

@@ -1,4 +1,4 @@
-"""Progress: how far a run is, and what of it survives a resume. RunObserver: whom the coordinator tells."""
+"""Progress of a run, which its checkpoints keep across resumes, and the observer that the coordinator reports to."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from replay.server import Counters
 from services.store.records import Command
 
 BEST_RETURN = "best.json"
-_RESUMES = "generation"  # the key of `resume_count` in checkpoints
+_RESUME_COUNT_KEY = "generation"  # the key of `resume_count` in checkpoints
 
 
 @dataclass
 class Progress:
-    """How far a run is; part of every checkpoint, as plain values.
+    """Progress of a run; every checkpoint contains it, as plain values.
 
     Attributes:
-        counters: steps, samples and inserts.
-        episodes: episodes finished.
+        counters: environment steps, samples, and inserts.
+        episodes: number of finished episodes.
         best_return: mean return of the best periodic evaluation, or None.
-        next_evaluation: step count of the next evaluation.
-        evaluations: evaluations begun.
-        seconds: time spent on it.
-        resume_count: how often the run was resumed.
-        weights_version: the newest version of the weights that the coordinator heard of.
+        next_evaluation: environment step of the next evaluation.
+        evaluations: number of evaluations started.
+        seconds: time spent on the run, over all resumes.
+        resume_count: number of times the run was resumed.
+        weights_version: newest version of the weights that the coordinator knows.
     """
 
     counters: Counters = field(default_factory=Counters)
@@ -40,17 +40,17 @@ class Progress:
     weights_version: int = -1
 
     def plain(self) -> dict[str, Any]:
-        """Return this as plain values, under the keys of checkpoints."""
+        """Return the progress as plain values, under the keys of checkpoints."""
         values = asdict(self)
-        return {**values, _RESUMES: values.pop("resume_count")}
+        return {**values, _RESUME_COUNT_KEY: values.pop("resume_count")}
 
     @classmethod
     def resumed(cls, checkpoint: Path) -> Progress:
-        """Return the progress in a checkpoint, resumed once more; fresh if there is no checkpoint yet."""
+        """Return the progress in a checkpoint with one more resume; start from zero if the file does not exist."""
         saved = read_checkpoint(checkpoint)["squall"]["run"] if checkpoint.exists() else {}
-        values = {"resume_count" if key == _RESUMES else key: value for key, value in saved.items()}
+        values = {"resume_count" if key == _RESUME_COUNT_KEY else key: value for key, value in saved.items()}
         progress = cls(**{**values, "counters": Counters(**saved.get("counters", {}))})
-        # The best checkpoint may be newer than the last one, and its score must not be forgotten with the rest.
+        # The best checkpoint may be newer than the last one, so its score is kept in a file of its own.
         best = checkpoint.with_name(BEST_RETURN)
         if best.exists():
             progress.best_return = json.loads(best.read_text())["return_mean"]
@@ -58,28 +58,28 @@ class Progress:
 
 
 class RunObserver:
-    """Where a coordinator tells how it goes; every method may be called often and must not block."""
+    """Receiver of a coordinator's reports and source of its commands. Methods are called often and must not block."""
 
     def snapshot(self, snapshot: dict[str, Any]) -> None:
-        """Take the state of the run, once a second."""
+        """Receive the state of the run, once a second."""
 
     def event(self, kind: str, text: str) -> None:
-        """Take word of something that happened; the first line of `text` says it all."""
+        """Receive an event; the first line of `text` is a summary."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Take figures, by tag, at an environment step."""
+        """Receive metrics, by tag, at an environment step."""
 
     def stop_wanted(self) -> str | None:
-        """Return the signal by which somebody wants the run stopped, or None."""
+        """Return the reason why a signal asked the run to stop, or None if no signal has arrived."""
         return None
 
     def commands(self) -> list[Command]:
-        """Return the commands that came since the last call.
+        """Return the commands that arrived since the last call.
 
         Raises:
-            RunTakenOver: another coordinator has the run; this one must end at once, without a checkpoint.
+            RunTakenOver: another coordinator has taken over the run; this one must end at once, without a checkpoint.
         """
         return []
 
     def answer(self, command: Command, result: dict[str, Any]) -> None:
-        """Tell whoever sent a command what came of it."""
+        """Send a command's result to its sender."""

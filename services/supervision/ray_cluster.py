@@ -1,4 +1,4 @@
-"""RayCluster: the Ray cluster that a run lives in: one of this machine's own, or one that is there already."""
+"""Connection to a Ray cluster: a local one started for the run, or an existing one at RAY_ADDRESS."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ import ray
 from replay.remote import NAMESPACE
 from services.errors import RayUnavailable
 
-LEAST_OBJECT_STORE = 128 * 2**20
-_LONGEST_TEMPORARY_PATH = 30
+MIN_OBJECT_STORE_BYTES = 128 * 2**20
+_MAX_TEMPORARY_PATH = 30
 
 
 class RayCluster:
-    """A Ray cluster for as long as a `with` block lasts: one of this machine's own, or the one in RAY_ADDRESS."""
+    """Context manager of a Ray cluster: connects to the one at RAY_ADDRESS, or starts a local one and ends it."""
 
     def __init__(self, object_store_bytes: int) -> None:
-        """Say how much shared memory a cluster of our own needs."""
-        self._bytes = object_store_bytes
+        """Describe the cluster without starting it.
+
+        Args:
+            object_store_bytes: shared memory that a local cluster needs.
+        """
+        self._object_store_bytes = object_store_bytes
         self._folder: str | None = None
 
     def __enter__(self) -> RayCluster:
-        """Start or join the cluster.
+        """Start the cluster, or connect to it.
 
         Raises:
-            RayUnavailable: it could not be started or reached, or shared memory is short.
+            RayUnavailable: Ray could not be started or reached, or there is too little shared memory.
         """
         try:
             try:
                 self._start()
             except RayUnavailable:
                 raise
-            except Exception:  # Ray raises a bare Exception when its start takes too long, as on a loaded machine
+            except Exception:  # Ray raises a bare Exception when its start takes too long on a busy machine
                 self.__exit__()
                 self._start()
         except Exception as error:
@@ -69,28 +73,28 @@ class RayCluster:
         try:
             free = psutil.disk_usage("/dev/shm").free
         except OSError:
-            return self._bytes
-        if free < LEAST_OBJECT_STORE:
+            return self._object_store_bytes
+        if free < MIN_OBJECT_STORE_BYTES:
             raise RayUnavailable(
-                f"/dev/shm has {free / 2**20:.0f} MiB free and Ray needs {LEAST_OBJECT_STORE / 2**20:.0f} MiB; "
-                f"in a container raise its shm_size"
+                f"/dev/shm has {free / 2**20:.0f} MiB free, but Ray needs {MIN_OBJECT_STORE_BYTES / 2**20:.0f} MiB; "
+                f"in a container, raise its shm_size"
             )
-        return min(self._bytes, int(free * 0.8))
+        return min(self._object_store_bytes, int(free * 0.8))
 
     def __exit__(self, *_: object) -> None:
-        """Leave the cluster; one of our own ends, and its files go."""
+        """Disconnect from the cluster; end a local one and remove its files."""
         ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _session_folder() -> str:
-    """Make a folder for Ray's session, named after this process, and remove those whose process is gone.
+    """Create a folder for Ray's session, named after this process, and remove those of processes that have exited.
 
-    Ray's sockets lie in it, and a socket's path is short by nature, so a long TMPDIR gives way to /tmp.
+    Ray's sockets are in this folder, and the length of a socket's path is limited, so /tmp replaces a long TMPDIR.
     """
     parent = Path(tempfile.gettempdir())
-    if len(str(parent)) > _LONGEST_TEMPORARY_PATH:
+    if len(str(parent)) > _MAX_TEMPORARY_PATH:
         parent = Path("/tmp")
     for old in parent.glob("squall-*-*"):
         pid = old.name.split("-")[1]

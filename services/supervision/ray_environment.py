@@ -1,4 +1,4 @@
-"""Ray's environment variables. Ray reads some of them when it is imported, so this comes before."""
+"""Ray's environment variables. Ray reads some of them at import, so this module is imported first."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import secrets
 
 
 def set_ray_defaults() -> None:
-    """Set what the user has not set; call this before anything imports ray.
+    """Set Ray's environment variables that the user has not set. Call this before anything imports ray.
 
-    Workers run at the priority of the driver instead of nice 15, since the learner is one of them; those beside it
-    give way by themselves. Arguments and answers up to a megabyte instead of 100 KB travel within the call: batches,
-    and weights on their way to the store, cost a node's raylet more through the object store. A cluster of our own gets
-    a token of its own; without one Ray leaves a file with a token in the home directory.
+    - Ray's workers get the driver's priority instead of nice 15, because the learner is one of them. The processes
+      beside the learner lower their own priority.
+    - Arguments and results of up to 1 MiB instead of 100 KB travel within the call. Batches, and weights on their way
+      to the weight store, would cost the node's raylet more through the object store.
+    - A cluster that Squall starts gets a random token. Without one, Ray leaves a token file in the home directory.
     """
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_max_direct_call_object_size", str(2**20))

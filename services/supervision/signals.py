@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first is a wish to stop in order, the second an end at once."""
+"""Handling of SIGINT and SIGTERM: the first signal requests a graceful stop, the second one kills the run."""
 
 from __future__ import annotations
 
@@ -12,55 +12,63 @@ from typing import Any
 
 import psutil
 
-# What ends a process from outside may send SIGTERM to it and to its group: that is one wish.
-_SAME_WISH_SECONDS = 1.0
+# A supervisor may send SIGTERM to a process and to its group. A SIGTERM this soon after another signal is a repeat.
+_REPEAT_SECONDS = 1.0
 
 
 class StopSignals:
-    """Takes both signals over for as long as a `with` block lasts; `wanted` says what came."""
+    """Handler of both signals for the duration of a `with` block.
 
-    def __init__(self, at_once: Callable[[], None]) -> None:
-        """Say what to do at the second signal."""
-        self._at_once = at_once
-        self._before: dict[signal.Signals, Any] = {}
-        self._came = 0.0
+    Attributes:
+        wanted: `interrupted` after SIGINT, `terminated` after SIGTERM, None before a signal.
+    """
+
+    def __init__(self, on_second: Callable[[], None]) -> None:
+        """Install nothing yet.
+
+        Args:
+            on_second: called at the second signal.
+        """
+        self._on_second = on_second
+        self._previous: dict[signal.Signals, Any] = {}
+        self._received_at = 0.0
         self.wanted: str | None = None
 
     def __enter__(self) -> StopSignals:
-        """Take the signals over."""
+        """Install the handlers."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.getsignal(number)
-        self.take_over()
+            self._previous[number] = signal.getsignal(number)
+        self.install()
         return self
 
-    def take_over(self) -> None:
-        """Take the signals over, again after `ray.init`, which puts a handler of its own on SIGTERM."""
-        for number in self._before:
-            signal.signal(number, self._received)
+    def install(self) -> None:
+        """Install the handlers. Call this again after `ray.init`, which replaces the handler of SIGTERM."""
+        for number in self._previous:
+            signal.signal(number, self._handle)
 
     def forget(self) -> None:
-        """Forget what came: the next signal is a first one again."""
+        """Forget received signals, so that the next signal counts as the first."""
         self.wanted = None
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
+        """Restore the previous handlers."""
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _received(self, number: int, _: object) -> None:
-        if number == signal.SIGTERM and time.monotonic() - self._came < _SAME_WISH_SECONDS:
+    def _handle(self, number: int, _: object) -> None:
+        if number == signal.SIGTERM and time.monotonic() - self._received_at < _REPEAT_SECONDS:
             return
         if self.wanted is not None:
-            self._at_once()
-        self._came = time.monotonic()
+            self._on_second()
+        self._received_at = time.monotonic()
         self.wanted = "interrupted" if number == signal.SIGINT else "terminated"
 
 
-def end_at_once() -> None:
-    """Kill this process's children and theirs, and leave without another word."""
+def kill_and_exit() -> None:
+    """Kill all child processes, recursively, and exit with status 130 without any cleanup."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
     if sys.stderr.isatty():
-        os.write(2, b"\x1b[?25h")  # the live display hid the cursor
+        os.write(2, b"\x1b[?25h")  # show the cursor, which the live display has hidden
     os._exit(130)

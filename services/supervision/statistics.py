@@ -1,4 +1,4 @@
-"""RunStatistics: what is known of how a run goes, in the shapes that status, metrics and summary want."""
+"""Statistics of a run, as the snapshot for `squall status`, the metrics, and the summary need them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ RETURNS_KEPT = 100
 
 
 class RunStatistics:
-    """The newest reports of learner and replay, the last episodes, and rates over the last seconds."""
+    """The newest reports of learner and replay, the last episodes, and rates over the last seconds.
+
+    Attributes:
+        stats: newest statistics of the replay or trajectory server.
+        learner: newest report of the learner.
+        policy_lag: mean number of versions by which the workers' weights are behind the newest weights.
+    """
 
     def __init__(self, topology: Topology, progress: Progress) -> None:
-        """Know nothing yet.
+        """Create empty statistics.
 
         Args:
-            topology: what the run is.
-            progress: how far it is, kept up to date by whoever supervises it.
+            topology: the run's topology.
+            progress: the run's progress, which the coordinator keeps up to date.
         """
         self._topology, self._progress = topology, progress
         self.stats: ReplayStats | QueueStats | None = None
@@ -38,48 +44,48 @@ class RunStatistics:
         self._lengths: deque[int] = deque(maxlen=RETURNS_KEPT)
         self._rates: deque[tuple[float, int, int]] = deque()
 
-    def take_stats(self, stats: ReplayStats | QueueStats) -> None:
-        """Take in what the replay or trajectory server says."""
+    def update_replay(self, stats: ReplayStats | QueueStats) -> None:
+        """Store new statistics of the replay or trajectory server."""
         self.stats = stats
         now = time.monotonic()
         self._rates.append((now, stats.counters.env_steps, self.updates))
         while now - self._rates[0][0] > RATE_WINDOW_SECONDS:
             self._rates.popleft()
 
-    def take_versions(self, acting: Sequence[int]) -> None:
-        """Take in the versions of the weights that workers act with."""
+    def update_policy_lag(self, acting: Sequence[int]) -> None:
+        """Compute the policy lag from the versions of the weights that the workers act with."""
         behind = [max(self.weights_version - version, 0) for version in acting if version >= 0]
         self.policy_lag = sum(behind) / len(behind) if behind else None
 
-    def take_episodes(self, episodes: Sequence[EpisodeResult]) -> None:
-        """Take in episodes that ended."""
+    def add_episodes(self, episodes: Sequence[EpisodeResult]) -> None:
+        """Add episodes that ended."""
         self._returns.extend(episode.episode_return for episode in episodes)
         self._lengths.extend(episode.length for episode in episodes)
 
     @property
     def updates(self) -> int:
-        """Updates made."""
+        """Number of updates."""
         return 0 if self.learner is None else self.learner.updates
 
     @property
     def weights_version(self) -> int:
-        """Version of the weights published last, -1 before the first."""
+        """Version of the last published weights, -1 before the first."""
         return -1 if self.learner is None else self.learner.weights_version
 
-    def speed(self) -> tuple[float, float]:
-        """Return environment steps and updates a second, over the last seconds."""
+    def rates(self) -> tuple[float, float]:
+        """Return environment steps and updates per second, over the last `RATE_WINDOW_SECONDS`."""
         if len(self._rates) < 2:
             return 0.0, 0.0
-        (begin, steps, updates), (end, steps_now, updates_now) = self._rates[0], self._rates[-1]
-        seconds = max(end - begin, 1e-9)
-        return (steps_now - steps) / seconds, max(updates_now - updates, 0) / seconds
+        (start, first_steps, first_updates), (end, steps, updates) = self._rates[0], self._rates[-1]
+        seconds = max(end - start, 1e-9)
+        return (steps - first_steps) / seconds, max(updates - first_updates, 0) / seconds
 
     def _exploration_rate(self) -> float | None:
         return self._topology.policy.exploration_rate(self._progress.counters.env_steps)
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what `squall status` shows of the run as a whole."""
-        steps_rate, updates_rate = self.speed()
+        """Return the part of `squall status` that describes the run as a whole."""
+        steps_rate, updates_rate = self.rates()
         counters = self._progress.counters
         return {
             "env_steps": counters.env_steps,
@@ -100,11 +106,11 @@ class RunStatistics:
         }
 
     def metrics(self) -> dict[str, float] | None:
-        """Return figures by TensorBoard tag, or None before there are any."""
+        """Return metrics by TensorBoard tag, or None before learner and replay have reported."""
         learner, stats = self.learner, self.stats
         if stats is None or learner is None:
             return None
-        steps_rate, updates_rate = self.speed()
+        steps_rate, updates_rate = self.rates()
         values: dict[str, float | None] = {
             "rollout/ep_rew_mean": _mean(self._returns),
             "rollout/ep_len_mean": _mean(self._lengths),
@@ -118,13 +124,17 @@ class RunStatistics:
             "replay/size": stats.size,
             "replay/bytes": stats.bytes,
             "replay/samples_per_insert": stats.counters.samples_per_insert,
-            **_particular(stats),
+            **_replay_metrics(stats),
             **learner.metrics,
         }
         return {tag: float(value) for tag, value in values.items() if value is not None}
 
     def summary(self, scores: tuple[Evaluation, Evaluation] | None) -> dict[str, Any]:
-        """Return the figures of a run's summary; `scores` are those of the best and the last weights."""
+        """Return the numbers of the run's summary.
+
+        Args:
+            scores: final evaluations of the best and the last weights; None if the run was not scored.
+        """
         counters, seconds = self._progress.counters, self._progress.seconds
         best, last = scores or (None, None)
         return {
@@ -146,7 +156,7 @@ class RunStatistics:
         }
 
 
-def _particular(stats: ReplayStats | QueueStats) -> dict[str, float | None]:
+def _replay_metrics(stats: ReplayStats | QueueStats) -> dict[str, float | None]:
     if isinstance(stats, ReplayStats):
         return {"replay/stale_updates": stats.stale_updates, "replay/sample_age": stats.sample_age}
     return {"replay/discarded_steps": stats.discarded_steps}

@@ -1,4 +1,4 @@
-"""WorkerPool: a run's rollout workers, as many as are wanted; they join and leave while the run goes on."""
+"""The worker pool: starts, scales, and drains a run's rollout workers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 
 from replay.trajectory_server import QueueSpec
 from services.supervision.autoscaling import Autoscaler
-from services.supervision.placement import cluster_cpus, too_many
+from services.supervision.placement import cluster_cpus, memory_shortage
 from services.supervision.processes import Process
 from services.supervision.progress import RunObserver
 from services.supervision.topology import Topology
 
 LEAVE_SECONDS = 10.0
-STARTS_AT_ONCE = 4
-_SECONDS_TO_SEND = LEAVE_SECONDS - 2.0
-"""The rest is for giving back what was held, and for the way."""
+MAX_STARTS_PER_TICK = 4
+MIN_CONCURRENT_STARTS = 4
+MAX_WORKERS = 10_000
+# The rest of `LEAVE_SECONDS` is for the calls, and for releasing permits.
+_SEND_SECONDS = LEAVE_SECONDS - 2.0
 
 
 @dataclass
@@ -27,32 +29,39 @@ class _Draining:
 
 
 class WorkerPool:
-    """Workers by index. An index that comes free is used again, by another incarnation, whose seeds are new."""
+    """The rollout workers of a run, by index.
+
+    An index is reused after its worker has exited, with a new incarnation and so with new seeds.
+
+    Attributes:
+        workers: the workers that the run should have, in the order they were added.
+        starting: those of `workers` that `start_some` has not started yet.
+    """
 
     def __init__(self, start: Callable[[int, int, int], Any], *, first_incarnation: int) -> None:
-        """Begin with nobody.
+        """Create an empty pool.
 
         Args:
-            start: takes an index, an incarnation and how many workers there shall be, and returns an actor's handle.
+            start: takes an index, an incarnation, and the number of workers, and returns the actor's handle.
             first_incarnation: number of every index's first incarnation.
         """
         self._start, self._first_incarnation = start, first_incarnation
         self._wanted = 0
-        self._used: dict[int, int] = {}
+        self._last_incarnations: dict[int, int] = {}
         self._draining: list[_Draining] = []
         self.workers: list[Process] = []
         self.starting: list[Process] = []
-        """Those of the workers who are yet to be started."""
 
     @property
     def draining(self) -> list[Process]:
-        """Those who were told to leave and have not left yet."""
+        """The workers that were asked to leave and have not exited yet."""
         return [draining.process for draining in self._draining]
 
     def scale(self, wanted: int) -> None:
-        """Have `wanted` workers; `start_some` starts those who join.
+        """Set the number of workers; `start_some` starts new ones.
 
-        Who leaves sends what it has first, as long as there is time; the newest leave.
+        The newest workers leave first. A leaving worker sends its unsent rows before it exits, for at most
+        `LEAVE_SECONDS`.
         """
         self._wanted = wanted
         starting = [self._new(index) for index in self._free_indices(wanted - len(self.workers))]
@@ -62,22 +71,22 @@ class WorkerPool:
             if process in self.starting:
                 self.starting.remove(process)
                 continue
-            self._used[process.index] = process.incarnation
+            self._last_incarnations[process.index] = process.incarnation
             if process.handle is not None:
-                process.handle.stop.remote(_SECONDS_TO_SEND)
+                process.handle.stop.remote(_SEND_SECONDS)
             self._draining.append(_Draining(process, time.monotonic() + LEAVE_SECONDS))
         for rank, process in enumerate(sorted(self.workers, key=lambda process: process.index)):
             if process.handle is not None:
                 process.handle.set_rank.remote(rank, wanted)
 
-    def start_some(self, most: int) -> None:
-        """Start a few of those who are to join, so that at most `most` workers are busy with their start."""
+    def start_some(self, limit: int) -> None:
+        """Start up to `MAX_STARTS_PER_TICK` workers, so that at most `limit` workers start at the same time."""
         busy = sum(worker.report is None and not worker.pending for worker in self.workers if worker.handle is not None)
-        for _ in range(min(STARTS_AT_ONCE, most - busy, len(self.starting))):
+        for _ in range(min(MAX_STARTS_PER_TICK, limit - busy, len(self.starting))):
             self.starting.pop(0).start()
 
     def _rank(self, index: int) -> int:
-        """Return an index's place among those there are: while others leave there are gaps."""
+        """Return an index's rank among the workers, because indices have gaps while workers leave."""
         return sum(process.index < index for process in self.workers)
 
     def _start_ranked(self, index: int, incarnation: int) -> Any:
@@ -86,8 +95,8 @@ class WorkerPool:
         return handle
 
     def _free_indices(self, count: int) -> Iterator[int]:
-        # Not an index whose last holder is still leaving: a server that hears of the new incarnation takes what the
-        # old one sends for a repeat.
+        # The index of a leaving worker is not free: a server that knows of a newer incarnation discards the pushes of
+        # the older one as repeats.
         taken = {process.index for process in [*self.workers, *self.draining]}
         index = 0
         for _ in range(count):
@@ -103,108 +112,112 @@ class WorkerPool:
             lambda incarnation: self._start_ranked(index, incarnation),
             run=lambda handle: handle.run.remote(),
             numbered=True,
-            first_incarnation=self._used.get(index, self._first_incarnation - 1) + 1,
-            is_at_work=lambda _, now: now.pushes > 0,
+            first_incarnation=self._last_incarnations.get(index, self._first_incarnation - 1) + 1,
+            made_progress=lambda _, now: now.pushes > 0,
         )
 
     def reap(self) -> list[tuple[Process, str]]:
-        """Let go of those who have left, and of those who took too long; return each with a word about it."""
-        gone = []
+        """Remove the leaving workers that have exited or are too late; return each with a message about its exit."""
+        exits = []
         for draining in list(self._draining):
             process = draining.process
-            death = process.poll()
+            reason = process.poll()
             late = time.monotonic() > draining.deadline
             if process.done:
-                word = exit_message(process.result)
-            elif death is not None:
-                word = f"died while it left: {death.line}"
+                message = exit_message(process.result)
+            elif reason is not None:
+                message = f"died while it was leaving: {reason.line}"
             elif late or process.handle is None:
-                word = f"was ended: it did not leave within {LEAVE_SECONDS:.0f} s"
+                message = f"was killed: it did not leave within {LEAVE_SECONDS:.0f} s"
             else:
                 continue
             process.kill()
             self._draining.remove(draining)
-            gone.append((process, word))
-        return gone
+            exits.append((process, message))
+        return exits
 
 
 def exit_message(report: Any) -> str:
-    """Return a line about a worker that has left, from its last report."""
+    """Return a message about a worker that has left, from its last report."""
     if not report.steps_unsent:
         return f"left, with everything sent: {report.steps_sent:,} steps"
-    return f"left, with {report.steps_sent:,} steps sent; {report.steps_unsent:,} steps were not taken"
-
-
-MAX_WORKERS = 10_000
-
-
-LEAST_STARTING = 4
+    return f"left, with {report.steps_sent:,} steps sent; {report.steps_unsent:,} steps were not accepted"
 
 
 class WorkerManager:
-    """A run's crew and what decides its size."""
+    """Controls the size of a run's worker pool: by commands, or by the autoscaler."""
 
     def __init__(self, topology: Topology, observer: RunObserver, *, first_incarnation: int) -> None:
         """Describe the first workers; `start_some` starts them.
 
         Args:
-            topology: the topology.
-            observer: told of each change.
+            topology: the run's topology.
+            observer: notified of each change.
             first_incarnation: number of every worker's first incarnation.
         """
         self._topology, self._observer = topology, observer
-        self._sizing = Autoscaler(max_workers(topology)) if topology.auto else None
+        self._autoscaler = Autoscaler(max_workers(topology)) if topology.auto else None
         self.worker_pool = WorkerPool(topology.start_worker, first_incarnation=first_incarnation)
         self.worker_pool.scale(topology.actors)
 
-    def scale_as_told(self, wanted: Any) -> dict[str, Any]:
-        """Have as many workers as a command says; return the answer to it."""
+    def handle_scale(self, wanted: Any) -> dict[str, Any]:
+        """Apply a scale command and return its result.
+
+        Args:
+            wanted: number of workers, or `auto`; unchecked, because it comes from a user.
+        """
         before = len(self.worker_pool.workers)
         if wanted == "auto":
-            self._sizing = Autoscaler(max_workers(self._topology))
-            self._observer.event("scale", f"the number of workers follows from who waits, up to {self._sizing.most}")
+            self._autoscaler = Autoscaler(max_workers(self._topology))
+            self._observer.event("scale", f"the number of workers is automatic, at most {self._autoscaler.maximum}")
             return {"actors": before, "before": before, "auto": True}
-        # None at all only where experience may come from outside.
-        outside = self._topology.server_config is not None and not isinstance(self._topology.replay, QueueSpec)
-        least = 0 if outside else 1
-        if not isinstance(wanted, int) or isinstance(wanted, bool) or not least <= wanted <= MAX_WORKERS:
-            return {"error": f"actors must be auto or a whole number from {least} to {MAX_WORKERS}, got {wanted!r}"}
-        refused = too_many(wanted, self._topology.cpus_per_actor) if wanted > before else None
-        if refused is not None:
-            return {"error": refused}
-        self._sizing = None
+        # Only a run that accepts external experience can do without workers.
+        external = self._topology.server_config is not None and not isinstance(self._topology.replay, QueueSpec)
+        minimum = 0 if external else 1
+        if not isinstance(wanted, int) or isinstance(wanted, bool) or not minimum <= wanted <= MAX_WORKERS:
+            return {"error": f"actors must be auto or a whole number from {minimum} to {MAX_WORKERS}, got {wanted!r}"}
+        shortage = memory_shortage(wanted, self._topology.cpus_per_actor) if wanted > before else None
+        if shortage is not None:
+            return {"error": shortage}
+        self._autoscaler = None
         self._scale(wanted)
         return {"actors": wanted, "before": before}
 
-    def _scale(self, wanted: int, why: str = "") -> None:
+    def _scale(self, wanted: int, reason: str = "") -> None:
         before = len(self.worker_pool.workers)
         self.worker_pool.scale(wanted)
-        self._observer.event("scale", f"scaled from {before} to {wanted} workers{why and ': '}{why}")
+        self._observer.event("scale", f"scaled from {before} to {wanted} workers{reason and ': '}{reason}")
 
-    def start_some(self, *, learner_is_up: bool) -> None:
-        """Start a few of the workers who are yet to be started; until the learner is up one CPU is left to its start.
+    def start_some(self, *, learner_ready: bool) -> None:
+        """Start some of the workers that have not been started yet.
 
-        That is the longest of all starts, and waits for the workers' on a machine of few cores.
+        Args:
+            learner_ready: whether the learner has started. Until then the workers leave one CPU to it, because its
+                start takes longest and on few cores would wait for the starts of the workers.
         """
-        # Those that keep a CPU have places that Ray counts; of the others each start takes one from those at work.
         if self.worker_pool.starting:
             cpus = cluster_cpus()
-            most = max(LEAST_STARTING, cpus) if learner_is_up else max(1, cpus - 1)
-            self.worker_pool.start_some(MAX_WORKERS if self._topology.cpus_per_actor else most)
+            limit = max(MIN_CONCURRENT_STARTS, cpus) if learner_ready else max(1, cpus - 1)
+            # Ray limits the starts of workers that reserve a CPU. Each other start takes a CPU from running workers.
+            self.worker_pool.start_some(MAX_WORKERS if self._topology.cpus_per_actor else limit)
 
-    def size(self, learner: Any) -> None:
-        """With `--actors auto`, have as many workers as the learner, whose report this is, needs."""
+    def autoscale(self, learner: Any) -> None:
+        """With `--actors auto`, scale to the number of workers that the learner needs.
+
+        Args:
+            learner: the learner's newest report, or None.
+        """
         reports = [worker.report for worker in self.worker_pool.workers]
-        if self._sizing is None or None in reports or learner is None:
+        if self._autoscaler is None or None in reports or learner is None:
             return
         if not learner.updates or self.worker_pool.draining:
-            return  # the first experience is always waited for
+            return  # the learner always waits for the first experience
         waits = {(report.worker, report.incarnation): report.seconds_waited for report in reports}
-        better = self._sizing.look(learner.seconds_waited, waits)
-        if better is not None:
-            self._scale(*better)
+        change = self._autoscaler.update(learner.seconds_waited, waits)
+        if change is not None:
+            self._scale(*change)
 
 
 def max_workers(topology: Topology) -> int:
-    """Return how many workers `--actors auto` may have: one for each CPU, or as many as the cluster has room for."""
+    """Return the largest number of workers for `--actors auto`: one per CPU, or fewer if each reserves several CPUs."""
     return max(1, int(cluster_cpus() / max(topology.cpus_per_actor, 1.0)))

@@ -1,4 +1,4 @@
-"""Slow twins of the actors' builders: every step a record of its own, everything else worked out from lists."""
+"""Slow reference implementations of the builders: one record per step, and everything else computed from lists."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 from actors.rebuilding import FAILURE
 from actors.vector_runner import VectorRunner
 from replay.messages import Batch
 from replay.table import TransitionTable
-from replay.types import Array
+from replay.types import Array, Moments
 from tests.replay.naive import assert_same_bits
 
 
 @dataclass
 class Step:
-    """In `observation` the agent took `action`; then came `reward` and `next_observation`."""
+    """One environment step: `action` taken in `observation` led to `reward` and `next_observation`."""
 
     row: int
     observation: Array
@@ -31,7 +32,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Transition:
-    """A step with its n-step return, worked out as in the textbook."""
+    """A step with its n-step return, computed by the textbook definition."""
 
     observation: Array
     action: Array
@@ -41,7 +42,7 @@ class Transition:
 
 
 class NaiveLane:
-    """One lane: a list of episodes, each a list of steps."""
+    """One lane: a list of episodes, each a list of steps; `shown` has the observation of each row."""
 
     def __init__(self, observation: Array) -> None:
         self.episodes: list[list[Step]] = [[]]
@@ -67,7 +68,7 @@ class NaiveLane:
 
     def transitions(self, n_steps: int, gamma: float, clip: bool) -> list[tuple[int, Transition]]:
         """Return `(row, transition)` of every step that was not dropped."""
-        found = []
+        transitions = []
         for episode in self.episodes:
             for start, step in enumerate(episode):
                 reward, discount = 0.0, 1.0
@@ -76,7 +77,7 @@ class NaiveLane:
                     discount = discount * gamma * (0.0 if later.terminated else 1.0)
                     bootstrap = later.next_observation
                 if not step.dropped:
-                    found.append(
+                    transitions.append(
                         (
                             step.row,
                             Transition(
@@ -84,60 +85,63 @@ class NaiveLane:
                             ),
                         )
                     )
-        return found
+        return transitions
 
 
 class NaiveExperience:
-    """Listens to the vector environment inside `VectorRunner`, so that nothing passes through the code under test."""
+    """Records the vector environment inside a `VectorRunner`.
+
+    It wraps the environment's methods, so that the recorded data do not pass through the code under test.
+    """
 
     def __init__(
-        self, lanes: VectorRunner, *, segment_length: int, n_steps: int, gamma: float, clip: bool = False
+        self, runner: VectorRunner, *, segment_length: int, n_steps: int, gamma: float, clip: bool = False
     ) -> None:
-        self.spec = lanes.environment
+        self.spec = runner.environment
         self.segment_length, self.n_steps, self.gamma = segment_length, n_steps, gamma
         self.lanes: list[NaiveLane] = []
         self.failures: list[tuple[int, int]] = []  # (row, lane)
         self.rows = 0
         self._clip = clip
-        self._reset, self._step = lanes.env.reset, lanes.env.step
-        lanes.env.reset, lanes.env.step = self.reset, self.step  # type: ignore[method-assign]
+        self._reset, self._step = runner.env.reset, runner.env.step
+        runner.env.reset, runner.env.step = self.reset, self.step  # type: ignore[method-assign]
 
-    def _keep(self, observation: Array) -> Array:
-        kept: Array = np.array(observation, self.spec.observation_dtype)
-        return kept
+    def _convert(self, observation: Array) -> Array:
+        converted: Array = np.array(observation, self.spec.observation_dtype)
+        return converted
 
     def reset(self, **arguments: Any) -> Any:
         observation, info = self._reset(**arguments)
-        self.lanes = [NaiveLane(row) for row in self._keep(observation)]
+        self.lanes = [NaiveLane(of_lane) for of_lane in self._convert(observation)]
         self.failures, self.rows = [], 0
         return observation, info
 
     def step(self, action: Array) -> Any:
-        answer = observation, reward, terminated, truncated, info = self._step(action)
-        kept = self._keep(observation)
+        outcome = observation, reward, terminated, truncated, info = self._step(action)
+        converted = self._convert(observation)
         for at, lane in enumerate(self.lanes):
             lane.add(
                 np.array(action[at]) - getattr(self.spec.actions, "start", 0),
                 float(reward[at]),
                 bool(terminated[at]),
                 bool(truncated[at]),
-                kept[at],
+                converted[at],
             )
             if info.get(f"_{FAILURE}", np.zeros(len(self.lanes)))[at]:
                 self.failures.append((self.rows, at))
-                # A block of rows is sent once the n - 1 rows behind it are known.
+                # The builder cuts a block of rows once the following n - 1 rows are known.
                 lane.drop_from(max(0, self.rows - (self.n_steps - 1)) // self.segment_length * self.segment_length)
         self.rows += 1
-        return answer
+        return outcome
 
     def in_order(self) -> list[Transition]:
-        """Return all transitions in the order they are sent: blocks of rows, in each block lane after lane."""
-        found = [
+        """Return all transitions in the order of sending: block by block, and in each block lane by lane."""
+        entries = [
             (row // self.segment_length, at, row, transition)
             for at, lane in enumerate(self.lanes)
             for row, transition in lane.transitions(self.n_steps, self.gamma, self._clip)
         ]
-        return [entry[-1] for entry in sorted(found, key=lambda entry: entry[:3])]
+        return [entry[-1] for entry in sorted(entries, key=lambda entry: entry[:3])]
 
 
 FIELDS = ("observation", "action", "reward", "discount", "next_observation")
@@ -146,18 +150,37 @@ FIELDS = ("observation", "action", "reward", "discount", "next_observation")
 def newest(table: TransitionTable, count: int) -> Batch:
     """Return the last `count` items of a table."""
     inserted = table.evicted + table.size
-    return table._frames.batch(table._drawn(np.arange(inserted - count, inserted), np.ones(count)))
+    return table._frames.batch(table._read_indices(np.arange(inserted - count, inserted), np.ones(count)))
 
 
 def assert_equal(batches: list[Batch], expected: list[Transition]) -> None:
-    """Check batches, one after the other, against a list of transitions, bit for bit."""
+    """Check that the concatenated batches equal a list of transitions, bit for bit."""
     for name in FIELDS:
         actual = np.concatenate([getattr(batch, name) for batch in batches])
         assert_same_bits(actual, np.stack([getattr(transition, name) for transition in expected]))
 
 
 def assert_holds(table: TransitionTable, expected: list[Transition]) -> None:
-    """Check every live item of a table that got `expected` and nothing else."""
+    """Check every live item of a table into which exactly `expected` was inserted."""
     assert table.evicted + table.size == len(expected)
     if table.size:
         assert_equal([newest(table, table.size)], expected[table.evicted :])
+
+
+def discounted_returns(naive: NaiveExperience, clip: bool) -> list[float]:
+    """Return `G_t = gamma G_{t-1} + r_t` of every step that did not fail; G restarts with each episode."""
+    returns = []
+    for at, lane in enumerate(naive.lanes):
+        for episode in lane.episodes:
+            total = 0.0
+            for step in episode:
+                total = naive.gamma * total + (min(max(step.reward, -1.0), 1.0) if clip else step.reward)
+                if (step.row, at) not in naive.failures:
+                    returns.append(total)
+    return returns
+
+
+def assert_are_moments_of(moments: Moments, numbers: list[float]) -> None:
+    assert moments.count == len(numbers)
+    assert moments.mean == pytest.approx(np.mean(numbers), rel=1e-9, abs=1e-12)
+    assert moments.std == pytest.approx(np.std(numbers), rel=1e-9)

@@ -1,4 +1,4 @@
-"""Evaluation: whole episodes, a quota for each lane, greedy actions, seeds."""
+"""Evaluation: whole episodes, a fixed number of episodes for each lane, greedy actions, and seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from actors.policies import EpsilonSchedule, Policy, PolicySpec
 from actors.weights import pack
 from replay.errors import ConfigurationError, EnvironmentFailed, LayoutMismatch
 from replay.types import EpisodeResult
-from tests.actors.toys import TEST_POLICIES, Lever, Script, theatre
+from tests.actors.toys import TEST_POLICIES, ConstantPolicy, Script, scripted
 
 SCRIPTED = specify("SquallScripted-v0")
 CART_POLE = specify("CartPole-v1")
@@ -32,8 +32,8 @@ def seed(number: int = 0) -> np.random.SeedSequence:
     return np.random.SeedSequence(number)
 
 
-def lever() -> Policy:
-    return PolicySpec("lever", SCRIPTED).build()
+def constant_policy() -> Policy:
+    return PolicySpec("constant", SCRIPTED).build()
 
 
 def q_policy(**exploration: Any) -> Policy:
@@ -42,9 +42,9 @@ def q_policy(**exploration: Any) -> Policy:
 
 
 def test_every_lane_has_its_quota_whatever_its_episodes_last() -> None:
-    """Taken as they come, the first ten to finish would all be of the lane with short episodes."""
-    with theatre({0: Script(length=1, reward=1.0), 1: Script(length=40, reward=0.5)}):
-        results = run_episodes(lever(), 10, seed(), lanes=2)
+    """Otherwise the first ten episodes to finish would all come from the lane with short episodes."""
+    with scripted({0: Script(length=1, reward=1.0), 1: Script(length=40, reward=0.5)}):
+        results = run_episodes(constant_policy(), 10, seed(), lanes=2)
     assert results == (EpisodeResult(1.0, 1),) * 5 + (EpisodeResult(20.0, 40),) * 5
 
 
@@ -54,35 +54,35 @@ def test_every_lane_has_its_quota_whatever_its_episodes_last() -> None:
 )
 def test_the_number_of_episodes_is_exact(episodes: int, lanes: int | None, quotas: list[int]) -> None:
     scripts = {lane: Script(length=1 + lane) for lane in range(len(quotas))}
-    with theatre(scripts) as happened:
-        results = run_episodes(lever(), episodes, seed(), lanes=lanes)
-    assert happened.made == len(quotas)
-    assert sorted(happened.closed) == list(range(len(quotas)))
+    with scripted(scripts) as scenario:
+        results = run_episodes(constant_policy(), episodes, seed(), lanes=lanes)
+    assert scenario.made == len(quotas)
+    assert sorted(scenario.closed) == list(range(len(quotas)))
     assert [result.length for result in results] == [1 + lane for lane, many in enumerate(quotas) for _ in range(many)]
 
 
 def test_an_episode_without_an_end_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "LONGEST_EPISODE", 50)
     with (
-        theatre({0: Script(length=1_000)}),
+        scripted({0: Script(length=1_000)}),
         pytest.raises(EnvironmentFailed, match="did not end within 50 steps; set a time limit"),
     ):
-        run_episodes(lever(), 1, seed(), lanes=1)
-    with theatre({0: Script(length=50)}):
-        assert len(run_episodes(lever(), 3, seed(), lanes=1)) == 3
+        run_episodes(constant_policy(), 1, seed(), lanes=1)
+    with scripted({0: Script(length=50)}):
+        assert len(run_episodes(constant_policy(), 3, seed(), lanes=1)) == 3
 
 
 def test_a_failed_episode_does_not_count() -> None:
-    with theatre({0: Script(length=10, raises_at=frozenset({4}))}, default=Script(length=3, reward=2.0)):
-        results = run_episodes(lever(), 2, seed(), lanes=1)
+    with scripted({0: Script(length=10, raises_at=frozenset({4}))}, default=Script(length=3, reward=2.0)):
+        results = run_episodes(constant_policy(), 2, seed(), lanes=1)
     assert results == (EpisodeResult(6.0, 3),) * 2
 
 
 def test_the_mean_of_episodes_of_random_length_is_unbiased() -> None:
-    """CartPole under one constant action: the same lengths whatever the number of lanes."""
+    """CartPole with a constant action: the mean length does not depend on the number of lanes."""
 
     def lengths(lanes: int, number: int) -> list[int]:
-        policy = PolicySpec("lever", CART_POLE).build()
+        policy = PolicySpec("constant", CART_POLE).build()
         return [result.length for result in run_episodes(policy, 200, seed(number), lanes=lanes)]
 
     one, many = lengths(1, 1), lengths(8, 2)
@@ -119,26 +119,26 @@ def test_exploring_episodes_explore() -> None:
 @pytest.mark.parametrize("episodes", [0, -3])
 def test_the_number_of_episodes_is_positive(episodes: int) -> None:
     with pytest.raises(ConfigurationError, match=f"evaluation episodes must be positive, got {episodes}"):
-        run_episodes(lever(), episodes, seed())
+        run_episodes(constant_policy(), episodes, seed())
 
 
 def test_the_environment_is_closed_after_a_failure() -> None:
-    policy = lever()
-    assert isinstance(policy, Lever)
+    policy = constant_policy()
+    assert isinstance(policy, ConstantPolicy)
 
     def fail() -> None:
         raise RuntimeError("the policy broke")
 
     policy.after[3] = fail
-    with theatre() as happened, pytest.raises(RuntimeError, match="the policy broke"):
+    with scripted() as scenario, pytest.raises(RuntimeError, match="the policy broke"):
         run_episodes(policy, 2, seed())
-    assert sorted(happened.closed) == [0, 1]
+    assert sorted(scenario.closed) == [0, 1]
 
 
 def test_true_returns_of_atari() -> None:
-    """Standing still loses some points of Pong, at most one in a few steps."""
+    """A paddle that does not move loses a few points of Pong: at most one point every few steps."""
     environment = specify("PongNoFrameskip-v4", {"max_num_frames_per_episode": 400})
-    policy = PolicySpec("lever", environment).build()
+    policy = PolicySpec("constant", environment).build()
     results = run_episodes(policy, 2, seed(), lanes=2)
     assert [result.length for result in results] == [100, 100]
     assert all(-4.0 <= result.episode_return <= -1.0 for result in results)
@@ -158,7 +158,7 @@ def test_an_evaluator_acts_with_the_weights_it_is_given() -> None:
 
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter.zero_()  # always action 0: the pole falls within ten steps or so
+            parameter.zero_()  # always action 0: the pole falls within about ten steps
     fallen = evaluator.evaluate(pack(policy, 10), 20, "evaluation", 0)
     assert fallen.mean < 11.0
     assert fallen.version == 10

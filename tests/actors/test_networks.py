@@ -1,4 +1,4 @@
-"""Torsos, heads and critics: which one an environment gets, shapes, scaling, and sizes that are refused."""
+"""Torsos, heads, and critics: selection by observation space, shapes, normalization, and invalid sizes."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def test_pixels_go_to_the_precision_in_use_in_one_step_and_bit_for_bit(enabled: 
     before = image.clone()
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         expected = torso.dense(torso.convolutions(before.float() / 255.0))
-        found = torso(image)
-    assert found.dtype == (torch.bfloat16 if enabled else torch.float32)
-    assert torch.equal(found, expected)
-    assert torch.equal(image, before), "the batch is not written to"
+        actual = torso(image)
+    assert actual.dtype == (torch.bfloat16 if enabled else torch.float32)
+    assert torch.equal(actual, expected)
+    assert torch.equal(image, before), "the batch must not be modified"
 
 
 def test_channels_may_come_last() -> None:
@@ -136,7 +136,7 @@ def test_images_must_not_be_too_small(shape: tuple[int, ...]) -> None:
 
 
 def split(rows: list[list[float]], cuts: list[int]) -> list[torch.Tensor]:
-    """Divide rows at `cuts`; batches may be empty."""
+    """Split rows at `cuts`; batches may be empty."""
     array = np.array(rows, np.float32).reshape(len(rows), -1)
     return [torch.from_numpy(part) for part in np.split(array, sorted(cut % (len(rows) + 1) for cut in cuts))]
 
@@ -165,7 +165,7 @@ def test_running_statistics_do_not_drift_far_from_zero() -> None:
     np.testing.assert_allclose(norm.variance.numpy(), rows.astype(np.float32).astype(np.float64).var(0), rtol=1e-3)
 
 
-def test_normalising_is_the_identity_before_anything_was_seen() -> None:
+def test_normalizing_is_the_identity_before_anything_was_observed() -> None:
     vectors = torch.tensor([[-9.5, 0.0, 3.25], [1e-3, 10.0, -10.0]])
     norm = RunningNorm(3)
     assert norm(vectors).equal(vectors)
@@ -174,14 +174,14 @@ def test_normalising_is_the_identity_before_anything_was_seen() -> None:
     assert norm(vectors).equal(vectors)
 
 
-def test_what_is_normalised_is_shifted_scaled_and_clipped() -> None:
+def test_what_is_normalized_is_shifted_scaled_and_clipped() -> None:
     norm = RunningNorm(2)
     norm.observe(torch.tensor([[1.0, -2.0], [3.0, 6.0]]))  # means 2 and 2, deviations 1 and 4
     torch.testing.assert_close(norm(torch.tensor([[2.0, 6.0], [0.0, -2.0]])), torch.tensor([[0.0, 1.0], [-2.0, -1.0]]))
     assert norm(torch.tensor([[1e6, -1e6], [12.5, -39.0]])).tolist() == [[10.0, -10.0], [10.0, -10.0]]
 
 
-def test_a_batch_of_one_is_seen_and_leaves_no_nan() -> None:
+def test_a_batch_of_one_is_observed_and_leaves_no_nan() -> None:
     norm = RunningNorm(2)
     norm.observe(torch.tensor([[5.0, -5.0]]))
     assert (norm.mean.tolist(), norm.variance.tolist(), norm.count.item()) == ([5.0, -5.0], [0.0, 0.0], 1.0)
@@ -205,7 +205,7 @@ def test_the_statistics_travel_with_the_weights() -> None:
     assert all(value.equal(here.state_dict()[name]) for name, value in there.state_dict().items())
     vectors = torch.randn(6, 3)
     assert here(vectors).equal(there(vectors))
-    # And go on where they stood.
+    # Both continue from the same statistics.
     for torso in (there, here):
         torso.observe(vectors)
     assert here(vectors).equal(there(vectors))
@@ -220,7 +220,7 @@ def test_the_statistics_travel_with_the_weights() -> None:
         (spec((4, 84, 84), "uint8"), False),
     ],
 )
-def test_vectors_alone_are_normalised(environment: EnvironmentSpec, normalized: bool) -> None:
+def test_vectors_alone_are_normalized(environment: EnvironmentSpec, normalized: bool) -> None:
     torso = make_torso(environment, (8,), normalize=True)
     assert any(isinstance(module, RunningNorm) for module in torso.modules()) == normalized
     assert not any(isinstance(module, RunningNorm) for module in make_torso(environment, (8,)).modules())
@@ -241,8 +241,8 @@ def test_the_activation_is_chosen() -> None:
         make_torso(spec((2,)), (5,), activation="swish")
 
 
-def twins(critics: Critics, index: int) -> nn.Sequential:
-    """Return critic `index` as plain layers with the same weights."""
+def plain_critic(critics: Critics, index: int) -> nn.Sequential:
+    """Return critic `index` as `nn.Linear` layers with the same weights."""
     plain = nn.Sequential()
     for layer in critics.layers:
         if isinstance(layer, ParallelLinear):
@@ -270,7 +270,7 @@ def test_each_critic_is_a_network_of_its_own(environment: EnvironmentSpec, count
     assert values.shape == (count, 5)
     inputs = torch.cat([critics.torso(observation), action], 1)
     for index in range(count):
-        torch.testing.assert_close(values[index], twins(critics, index)(inputs)[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(values[index], plain_critic(critics, index)(inputs)[:, 0], rtol=1e-4, atol=1e-5)
     assert len({tuple(row.tolist()) for row in values}) == count
     assert critics(observation[:1], action[:1]).shape == (count, 1)
 
@@ -306,7 +306,7 @@ def test_parallel_layers_begin_as_linear_ones(inputs: int) -> None:
     layer, bound = ParallelLinear(50, inputs, 40), inputs**-0.5
     for parameter in layer.parameters():
         assert parameter.abs().max() <= bound
-        # Uniform: the deviation of 2000 or more numbers strays from its own by less than 5 %.
+        # Uniform: the sample deviation of 2,000 or more numbers is within 5 % of the true deviation.
         assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
         assert abs(parameter.mean().item()) < 0.1 * bound
         assert not parameter[0].equal(parameter[1])
@@ -314,7 +314,7 @@ def test_parallel_layers_begin_as_linear_ones(inputs: int) -> None:
 
 @pytest.mark.parametrize("dueling", [False, True])
 def test_a_head_keeps_full_precision_inside_autocast(dueling: bool) -> None:
-    """bfloat16 has 8 bits: values of about 100 would be told apart by halves."""
+    """bfloat16 has 8 bits of precision: around 100, its numbers are 0.5 apart."""
     torch.manual_seed(0)
     network = QNetwork(spec((4, 84, 84), "uint8"), 6, (64,), dueling=dueling)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""On-policy workers with a real queue, in threads: permits, exact versions, dead workers, whole episodes."""
+"""On-policy workers with a real trajectory queue, in threads: permits, exact versions, dead workers, whole episodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CARTPOLE = PolicySpec("epsilon_greedy", specify("CartPole-v1"), hidden_sizes=(4,
 
 
 class DirectQueue:
-    """A `TrajectoryServer` of this process behind the face of a `TrajectoryClient`."""
+    """A `TrajectoryClient` of a `TrajectoryServer` in this process."""
 
     def __init__(self, server: TrajectoryServer) -> None:
         self.server, self.lock = server, threading.Lock()
@@ -40,8 +40,8 @@ class DirectQueue:
             if stop is not None and stop.wait(0.001):
                 return None
 
-    def request_permits(self, *who: int, stop: threading.Event | None = None) -> PermitReply | None:
-        reply: PermitReply | None = self._until(lambda: self.server.request_permits(*who), stop)
+    def request_permits(self, *request: int, stop: threading.Event | None = None) -> PermitReply | None:
+        reply: PermitReply | None = self._until(lambda: self.server.request_permits(*request), stop)
         return reply
 
     def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
@@ -58,7 +58,7 @@ class DirectQueue:
 
 
 class Source:
-    """Weights of version v are a network whose head's bias is v, so that experience shows what made it."""
+    """A weight source in which the head's bias equals the version, so that experience reveals its version."""
 
     def __init__(self) -> None:
         self.version, self.newest = -1, 0
@@ -77,12 +77,12 @@ class Source:
 
 @contextmanager
 def recorded_versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the policy report the version it holds as its actions' log-probability."""
-    chosen = EpsilonGreedyPolicy.act
+    """Make the policy return the version of its weights as the log-probability of its actions."""
+    original = EpsilonGreedyPolicy.act
 
     def act(self: EpsilonGreedyPolicy, observation: Any, *, step: int, greedy: bool = False) -> Action:
         version = self.q_network.head.bias.detach()[0].item()
-        action = chosen(self, observation, step=0).action
+        action = original(self, observation, step=0).action
         return Action(action, np.full(len(observation), version, np.float32))
 
     with monkeypatch.context() as patch:
@@ -100,7 +100,7 @@ def make_worker(queue: DirectQueue, source: Source, index: int, rows: int | None
 def collect(
     rows: int | None, units: int, batches: int, lanes: int = 3
 ) -> tuple[list[tuple[Trajectory, ...]], TrajectoryServer]:
-    """Let two workers fill `batches` batches, publishing a version after each."""
+    """Collect `batches` batches from two workers, and publish a version after each batch."""
     layout = CARTPOLE.environment.layout(segment_length=1, n_steps=1)
     server = TrajectoryServer(QueueSpec(layout, units))
     queue, stop, taken = DirectQueue(server), threading.Event(), []

@@ -1,4 +1,4 @@
-"""Exploration, its schedule and random streams; distributions of actions, their densities and statistics."""
+"""Exploration, its schedule, and random streams; distributions of actions, their densities, and their entropies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def policy(seed: int = 0, **exploration: float) -> Policy:
 
 
 def same(lanes: int = LANES) -> Array:
-    """The same observation in every lane, so that there is one greedy action."""
+    """Return the same observation in every lane, so that there is one greedy action."""
     return np.ones((lanes, 3), np.float32)
 
 
@@ -59,7 +59,7 @@ def test_the_ladder_of_ape_x() -> None:
     rungs = [schedule.at(0, worker, 8) for worker in range(8)]
     assert rungs == pytest.approx([0.4 ** (1 + worker) for worker in range(8)])
     assert [schedule.at(10**6, worker, 8) for worker in range(8)] == rungs
-    # One worker alone has no ladder to stand on.
+    # A single worker follows the linear schedule.
     assert schedule.at(0, 0, 1) == 1.0
 
 
@@ -91,8 +91,8 @@ def test_exploring_actions_are_uniform(epsilon: float) -> None:
 def test_exploration_follows_the_step() -> None:
     acting = policy(start=1.0, end=0.0, last_frame=100)
     best = acting.act(same(1), step=0, greedy=True).action[0]
-    strayed = [float((acting.act(same(), step=step).action != best).mean()) for step in (0, 50, 100, 200)]
-    assert strayed == pytest.approx([0.8, 0.4, 0.0, 0.0], abs=0.08)
+    not_greedy = [float((acting.act(same(), step=step).action != best).mean()) for step in (0, 50, 100, 200)]
+    assert not_greedy == pytest.approx([0.8, 0.4, 0.0, 0.0], abs=0.08)
     assert acting.spec.exploration_rate(50) == 0.5
 
 
@@ -122,11 +122,11 @@ def test_each_lane_explores_by_itself() -> None:
 
 
 def test_zero_is_a_seed() -> None:
-    def drawn(seed: int) -> list[int]:
+    def sampled(seed: int) -> list[int]:
         return policy(seed, start=1.0, end=1.0).act(same(50), step=0).action.tolist()
 
-    assert drawn(0) == drawn(0)
-    assert drawn(0) != drawn(1)
+    assert sampled(0) == sampled(0)
+    assert sampled(0) != sampled(1)
 
 
 def test_a_spec_travels() -> None:
@@ -163,7 +163,7 @@ KINDS = [("epsilon_greedy", ENVIRONMENT), ("categorical", ENVIRONMENT), *((kind,
 def stochastic(
     kind: str, environment: EnvironmentSpec, output: list[float] | None = None, seed: int = 0, **options: Any
 ) -> StochasticPolicy:
-    """Build a policy; with `output` its head says that, whatever is observed."""
+    """Build a policy; with `output`, its head returns that output for every observation."""
     torch.manual_seed(0)
     built = PolicySpec(kind, environment, (8,), **options).build()
     assert isinstance(built, StochasticPolicy)
@@ -192,7 +192,7 @@ def squashed(environment: EnvironmentSpec, output: list[float] | None = None, **
 
 
 def raw_deviation(log_std: float) -> float:
-    """Return what the head must say for a log-deviation in (-5, 2)."""
+    """Return the head's output for a log standard deviation in (-5, 2)."""
     return math.atanh((log_std + 5.0) / 3.5 - 1.0)
 
 
@@ -201,7 +201,7 @@ def different(lanes: int = 64) -> Array:
 
 
 def in_the_learner(acting: StochasticPolicy, observation: Array, action: Array) -> tuple[Array, Array]:
-    """Return log-probabilities and entropies as a loss computes them."""
+    """Return log-probabilities and entropies as the losses compute them."""
     log_probability, entropy = acting.log_probability(acting(torch.from_numpy(observation)), torch.from_numpy(action))
     return log_probability.detach().numpy(), entropy.detach().numpy()
 
@@ -212,14 +212,14 @@ def normal_distribution(x: Array) -> Array:
 
 @pytest.mark.parametrize(("kind", "environment"), KINDS)
 def test_one_seed_gives_the_same_actions(kind: str, environment: EnvironmentSpec) -> None:
-    def drawn(seed: int) -> list[Array]:
+    def sampled(seed: int) -> list[Array]:
         torch.manual_seed(0)
         acting = PolicySpec(kind, environment, (8,), EpsilonSchedule(1.0, 1.0)).build()
         acting.begin(np.random.SeedSequence(seed))
         torch.manual_seed(seed)
         return [acting.act(different(), step=step).action for step in range(3)]
 
-    first, second, other = drawn(0), drawn(0), drawn(1)
+    first, second, other = sampled(0), sampled(0), sampled(1)
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)
     assert not np.array_equal(first[0], first[1])
@@ -289,13 +289,13 @@ def test_the_entropy_of_a_categorical_by_hand() -> None:
     output = torch.tensor([[0.5, 0.25, 0.125, 0.125], [1.0, 1.0, 1.0, 1.0], [1.0, 1e-30, 1e-30, 1e-30]]).log() + 7.0
     _, entropy = acting.log_probability(output, torch.tensor([0, 1, 2]))
     assert entropy.tolist() == pytest.approx([1.75 * math.log(2), 2 * math.log(2), 0.0])
-    # Nor does a logit that lost by far spoil it.
+    # Very small probabilities must not produce NaN.
     log_probability, entropy = acting.log_probability(torch.tensor([[1e4, 0.0, 0.0, -1e4]]), torch.tensor([0]))
     assert (log_probability.item(), entropy.item()) == (0.0, 0.0)
 
 
 def test_gaussian_actions_have_the_mean_and_deviation_of_each_dimension() -> None:
-    environment = box((-1.0, 0.0), (3.0, 0.5))  # units are stretched by 2 around 1, by 0.25 around 0.25
+    environment = box((-1.0, 0.0), (3.0, 0.5))  # unit actions are scaled by 2 around 1, and by 0.25 around 0.25
     mean, std = np.array([0.3, -0.5]), np.array([0.2, 1.5])
     acting = gaussian(environment, mean.tolist(), std.tolist())
     actions = np.concatenate([acting.act(same(), step=0).action for _ in range(20)])
@@ -334,7 +334,7 @@ def test_the_density_of_a_gaussian_integrates_to_one_and_gives_its_entropy(std: 
         box((0.0, -8.0), (0.5, 2.0)),
         WIDE,
         OPEN,
-        box((-1.0, 2.0), (1.0, 2.0)),  # one dimension leaves no choice
+        box((-1.0, 2.0), (1.0, 2.0)),  # the second dimension has equal bounds
     ],
     ids=lambda environment: str(environment.actions),
 )
@@ -389,9 +389,9 @@ def test_a_gaussian_action_is_clipped_for_the_environment_alone() -> None:
 @pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.4, -1.0), (-1.0, -0.5), (0.2, 0.3)])
 def test_the_squashed_density_integrates_to_one_and_is_that_of_the_draws(mean: float, log_std: float) -> None:
     acting = squashed(box((-2.0,), (4.0,)), [mean, raw_deviation(log_std)])
-    drawn = np.concatenate([acting.act(same(), step=0).action for _ in range(20)])[:, 0]
+    sampled = np.concatenate([acting.act(same(), step=0).action for _ in range(20)])[:, 0]
     acting.double()
-    # Midpoints, dense at the ends, where the density may be steep.
+    # Midpoints of a grid that is dense at the ends, where the density may be steep.
     edges = torch.linspace(-7.0, 7.0, 20_001, dtype=torch.float64).tanh()
     unit = (edges[1:] + edges[:-1])[:, None] / 2
     output = acting.head.bias.expand(len(unit), -1)
@@ -399,7 +399,7 @@ def test_the_squashed_density_integrates_to_one_and_is_that_of_the_draws(mean: f
     mass = (log_density.exp() * edges.diff()).detach().numpy()
     assert mass.sum() == pytest.approx(1.0, abs=1e-4)
     cumulated = np.concatenate([[0.0], mass.cumsum()])
-    assert kolmogorov_p((drawn - 1.0) / 3.0, lambda x: np.interp(x, edges.numpy(), cumulated)) > FALSE_ALARM
+    assert kolmogorov_p((sampled - 1.0) / 3.0, lambda x: np.interp(x, edges.numpy(), cumulated)) > FALSE_ALARM
 
 
 def test_squashed_densities_multiply() -> None:
@@ -434,7 +434,7 @@ def test_the_squashed_density_is_stable_far_out() -> None:
     assert gradient.isfinite().all()
 
 
-def test_squashed_draws_are_reparameterised() -> None:
+def test_squashed_samples_are_reparameterized() -> None:
     acting = squashed(box((-1.0, -1.0), (1.0, 1.0)))
     generator = torch.Generator().manual_seed(0)
     output = torch.randn(5, 4, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -489,7 +489,7 @@ def test_actions_are_uniform_before_the_random_steps_are_over_and_not_after() ->
     assert isinstance(WIDE.actions, ContinuousActions)
     low, high = np.array(WIDE.actions.low), np.array(WIDE.actions.high)
 
-    def straying(step: int) -> float:
+    def uniformity(step: int) -> float:
         chosen = [acting.act(same(), step=step) for _ in range(50)]
         assert all((each.log_probability is None) == (step < 100) for each in chosen)
         flat = np.concatenate([each.action for each in chosen]).reshape(-1, 6)
@@ -497,15 +497,15 @@ def test_actions_are_uniform_before_the_random_steps_are_over_and_not_after() ->
         assert np.unique(flat, axis=0).shape == flat.shape
         return min(kolmogorov_p(column, lambda x: x) for column in ((flat - low) / (high - low)).T)
 
-    assert straying(0) > FALSE_ALARM
-    assert straying(99) > FALSE_ALARM
-    assert straying(100) < FALSE_ALARM
-    assert straying(10**9) < FALSE_ALARM
+    assert uniformity(0) > FALSE_ALARM
+    assert uniformity(99) > FALSE_ALARM
+    assert uniformity(100) < FALSE_ALARM
+    assert uniformity(10**9) < FALSE_ALARM
 
 
 @pytest.mark.parametrize(
     ("low", "high"), [((-math.inf,), (1.0,)), ((0.0,), (math.inf,)), ((-1.0, -math.inf), (1.0, math.inf))]
 )
 def test_squashing_needs_a_finite_box(low: tuple[float, ...], high: tuple[float, ...]) -> None:
-    with pytest.raises(ConfigurationError, match=r"squashing needs finite bounds of actions, got low .*inf"):
+    with pytest.raises(ConfigurationError, match=r"squashed_gaussian needs finite bounds of actions, got low .*inf"):
         squashed(box(low, high))

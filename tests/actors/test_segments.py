@@ -19,7 +19,7 @@ from replay.table import TableSpec, TransitionTable
 from replay.trajectory_queue import Permit, TrajectoryQueue
 from replay.types import Segment, Segments, Trajectory
 from tests.actors.naive import NaiveExperience, NaiveLane, Transition, assert_equal, assert_holds, newest
-from tests.actors.toys import RandomPolicy, Script, theatre
+from tests.actors.toys import RandomPolicy, Script, scripted
 from tests.replay.naive import assert_same_bits, read_everything
 
 GAMMA = 0.97
@@ -29,7 +29,7 @@ SCRIPTED = specify("SquallScripted-v0")
 
 
 class Rig:
-    """An environment under random actions, a builder, a table, and the twin that listens to the environment."""
+    """An environment under random actions, a builder, a table, and the reference implementation."""
 
     def __init__(
         self, environment: EnvironmentSpec, *, lanes: int, n_steps: int, length: int, capacity: int, seed: int = 0
@@ -37,8 +37,8 @@ class Rig:
         layout = environment.layout(segment_length=length, n_steps=n_steps)
         self.policy = RandomPolicy(PolicySpec("random", environment))
         self.policy.begin(np.random.SeedSequence(seed))
-        self.lanes = VectorRunner(environment, lanes, np.random.SeedSequence((seed, 1)))
-        self.twin = NaiveExperience(self.lanes, segment_length=length, n_steps=n_steps, gamma=GAMMA)
+        self.runner = VectorRunner(environment, lanes, np.random.SeedSequence((seed, 1)))
+        self.naive = NaiveExperience(self.runner, segment_length=length, n_steps=n_steps, gamma=GAMMA)
         self.builder = SegmentBuilder(layout, lanes, GAMMA)
         self.table = TransitionTable(TableSpec(layout, capacity), seed=np.random.SeedSequence(seed))
         self.segments: list[Segment] = []
@@ -50,24 +50,26 @@ class Rig:
 
     def begin(self) -> None:
         self._before = self.expected
-        self.builder.begin(self.lanes.reset())
+        self.builder.begin(self.runner.reset())
 
     @property
     def expected(self) -> list[Transition]:
-        return self._before + self.twin.in_order()
+        return self._before + self.naive.in_order()
 
     def roll_out(self, rows: int) -> None:
         for _ in range(rows):
-            observation = np.stack([lane.shown[-1] for lane in self.twin.lanes])
-            row = self.lanes.step(self.policy, step=0)
+            observation = np.stack([lane.shown[-1] for lane in self.naive.lanes])
+            step = self.runner.step(self.policy, step=0)
             assert_same_bits(self.policy.shown.pop(), observation)
-            cut = self.builder.add(row.action, row.reward, row.terminated, row.truncated, row.observation, row.failed)
+            cut = self.builder.add(
+                step.action, step.reward, step.terminated, step.truncated, step.observation, step.failed
+            )
             if cut is not None:
                 self.cut.append(cut)
                 self.insert(cut)
-            self.steps += row.steps
-            self.terminated += int(row.terminated.sum())
-            self.truncated += int((row.truncated & ~row.terminated).sum())
+            self.steps += step.steps
+            self.terminated += int(step.terminated.sum())
+            self.truncated += int((step.truncated & ~step.terminated).sum())
 
     def insert(self, segments: Sequence[Segment]) -> None:
         for segment in segments:
@@ -76,7 +78,7 @@ class Rig:
         self.segments += segments
 
     def check(self, *, flushed: bool) -> None:
-        """Check what is live now, and each item as it was when it came in: none lost, none doubled."""
+        """Check the live items, and each item at its insertion: no transition is lost or repeated."""
         inserted = self.table.evicted + self.table.size
         expected = self.expected if flushed else self.expected[:inserted]
         assert_holds(self.table, expected)
@@ -85,7 +87,7 @@ class Rig:
 
 
 def roll_out_twice(rig: Rig, rows: int) -> None:
-    """Roll out, look, go on, flush, look; reset and do it all again, so that the ring wraps more than once."""
+    """Roll out, check, continue, flush, check; reset and repeat, so that the ring buffer wraps more than once."""
     for _ in range(2):
         rig.begin()
         rig.roll_out(rows)
@@ -95,7 +97,7 @@ def roll_out_twice(rig: Rig, rows: int) -> None:
         rig.check(flushed=True)
     assert rig.steps == rig.table.evicted + rig.table.size
     assert rig.table.evicted > 0
-    rig.lanes.close()
+    rig.runner.close()
 
 
 @pytest.mark.parametrize("environment", [SHORT, STACKS], ids=["vectors", "stacks"])
@@ -109,7 +111,7 @@ def test_every_item_of_short_episodes(environment: EnvironmentSpec, lanes: int, 
     assert rig.terminated > 0
     assert rig.truncated > 0
     if length >= 16:
-        # A reset inside a segment leaves a hole in its starts; these episodes leave several.
+        # A reset inside a segment leaves a gap between its steps; these short episodes leave several.
         assert max(int((np.diff(segment.row) > 1).sum()) for segment in rig.segments) > 1
 
 
@@ -142,7 +144,7 @@ def test_a_push_has_as_many_arrays_as_a_segment_has_however_many_lanes_there_are
 
 
 def test_a_flushed_tail_has_shorter_returns() -> None:
-    with theatre(default=Script(length=100, reward=2.0)):
+    with scripted(default=Script(length=100, reward=2.0)):
         rig = Rig(SCRIPTED, lanes=1, n_steps=3, length=8, capacity=8)
         rig.begin()
         rig.roll_out(4)
@@ -200,31 +202,31 @@ def test_sampling_hands_out_the_same_items(environment: EnvironmentSpec) -> None
     rig.roll_out(90)
     rig.insert(rig.builder.flush())
     assert rig.table.evicted > 0
-    live, drawn = rig.expected[-rig.table.size :], read_everything(rig.table)
+    live, sampled = rig.expected[-rig.table.size :], read_everything(rig.table)
     for name in ("observation", "action", "reward", "discount", "next_observation"):
-        assert_same_bits(getattr(drawn, name)[0], np.stack([getattr(transition, name) for transition in live]))
+        assert_same_bits(getattr(sampled, name)[0], np.stack([getattr(transition, name) for transition in live]))
 
 
 @pytest.mark.parametrize("n_steps", [1, 3])
 @pytest.mark.parametrize("broken_step", range(1, 15))
 def test_a_failed_lane_alone_loses_its_unsent_rows(n_steps: int, broken_step: int) -> None:
     script = Script(length=6, raises_at=frozenset({broken_step}))
-    with theatre({1: script}, default=Script(length=5)) as happened:
+    with scripted({1: script}, default=Script(length=5)) as scenario:
         rig = Rig(SCRIPTED, lanes=3, n_steps=n_steps, length=4, capacity=500)
         rig.begin()
         rig.roll_out(40)
         rig.insert(rig.builder.flush())
-        rig.lanes.close()
+        rig.runner.close()
     failed_row = broken_step - 1 + (broken_step - 1) // 6
-    assert rig.twin.failures == [(failed_row, 1)]
-    assert happened.made == 4
-    assert happened.closed[0] == 1
+    assert rig.naive.failures == [(failed_row, 1)]
+    assert scenario.made == 4
+    assert scenario.closed[0] == 1
     rig.check(flushed=True)
-    # The twin says the same, but on this everything depends: no transition crosses from one instance to another.
+    # `check` implies this already, but it is the essential property: no transition spans two instances.
     items = rig.expected
     assert all((item.observation[:2] == item.next_observation[:2]).all() for item in items)
     steps = {instance: sum(item.observation[0] == instance for item in items) for instance in range(4)}
-    # Without a failure, a lane takes 5 steps in 6 rows. The rebuilt one resets in the row after its failure.
+    # Without a failure, a lane takes 5 steps in 6 rows. The rebuilt lane resets in the row after its failure.
     assert steps[0] == steps[2] == 34
     rows_left = 40 - (failed_row + 2)
     assert steps[3] == rows_left - rows_left // 6
@@ -234,61 +236,67 @@ def test_a_failed_lane_alone_loses_its_unsent_rows(n_steps: int, broken_step: in
 
 
 def test_a_lane_that_fails_all_the_time_sends_nothing() -> None:
-    with theatre({0: Script(raises_at=frozenset({1})), 2: Script(raises_at=frozenset({1}))}, Script(length=9)):
+    with scripted({0: Script(raises_at=frozenset({1})), 2: Script(raises_at=frozenset({1}))}, Script(length=9)):
         rig = Rig(SCRIPTED, lanes=2, n_steps=2, length=2, capacity=50)
         rig.begin()
         rig.roll_out(4)
         rig.insert(rig.builder.flush())
         rig.check(flushed=True)
-    assert rig.twin.failures == [(0, 0), (2, 0)]
+    assert rig.naive.failures == [(0, 0), (2, 0)]
     assert {float(item.observation[0]) for item in rig.expected} == {1.0}
 
 
 class Unrolls:
-    """Permits from a queue to a builder, trajectories back; every batch is checked against what the lanes showed."""
+    """A trajectory queue and a builder; every batch is compared with the recorded environment."""
 
     def __init__(self, environment: EnvironmentSpec, *, lanes: int, rows: int | None, units: int) -> None:
         self.rows = rows
         self.environment = environment
         self.policy = RandomPolicy(PolicySpec("random", environment))
         self.policy.begin(np.random.SeedSequence(3))
-        self.lanes = VectorRunner(environment, lanes, np.random.SeedSequence(4))
-        self.twin = NaiveExperience(self.lanes, segment_length=1, n_steps=1, gamma=GAMMA)
+        self.runner = VectorRunner(environment, lanes, np.random.SeedSequence(4))
+        self.naive = NaiveExperience(self.runner, segment_length=1, n_steps=1, gamma=GAMMA)
         self.builder = TrajectoryBuilder(lanes, GAMMA, rows=rows)
         self.queue = TrajectoryQueue(units)
-        self.said: list[Any] = []
+        self.actions: list[Any] = []
         self.begun: dict[Permit, tuple[int, int]] = {}
-        self.held: set[int] = set()
+        self.permitted: set[int] = set()
         self.batches: list[tuple[Trajectory, ...]] = []
 
     def roll_out(self, rows: int) -> None:
         rng = np.random.default_rng(5)
-        self.builder.begin(self.lanes.reset())
+        self.builder.begin(self.runner.reset())
         for _ in range(rows):
             for lane in self.builder.idle:
                 if rng.random() < 0.5:
-                    self.ask(lane)
-            assert self.builder.busy == bool(self.held)
-            row = self.lanes.step(self.policy, step=0)
-            self.said.append((row.action, row.log_probability))
+                    self.request(lane)
+            assert self.builder.busy == bool(self.permitted)
+            step = self.runner.step(self.policy, step=0)
+            self.actions.append((step.action, step.log_probability))
             for permit, trajectory in self.builder.add(
-                row.action, row.log_probability, row.reward, row.terminated, row.truncated, row.observation, row.failed
+                step.action,
+                step.log_probability,
+                step.reward,
+                step.terminated,
+                step.truncated,
+                step.observation,
+                step.failed,
             ):
                 trajectory.check(self.environment.layout(segment_length=1, n_steps=1))
                 assert self.queue.put(permit, 0, 0, trajectory)
-                self.held.remove(self.begun[permit][0])
+                self.permitted.remove(self.begun[permit][0])
             self.take()
-        self.lanes.close()
+        self.runner.close()
 
-    def ask(self, lane: int) -> None:
-        twin = self.twin.lanes[lane]
-        assert lane not in self.held
-        assert self.rows is not None or twin.resetting or not twin.episodes[-1]
+    def request(self, lane: int) -> None:
+        naive = self.naive.lanes[lane]
+        assert lane not in self.permitted
+        assert self.rows is not None or naive.resetting or not naive.episodes[-1]
         permits = self.queue.request_permits(0, 0, 1)
         if not isinstance(permits, str):
             self.builder.assign(lane, permits[0])
-            self.begun[permits[0]] = (lane, self.twin.rows)
-            self.held.add(lane)
+            self.begun[permits[0]] = (lane, self.naive.rows)
+            self.permitted.add(lane)
 
     def take(self) -> None:
         batch = self.queue.take()
@@ -304,18 +312,18 @@ class Unrolls:
         self.queue.publish(len(self.batches))
 
     def check(self, trajectory: Trajectory, lane: int, row: int) -> None:
-        twin = self.twin.lanes[lane]
+        naive = self.naive.lanes[lane]
         if self.rows is None:
-            row, rows = whole_episode(twin, row)
+            row, rows = whole_episode(naive, row)
         else:
             rows = self.rows
         assert len(trajectory.action) == rows
-        assert_same_bits(trajectory.observation, np.stack(twin.shown[row : row + rows + 1]))
-        steps = {step.row: step for episode in twin.episodes for step in episode}
+        assert_same_bits(trajectory.observation, np.stack(naive.shown[row : row + rows + 1]))
+        steps = {step.row: step for episode in naive.episodes for step in episode}
         for at in range(rows):
             step = steps.get(row + at)
             assert trajectory.valid[at] == (step is not None)
-            action, log_probability = self.said[row + at]
+            action, log_probability = self.actions[row + at]
             assert_same_bits(trajectory.action[at], action[lane])
             assert trajectory.log_probability[at] == log_probability[lane]
             if step is None:
@@ -372,8 +380,8 @@ def test_truncation_bootstraps_and_termination_does_not(truncates: bool, last: f
     complete: list[tuple[Permit, Trajectory]] = []
     for row in range(5):
         end = np.array([row == 2])
-        answer = (np.array([row]), np.zeros(1), np.array([10.0 + row]), end & (not truncates), end & truncates)
-        complete = builder.add(*answer, observations[row + 1])
+        outcome = (np.array([row]), np.zeros(1), np.array([10.0 + row]), end & (not truncates), end & truncates)
+        complete = builder.add(*outcome, observations[row + 1])
     [(permit, trajectory)] = complete
     assert permit == Permit(0, 0, 0)
     assert trajectory.valid.tolist() == [True, True, True, False, True]
@@ -384,27 +392,33 @@ def test_truncation_bootstraps_and_termination_does_not(truncates: bool, last: f
 
 @pytest.mark.parametrize("rows", [4, None])
 def test_a_failed_lane_begins_its_trajectory_again(rows: int | None) -> None:
-    with theatre({0: Script(length=6, raises_at=frozenset({3}))}, default=Script(length=4)):
-        lanes = VectorRunner(SCRIPTED, 2, np.random.SeedSequence(0))
+    with scripted({0: Script(length=6, raises_at=frozenset({3}))}, default=Script(length=4)):
+        runner = VectorRunner(SCRIPTED, 2, np.random.SeedSequence(0))
         policy = RandomPolicy(PolicySpec("random", SCRIPTED))
         policy.begin(np.random.SeedSequence(1))
         builder = TrajectoryBuilder(2, GAMMA, rows=rows)
-        builder.begin(lanes.reset())
+        builder.begin(runner.reset())
         for lane in builder.idle:
             builder.assign(lane, Permit(0, lane, 0))
         done: dict[Permit, Trajectory] = {}
         while builder.busy:
-            row = lanes.step(policy, step=0)
+            step = runner.step(policy, step=0)
             done |= builder.add(
-                row.action, row.log_probability, row.reward, row.terminated, row.truncated, row.observation, row.failed
+                step.action,
+                step.log_probability,
+                step.reward,
+                step.terminated,
+                step.truncated,
+                step.observation,
+                step.failed,
             )
-    failed, neighbour = done[Permit(0, 0, 0)], done[Permit(0, 1, 0)]
-    assert neighbour.observation[:, 0].tolist() == [1.0] * 5
-    assert neighbour.observation[:, 2].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    failed, other = done[Permit(0, 0, 0)], done[Permit(0, 1, 0)]
+    assert other.observation[:, 0].tolist() == [1.0] * 5
+    assert other.observation[:, 2].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert failed.observation[:, 0].tolist() == [2.0] * 5
     if rows is None:
         assert failed.observation[:, 2].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
         assert failed.valid.all()
     else:
-        # The row of the rebuilt lane's reset comes first; it is no step.
+        # The first row is the rebuilt lane's reset, which is no environment step.
         assert failed.valid.tolist() == [False, True, True, True]

@@ -1,4 +1,4 @@
-"""Video: a real file, read back; the same episodes with it and without."""
+"""Video files: their frames, and the same episodes with and without recording."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.actors.toys import TEST_POLICIES
 
 
 class Painter(gym.Env[Any, Any]):
-    """Episodes of 2, 3, 4, ... steps, numbered by the environment; each is drawn in its own red, the step in green."""
+    """Episodes of 2, 3, 4, ... steps; in a frame, red is the number of the episode and green the step."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012
     observation_space = gym.spaces.Discrete(1000)
@@ -41,7 +41,7 @@ class Painter(gym.Env[Any, Any]):
         self.at += 1
         if self.episode == 1 and self.at == 2 and Painter.failures_to_come:
             Painter.failures_to_come -= 1
-            raise OSError("the simulator is gone")
+            raise OSError("the simulator has exited")
         return self.at, 1.0, self.at == self.episode + 2, False, {}
 
     def render(self) -> Array:  # type: ignore[override]
@@ -51,7 +51,7 @@ class Painter(gym.Env[Any, Any]):
 
 
 class Odd(Painter):
-    """Renders something that is no frame."""
+    """An environment that renders something that is not a frame."""
 
     def render(self) -> Array:  # type: ignore[override]
         return np.zeros((4, 4))
@@ -69,7 +69,7 @@ def test_policies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def record(path: Path, environment: Any, episodes: int, **options: Any) -> tuple[Video, Any]:
-    policy = PolicySpec("lever", specify(environment)).build()
+    policy = PolicySpec("constant", specify(environment)).build()
     with Video(path) as recording:
         results = run_episodes(policy, episodes, np.random.SeedSequence(3), video=recording, **options)
     assert results == run_episodes(policy, episodes, np.random.SeedSequence(3), **options)
@@ -99,7 +99,7 @@ def test_every_frame_of_every_episode_is_there_in_order(tmp_path: Path) -> None:
 
 
 def test_a_full_video_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MOST_FRAMES", 10)
+    monkeypatch.setattr(video, "MAX_FRAMES", 10)
     recording, _ = record(tmp_path / "play.mp4", "SquallPainter-v0", 5, lanes=2)
     assert (recording.frames, recording.left_out) == (10, 9)
     assert len(read(tmp_path / "play.mp4")[1]) == 10
@@ -107,7 +107,7 @@ def test_a_full_video_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytes
 
 def test_an_episode_that_failed_is_not_in_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Painter, "failures_to_come", 1)
-    policy = PolicySpec("lever", specify("SquallPainter-v0")).build()
+    policy = PolicySpec("constant", specify("SquallPainter-v0")).build()
     with Video(tmp_path / "play.mp4") as recording:
         results = run_episodes(policy, 2, np.random.SeedSequence(3), lanes=1, video=recording)
     assert Painter.failures_to_come == 0
@@ -123,27 +123,27 @@ def test_cart_pole_is_drawn(tmp_path: Path) -> None:
     assert np.abs(frames[5].astype(int) - frames[0]).max() > 100
 
 
-def test_atari_is_recorded_in_colour_and_plays_the_game_that_is_scored(tmp_path: Path) -> None:
+def test_atari_is_recorded_in_color_and_plays_the_game_that_is_scored(tmp_path: Path) -> None:
     environment = specify("ALE/Pong-v5", {"max_num_frames_per_episode": 120})
     record(tmp_path / "play.mp4", environment, 2)
     rate, frames = read(tmp_path / "play.mp4")
     assert rate == 15
     assert frames.shape == (2 * 31, 210, 160, 3)
     assert (frames.max((0, 1, 2)) - frames.min((0, 1, 2)) > 60).all()
-    assert np.ptp(frames, axis=-1).max() > 60, "grey"
+    assert np.ptp(frames, axis=-1).max() > 60, "gray"
     assert np.abs(frames[30].astype(int) - frames[10]).max() > 100
 
 
-def test_the_twin_shows_what_the_agent_sees() -> None:
+def test_the_rendered_screen_shows_what_the_agent_sees() -> None:
     spec = specify("PongNoFrameskip-v4")
     env = spec.make(2, rendered=True)
     try:
         observation, _ = env.reset(seed=np.array([5, 6]))
         for step in range(60):
             observation, *_ = env.step(np.array([step % 6, 3]))
-            grey = [frame @ np.array([0.299, 0.587, 0.114]) for frame in env.render()]
+            gray = [frame @ np.array([0.299, 0.587, 0.114]) for frame in env.render()]
             for lane in range(2):
-                rows = np.add.reduceat(grey[lane].mean(1), np.arange(0, 210, 5)) / 5
+                rows = np.add.reduceat(gray[lane].mean(1), np.arange(0, 210, 5)) / 5
                 assert np.abs(rows - observation[lane, -1].reshape(42, 2, 84).mean((1, 2))).max() < 6
     finally:
         env.close()
@@ -152,8 +152,8 @@ def test_the_twin_shows_what_the_agent_sees() -> None:
 @pytest.mark.parametrize("name", ["play.avi", "play", "missing/play.mp4", "folder.mp4"])
 def test_a_file_that_cannot_be_written_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
-    with pytest.raises(ConfigurationError, match=r"an \.mp4 file|cannot write"), Video(tmp_path / name):
-        pytest.fail("it began")
+    with pytest.raises(ConfigurationError, match=r"must end in \.mp4|cannot write"), Video(tmp_path / name):
+        pytest.fail("the block was entered")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
 
 

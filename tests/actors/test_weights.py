@@ -1,4 +1,4 @@
-"""Weights: packed and unpacked, stored once a version, fetched without waiting, through the store's death."""
+"""Weights: packing, unpacking, the weight store, and fetching without blocking, also when the store dies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from replay.remote import RemoteActor
 
 
 class Assorted(nn.Module):
-    """Parameters and buffers of many dtypes and shapes; one buffer does not persist, so it does not travel."""
+    """Parameters and buffers of many dtypes and shapes; one buffer is not persistent, so it is not published."""
 
     def __init__(self, width: int = 5) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ def states_equal(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_a_round_trip_changes_no_bit() -> None:
-    sent, got = filled(1), filled(2)
-    noise = got.noise.clone()  # type: ignore[operator]
-    assert not states_equal(sent, got)
+    sent, received = filled(1), filled(2)
+    noise = received.noise.clone()  # type: ignore[operator]
+    assert not states_equal(sent, received)
     weights = pack(sent, 3)
-    unpack(weights, got)
-    assert states_equal(sent, got)
-    assert torch.equal(got.noise, noise)  # type: ignore[arg-type]
+    unpack(weights, received)
+    assert states_equal(sent, received)
+    assert torch.equal(received.noise, noise)  # type: ignore[arg-type]
     assert weights.version == 3
     assert weights.data.dtype == np.uint8
     assert weights.data.shape == (sum(v.numel() * v.element_size() for v in sent.state_dict().values()),)
@@ -81,15 +81,15 @@ def test_weights_are_a_copy() -> None:
 
 
 def test_read_only_weights_are_loaded_and_not_kept() -> None:
-    sent, got = filled(1), filled(2)
+    sent, received = filled(1), filled(2)
     weights = pack(sent, 0)
-    weights.data.flags.writeable = False  # as the object store hands them out
-    unpack(weights, got)
+    weights.data.flags.writeable = False  # as arrays from the object store are
+    unpack(weights, received)
     with torch.no_grad():
-        got.linear.weight.add_(1.0)
-    assert not states_equal(sent, got)
-    unpack(weights, got)
-    assert states_equal(sent, got)
+        received.linear.weight.add_(1.0)
+    assert not states_equal(sent, received)
+    unpack(weights, received)
+    assert states_equal(sent, received)
 
 
 @pytest.mark.parametrize("other", [Assorted(6), nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(3, 5).double()])
@@ -116,78 +116,78 @@ def weights_of(version: int, value: int = 0) -> Weights:
     return Weights(version, "layout", np.full(1000, value, np.uint8))
 
 
-Ask = Callable[..., Any]
+NewerThan = Callable[..., Any]
 
 
 @pytest.fixture
-def ask() -> Iterator[Ask]:
-    """Returns what a store answers, on one event loop."""
+def newer_than() -> Iterator[NewerThan]:
+    """Return the reply of a store to `newer_than`, on one event loop."""
     with asyncio.Runner() as runner:
         yield lambda store, version, within=0.0: runner.run(store.newer_than(version, within))
 
 
-def test_a_store_hands_out_newer_weights_only(ask: Ask) -> None:
+def test_a_store_returns_newer_weights_only(newer_than: NewerThan) -> None:
     store = WeightStore()
-    assert ask(store, -1) is None
+    assert newer_than(store, -1) is None
     assert store.publish(weights_of(4)) == 4
-    [held] = ask(store, 3)
-    assert held.version == 4
-    assert ask(store, 4) is None
-    assert ask(store, 9) is None
+    [stored] = newer_than(store, 3)
+    assert stored.version == 4
+    assert newer_than(store, 4) is None
+    assert newer_than(store, 9) is None
     assert store.report() == {"version": 4, "pid": os.getpid(), "node": socket.gethostname()}
 
 
 class Puts(list[int]):
-    """What a store put away: versions."""
+    """The versions that a store has put."""
 
     def __call__(self, weights: Weights) -> Weights:
         self.append(weights.version)
         return weights
 
 
-def test_a_store_ignores_older_weights_and_puts_each_version_once(ask: Ask) -> None:
+def test_a_store_ignores_older_weights_and_puts_each_version_once(newer_than: NewerThan) -> None:
     put = Puts()
     store = WeightStore(put)
     assert [store.publish(weights_of(version)) for version in (2, 1, 2, 3, 0)] == [2, 2, 2, 3, 3]
     assert put == [2, 3]
-    assert ask(store, -1)[0].version == 3
-    assert ask(store, 2)[0].version == 3
+    assert newer_than(store, -1)[0].version == 3
+    assert newer_than(store, 2)[0].version == 3
     assert put == [2, 3]
 
 
-def test_an_ask_is_held_until_there_is_something_newer() -> None:
+def test_a_request_waits_until_there_is_a_newer_version() -> None:
     store = WeightStore()
     store.publish(weights_of(4))
 
-    async def scene() -> None:
-        asked = [asyncio.create_task(store.newer_than(version)) for version in (4, 4, 6)]
+    async def scenario() -> None:
+        requests = [asyncio.create_task(store.newer_than(version)) for version in (4, 4, 6)]
         await asyncio.sleep(0.05)
-        assert not any(ask.done() for ask in asked)
+        assert not any(request.done() for request in requests)
         store.publish(weights_of(4))
         await asyncio.sleep(0.05)
-        assert not any(ask.done() for ask in asked)
+        assert not any(request.done() for request in requests)
         store.publish(weights_of(5))
-        answers = await asyncio.wait_for(asyncio.gather(*asked[:2]), 5)
+        answers = await asyncio.wait_for(asyncio.gather(*requests[:2]), 5)
         assert [answer[0].version for answer in answers] == [5, 5]
-        # A store that was recreated may hold less than an asker has: 6 is not newer than 6.
+        # A recreated store may have older weights than a client: 6 is not newer than 6.
         store.publish(weights_of(6))
         await asyncio.sleep(0.05)
-        assert not asked[2].done()
+        assert not requests[2].done()
         store.publish(weights_of(7))
-        assert (await asyncio.wait_for(asked[2], 5))[0].version == 7
+        assert (await asyncio.wait_for(requests[2], 5))[0].version == 7
 
-    asyncio.run(scene())
+    asyncio.run(scenario())
 
 
-def test_an_ask_is_not_held_for_ever(ask: Ask) -> None:
+def test_a_request_does_not_wait_for_ever(newer_than: NewerThan) -> None:
     store = WeightStore()
     begun = time.monotonic()
-    assert ask(store, -1, within=0.2) is None
+    assert newer_than(store, -1, within=0.2) is None
     assert 0.2 <= time.monotonic() - begun < 5.0
 
 
 class RemoteStore:
-    """A store under the name `weights-under-test`; `start` puts another in the place of one that died."""
+    """A store with the name `weights-under-test`; `start` replaces a store that died."""
 
     def __init__(self) -> None:
         self.actor: Any = None
@@ -208,7 +208,7 @@ class RemoteStore:
 
     def stop(self) -> None:
         if self.actor is not None:
-            # Also after a death: until then, or until its last handle is gone, Ray keeps the name.
+            # Kill a dead actor too: Ray keeps its name until it is killed or its last handle is deleted.
             ray.kill(self.actor)
 
     def publish(self, value: int = 0) -> int:
@@ -231,7 +231,7 @@ def client(store: RemoteStore) -> WeightClient:
 
 
 def next_weights(client: WeightClient, seconds: float = 20.0) -> Weights:
-    """Poll until newer weights come."""
+    """Poll until newer weights arrive, and return them."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if (weights := client.poll()) is not None:
@@ -241,7 +241,7 @@ def next_weights(client: WeightClient, seconds: float = 20.0) -> Weights:
 
 
 def poll_in_vain(client: WeightClient, seconds: float) -> float:
-    """Poll for a while; no poll may bring anything. Return the seconds that the slowest one took."""
+    """Poll for a number of seconds, and check that no poll returns weights; return the duration of the slowest poll."""
     end, slowest = time.monotonic() + seconds, 0.0
     while (begun := time.monotonic()) < end:
         assert client.poll() is None
@@ -263,14 +263,14 @@ def test_a_client_fetches_each_version_once(store: RemoteStore, client: WeightCl
 
 
 class Counted(RemoteActor):
-    """A store that counts what it is asked, and holds an ask for `held` seconds."""
+    """A store that counts its requests; `within`, if set, is the long-poll time in seconds."""
 
-    held: float | None = None
-    asks = 0
+    within: float | None = None
+    requests = 0
 
     def later(self, method: str, *arguments: Any) -> Any:
-        self.asks += 1
-        return super().later(method, *arguments, *([] if self.held is None else [self.held]))
+        self.requests += 1
+        return super().later(method, *arguments, *([] if self.within is None else [self.within]))
 
 
 @pytest.mark.ray
@@ -284,34 +284,34 @@ def test_a_client_asks_once_a_version(store: RemoteStore) -> None:
     assert client.pending
     store.publish()
     assert next_weights(client).version == version + 1
-    assert counted.asks == 2
+    assert counted.requests == 2
 
 
 @pytest.mark.ray
-def test_a_client_asks_again_when_its_ask_was_held_long_enough(store: RemoteStore) -> None:
+def test_a_client_sends_a_new_request_after_a_long_poll(store: RemoteStore) -> None:
     version = store.publish()
     counted = Counted("weights-under-test")
-    counted.held = 0.1
+    counted.within = 0.1
     client = WeightClient(counted)
     assert next_weights(client).version == version
     begun = time.monotonic()
-    while counted.asks < 4:
+    while counted.requests < 4:
         poll_in_vain(client, 0.05)
         assert time.monotonic() < begun + 20.0
-    assert time.monotonic() - begun >= 0.2, "the second and the third were held"
+    assert time.monotonic() - begun >= 0.2, "the second and the third request were long polls"
     store.publish()
     assert next_weights(client).version == version + 1
     assert client.failed_fetches == 0
 
 
 @pytest.mark.ray
-def test_held_asks_keep_nobody_from_publishing(store: RemoteStore) -> None:
-    """More asks than an actor's usual thousand at once: one for each of many workers."""
+def test_waiting_requests_do_not_block_publishing(store: RemoteStore) -> None:
+    """One request from each of many workers: more than the 1,000 concurrent calls that an actor allows by default."""
     version = store.publish()
-    asked = [store.actor.newer_than.remote(version) for _ in range(1_500)]
-    assert not ray.wait(asked, timeout=0.5)[0]
+    requests = [store.actor.newer_than.remote(version) for _ in range(1_500)]
+    assert not ray.wait(requests, timeout=0.5)[0]
     assert store.publish() == version + 1
-    answers = ray.get(asked, timeout=20.0)
+    answers = ray.get(requests, timeout=20.0)
     assert len({answer[0] for answer in answers}) == 1
     assert ray.get(answers[0][0]).version == version + 1
 
@@ -329,7 +329,7 @@ def test_a_busy_store_makes_nobody_wait(store: RemoteStore, client: WeightClient
 
 @pytest.mark.ray
 def test_weights_outlive_the_learner(store: RemoteStore, client: WeightClient) -> None:
-    """The process that puts an object owns it: it must be the store's, not the publisher's."""
+    """The process that puts an object owns it, so the store must put the weights, not the publisher."""
 
     @ray.remote(num_cpus=0)
     class Learner:
@@ -352,8 +352,8 @@ def test_a_client_without_a_store_does_not_wait(local_ray: None) -> None:
 
 
 @pytest.mark.ray
-def test_who_publishes_hears_of_a_store_that_cannot_keep(local_ray: None) -> None:
-    """Not who asks: the learner ends with the reason, and those who act go on with what they have."""
+def test_the_publisher_gets_the_error_of_a_store_that_cannot_put(local_ray: None) -> None:
+    """The learner exits with the error, while the workers continue with the weights that they have."""
 
     def put(_: Weights) -> None:
         raise OSError("the object store is full")
@@ -376,7 +376,7 @@ def test_a_killed_store_costs_nothing_and_its_successor_is_found(store: RemoteSt
     next_weights(client)
     os.kill(ray.get(store.actor.report.remote())["pid"], signal.SIGKILL)
 
-    # No answer, no exception, no waiting; the client stays at what it has.
+    # No reply, no exception, no blocking; the client keeps its version.
     end = time.monotonic() + 20
     while client.failed_fetches < 3:
         assert time.monotonic() < end
@@ -384,7 +384,7 @@ def test_a_killed_store_costs_nothing_and_its_successor_is_found(store: RemoteSt
     assert client.version == version
 
     store.start()
-    # The learner publishes at once what it published last: nothing new for this client.
+    # The learner at once republishes its last version, which is not newer for this client.
     store.version -= 1
     assert store.publish() == version
     poll_in_vain(client, 0.2)

@@ -1,4 +1,4 @@
-"""Small environments and policies made for tests."""
+"""Small environments and policies for tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from replay.types import Array
 
 
 class ShortEpisodes(gym.Env[Any, Any]):
-    """Episodes of 1 to 7 steps that end by termination, truncation or both; rewards and observations are noise."""
+    """Episodes of 1 to 7 steps that end by termination, truncation, or both; rewards and observations are noise."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = spaces.Discrete(3, start=1)
@@ -38,7 +38,7 @@ class ShortEpisodes(gym.Env[Any, Any]):
 
 
 class SlowSteps(ShortEpisodes):
-    """As `ShortEpisodes`, at 20 ms a step."""
+    """`ShortEpisodes` with 20 ms per step."""
 
     def step(self, action: Any) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         time.sleep(0.02)
@@ -46,7 +46,7 @@ class SlowSteps(ShortEpisodes):
 
 
 class ShortStacks(gym.Env[Any, Any]):
-    """As `ShortEpisodes`, with stacks of four frames, zero frames before the first, and actions in a box."""
+    """Short episodes with stacks of four frames, zero frames before the first frame, and actions in a box."""
 
     observation_space = spaces.Box(0, 255, (4, 2, 3), np.uint8)
     action_space = spaces.Box(-2.0, 2.0, (2,), np.float32)
@@ -73,13 +73,13 @@ class ShortStacks(gym.Env[Any, Any]):
 
 @dataclass(frozen=True)
 class Script:
-    """What one instance of `Scripted` does.
+    """The behavior of one instance of `Scripted`.
 
     Attributes:
-        length: steps of each of its episodes.
-        reward: of each step.
-        raises_at: steps of this instance, from 1, that raise.
-        resets_that_raise: resets of this instance, from 1, that raise.
+        length: steps of each episode.
+        reward: reward of each step.
+        raises_at: numbers of the instance's steps, from 1, that raise.
+        resets_that_raise: numbers of the instance's resets, from 1, that raise.
         truncates: whether episodes end by truncation instead of termination.
     """
 
@@ -91,8 +91,16 @@ class Script:
 
 
 @dataclass
-class Theatre:
-    """Which instance follows which script, in the order they are made, and what happened."""
+class Scenario:
+    """The scripts of the instances of `Scripted`, numbered in the order of their creation, and a record of events.
+
+    Attributes:
+        scripts: instance -> script.
+        default: script of all other instances.
+        made: number of instances made.
+        closed: instances that were closed, in order.
+        seeds: seeds of all resets, in order.
+    """
 
     scripts: Mapping[int, Script] = field(default_factory=dict)
     default: Script = Script()
@@ -102,17 +110,17 @@ class Theatre:
 
 
 class Scripted(gym.Env[Any, Any]):
-    """Observes `(instance, episode, step of the episode)`, all from 0; fails when its script says so."""
+    """Observations are `(instance, episode, step of the episode)`, all from 0; a script determines the failures."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = spaces.Discrete(2)
-    theatre = Theatre()
+    scenario = Scenario()
 
     def __init__(self) -> None:
-        theatre = Scripted.theatre
-        self.instance = theatre.made
-        theatre.made += 1
-        self._script = theatre.scripts.get(self.instance, theatre.default)
+        scenario = Scripted.scenario
+        self.instance = scenario.made
+        scenario.made += 1
+        self._script = scenario.scripts.get(self.instance, scenario.default)
         self._resets = self._steps = self._step = 0
 
     def _observe(self) -> Array:
@@ -120,7 +128,7 @@ class Scripted(gym.Env[Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Array, dict[str, Any]]:
         super().reset(seed=seed)
-        Scripted.theatre.seeds.append(seed)
+        Scripted.scenario.seeds.append(seed)
         self._resets += 1
         self._step = 0
         if self._resets in self._script.resets_that_raise:
@@ -134,21 +142,21 @@ class Scripted(gym.Env[Any, Any]):
         self._step += 1
         ended = self._step == self._script.length
         truncated = self._script.truncates and ended
-        # Keys that users may well choose; none of them is a failure.
+        # A user may choose the key "failure"; it does not mark a failure.
         return self._observe(), self._script.reward, ended and not truncated, truncated, {"failure": False}
 
     def close(self) -> None:
-        Scripted.theatre.closed.append(self.instance)
+        Scripted.scenario.closed.append(self.instance)
 
 
 @contextmanager
-def theatre(scripts: Mapping[int, Script] | None = None, default: Script = Script()) -> Iterator[Theatre]:
-    """Play `scripts` in the instances of `SquallScripted-v0` that are made from now on."""
-    Scripted.theatre = Theatre(scripts or {}, default)
+def scripted(scripts: Mapping[int, Script] | None = None, default: Script = Script()) -> Iterator[Scenario]:
+    """Apply `scripts` to the instances of `SquallScripted-v0` that are made inside the block."""
+    Scripted.scenario = Scenario(scripts or {}, default)
     try:
-        yield Scripted.theatre
+        yield Scripted.scenario
     finally:
-        Scripted.theatre = Theatre()
+        Scripted.scenario = Scenario()
 
 
 for name, entry in (
@@ -162,7 +170,7 @@ for name, entry in (
 
 
 class RandomPolicy(Policy):
-    """Takes random actions of any kind, with log-probabilities made up; remembers what it was shown."""
+    """Random actions of any kind, with invented log-probabilities; records the observations in `shown`."""
 
     def begin(self, seed: np.random.SeedSequence, worker: int = 0, workers: int = 1) -> None:
         super().begin(seed, worker, workers)
@@ -181,21 +189,21 @@ def random_actions(environment: EnvironmentSpec, lanes: int, rng: np.random.Gene
     return rng.uniform(actions.low, actions.high, (lanes, *actions.shape)).astype(np.float32)
 
 
-class Lever(Policy):
-    """Takes in every lane the action that its weights name; can stop a worker after so many rows."""
+class ConstantPolicy(Policy):
+    """The same action in every lane, which the weights contain; `after` has functions to call at a number of calls."""
 
     def __init__(self, spec: PolicySpec) -> None:
         super().__init__(spec)
-        self.register_buffer("arm", torch.tensor(0))
+        self.register_buffer("action", torch.tensor(0))
         self.after: dict[int, Callable[[], None]] = {}
         self.steps: list[int] = []
-        self.pulled: list[int] = []
+        self.taken: list[int] = []
 
     def act(self, observation: Array, *, step: int, greedy: bool = False) -> Action:
         self.steps.append(step)
-        self.pulled.append(int(self.arm))  # type: ignore[arg-type]
+        self.taken.append(int(self.action))  # type: ignore[arg-type]
         self.after.get(len(self.steps), lambda: None)()
-        return Action(np.full(len(observation), self.pulled[-1]))
+        return Action(np.full(len(observation), self.taken[-1]))
 
 
-TEST_POLICIES: dict[str, type[Policy]] = {"random": RandomPolicy, "lever": Lever}
+TEST_POLICIES: dict[str, type[Policy]] = {"random": RandomPolicy, "constant": ConstantPolicy}

@@ -1,7 +1,7 @@
-"""`python -m tests.benchmarks`: measure Squall beside its peers and beside the machine's limit, and write it down.
+"""`python -m tests.benchmarks`: measure Squall beside its peers and the machine's limit, and write docs/performance.md.
 
-The machine must do nothing else meanwhile. Exit status: 0 measured, 1 a side failed, 2 bad input, 130 interrupted;
-whether a target is met is for BENCHMARKS.md to say, not for an exit status.
+The machine must run nothing else meanwhile. Exit status: 0 measured, 1 a side failed, 2 bad input, 130 interrupted. A
+target that is not reached shows in docs/performance.md, not in the exit status.
 """
 
 from __future__ import annotations
@@ -19,17 +19,25 @@ _QUICK = Protocol(pairs=2, warm_up=2.0, seconds=4.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; return the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--only", metavar="ROW,ROW", help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--quick", action="store_true", help="two short pairs of the quick cases; no file is written")
+    parser.add_argument("--only", metavar="ROW,ROW", help=f"rows to measure, of {', '.join(ROWS)}")
     parser.add_argument(
-        "--pairs", type=int, default=Protocol.pairs, metavar="N", help="default %(default)s, at least 5"
+        "--quick", action="store_true", help="measure two short pairs of the quick cases; write no file"
     )
-    parser.add_argument("--seconds", type=float, default=Protocol.seconds, metavar="S", help="of a window, 10 to 30")
     parser.add_argument(
-        "--render", action="store_true", help="measure nothing: BENCHMARKS.md and plot from results.json"
+        "--pairs",
+        type=int,
+        default=Protocol.pairs,
+        metavar="N",
+        help="number of pairs, at least 5; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=Protocol.seconds, metavar="S", help="seconds of a window, 10 to 30"
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="write docs/performance.md and plot from results.json; measure nothing"
     )
     parsed = parser.parse_args(arguments)
     only = [name for name in (parsed.only or "").split(",") if name]
@@ -62,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def together(cases: Iterable[Case]) -> list[list[Case]]:
-    """Put cases together that have the same sides."""
+    """Return the cases in groups with the same sides."""
     groups: dict[tuple[Side, ...], list[Case]] = {}
     for case in cases:
         groups.setdefault((case.ours, *case.others), []).append(case)

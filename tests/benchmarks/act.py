@@ -27,7 +27,7 @@ from services.rpc import squall_pb2 as pb
 from services.rpc import squall_pb2_grpc
 from services.rpc.auth import ServerConfig
 from services.rpc.codec import encode_array
-from services.rpc.policy import MOST_ROWS, PolicyService, ServedPolicy
+from services.rpc.policy import MAX_BATCH_SIZE, PolicyService, ServedPolicy
 from services.rpc.server import CHANNEL_OPTIONS, ServerThread
 
 ENVIRONMENTS = {
@@ -41,7 +41,7 @@ def serve(kind: str, most_rows: int, threads: int, pipe: Connection) -> None:
     """Serve a policy with fresh weights until the other end of `pipe` says so."""
     torch.set_num_threads(threads)
     policy = PolicySpec("epsilon_greedy", ENVIRONMENTS[kind], (256, 256)).build()
-    service = PolicyService(ServedPolicy(policy, "dqn", version=0), "benchmark", most_rows=most_rows)
+    service = PolicyService(ServedPolicy(policy, "dqn", version=0), "benchmark", max_batch_size=most_rows)
     server = ServerThread([service], ServerConfig())
     pipe.send(server.address)
     pipe.recv()
@@ -92,7 +92,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     observations = rng.integers(0, 200, (100, *environment.observation_shape)).astype(environment.observation_dtype)
     print(f"{'':10} {'p50 ms':>8} {'p99 ms':>8} {'requests/s':>11} {'requests a pass':>16}")
-    for name, most_rows in (("batched", MOST_ROWS), ("unbatched", 1)):
+    for name, most_rows in (("batched", MAX_BATCH_SIZE), ("unbatched", 1)):
         with server(arguments.policy, most_rows, arguments.threads) as (address, pipe):
             taken, seconds = asyncio.run(measure(address, arguments.requests, arguments.rounds, observations))
             pipe.send("enough")

@@ -1,4 +1,4 @@
-"""What is compared, as data: one case a figure, of ours beside the peers' and the machine's limit."""
+"""The cases of the benchmarks, as data: each compares one figure of Squall with the peers and the machine's limit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ BOTH = (1, 2)
 
 @dataclass(frozen=True)
 class Side:
-    """One program that is measured.
+    """One measured program.
 
     Attributes:
-        name: as the tables show it.
-        script: in `sides/`.
-        arguments: of the script.
-        peer: whose environment runs it, a key of `PEERS`; "" is this one.
-        threads: numbers of threads to choose the best of.
+        name: name in the tables.
+        script: file in `sides/`.
+        arguments: arguments of the script.
+        peer: key of `PEERS` of the virtual environment that runs the script; "" is this environment.
+        threads: numbers of threads, of which the best is chosen.
     """
 
     name: str
@@ -35,19 +35,19 @@ class Case:
     """One figure.
 
     Attributes:
-        row: as BENCHMARKS.md groups it.
-        name: within the row; "" where the row has one case.
-        title: what is measured.
-        unit: of the figure.
-        ours: Squall.
-        others: the peers and the limit, each paired with ours.
-        targets: side -> the ratio wanted, ours being so many times better.
+        row: name of the section in docs/performance.md.
+        name: name within the row; "" if the row has one case.
+        title: description of the measurement.
+        unit: unit of the figure.
+        ours: Squall's side.
+        others: the peers and the limit, each paired with Squall.
+        targets: wanted ratio by side: how many times better Squall is to be.
         higher_is_better: False for times and bytes.
-        same: facts that both sides must tell, alike.
-        tolerance: relative difference allowed in them.
-        quick: whether `--quick` measures it.
-        most: what our figure itself may be at most; None sets no bound.
-        fact: which of the facts that a side tells is the figure; cases with the same sides are measured together.
+        same: facts that both sides must report, with equal values.
+        tolerance: relative difference allowed in these facts.
+        quick: whether `--quick` measures the case.
+        most: upper bound of Squall's own figure; None sets no bound.
+        fact: the reported fact that is the figure; cases with the same sides are measured together.
     """
 
     row: str
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """VectorStep and name."""
+        """Row and name."""
         return f"{self.row}/{self.name}" if self.name else self.row
 
 
@@ -97,9 +97,9 @@ def _per(batch: int, inserts: int, quick: bool = False) -> Case:
     return Case(
         "per",
         name,
-        f"prioritized cycle at 2^20 items: draw {batch} with data and weights, set their priorities"
-        + (f", after {inserts} inserts" if inserts else ""),
-        "us a cycle",
+        f"cycle of a prioritized replay with 2^20 items: draw {batch} items with data and weights, and set their "
+        "priorities" + (f", after {inserts} inserts" if inserts else ""),
+        "us per cycle",
         Side("Squall", "squall_per.py", arguments),
         (
             Side("cpprb", "cpprb_per.py", arguments, "cpprb"),
@@ -115,7 +115,7 @@ def _per(batch: int, inserts: int, quick: bool = False) -> Case:
 
 def _replay(kind: str, table: str, sampled: float) -> list[Case]:
     arguments = ("--kind", kind, "--table", table)
-    service = f"the replay service, one writer and one reader process, {kind} items, {table}"
+    service = f"replay service with one writer and one reader process, {kind} items, {table}"
     reverb = Side("reverb", "reverb_replay.py", arguments, "reverb")
     common: dict[str, Any] = {
         "row": "replay",
@@ -128,17 +128,17 @@ def _replay(kind: str, table: str, sampled: float) -> list[Case]:
         *(
             Case(
                 name=f"{kind}-{table}-{what}",
-                title=f"{service}: {what} while the other goes on",
+                title=f"{service}: items {what} while the other process {meanwhile}",
                 unit="items/s",
                 targets={reverb.name: target},
                 fact=what,
                 **common,
             )
-            for what, target in (("inserted", 5.0), ("sampled", sampled))
+            for what, meanwhile, target in (("inserted", "samples", 5.0), ("sampled", "inserts", sampled))
         ),
         Case(
             name=f"{kind}-{table}-p99",
-            title=f"{service}: a sample call's 99th percentile over its median",
+            title=f"{service}: 99th percentile of the time of a sample call, divided by its median",
             unit="medians",
             higher_is_better=False,
             most=3.0,
@@ -156,7 +156,7 @@ def _weights(receivers: int) -> list[Case]:
         Case(
             "weights",
             f"{what}-{receivers}",
-            f"{meaning}, 1.7 million parameters, {receivers} receivers on a node, median",
+            f"{meaning}; 1.7 million parameters, receivers on one node: {receivers}, median",
             "ms",
             side("Squall", "squall"),
             (side("ray by value", "value"),),
@@ -166,8 +166,8 @@ def _weights(receivers: int) -> list[Case]:
             fact=f"{what}_p50_ms",
         )
         for what, meaning in (
-            ("stall", "the learner stalls for a version"),
-            ("applied", "from publishing to acting with it"),
+            ("stall", "time for which publishing a version stalls the learner"),
+            ("applied", "time from publishing a version to the first action with it"),
         )
     ]
 
@@ -175,21 +175,21 @@ def _weights(receivers: int) -> list[Case]:
 CASES: tuple[Case, ...] = (
     _end_to_end(
         "pong",
-        "DQN on PongNoFrameskip-v4: Nature CNN, batch 32, one update per 4 steps, 8 environments",
+        "DQN on PongNoFrameskip-v4: Nature CNN, batches of 32, one update per 4 steps, 8 environments",
         ("stable-baselines3", "rllib"),
         {"stable-baselines3": 3.0, LIMIT: 0.85, "rllib": 10.0},
-        tolerance=0.1,  # Squall counts steps by pushes of 256, so it may be off by two of them
+        tolerance=0.1,  # Squall counts steps in pushes of 256, so the count may be off by two pushes
     ),
     _end_to_end(
         "cartpole",
-        "DQN on CartPole-v1: 256x256, batch 64, one update per 2 steps",
+        "DQN on CartPole-v1: layers of 256x256, batches of 64, one update per 2 steps",
         ("stable-baselines3", "tianshou", "rllib"),
         {"stable-baselines3": 2.5, LIMIT: 0.85, "rllib": 25.0},
         quick=True,
     ),
     _end_to_end(
         "pendulum",
-        "SAC on Pendulum-v1: two critics of 256x256, batch 256, one update a step",
+        "SAC on Pendulum-v1: two critics of 256x256, batches of 256, one update per step",
         ("stable-baselines3", "tianshou"),
         {"stable-baselines3": 1.5, LIMIT: 0.85},
     ),
@@ -206,7 +206,7 @@ CASES: tuple[Case, ...] = (
         Case(
             "memory",
             f"n={n}",
-            f"resident bytes of an Atari transition at 100,000 transitions, n = {n}",
+            f"resident memory for each Atari transition in a replay of 100,000 transitions, n = {n}",
             "bytes",
             Side("Squall", "squall_memory.py", ("--n-steps", str(n))),
             (
@@ -224,7 +224,7 @@ CASES: tuple[Case, ...] = (
         Case(
             "lightning",
             f"k={k}",
-            f"DQN's updates on CartPole-sized batches through the Trainer, {k} a training_step, beside a bare loop",
+            f"DQN updates on batches of CartPole's size through Lightning's Trainer, updates per training step: {k}",
             "updates/s",
             Side("Squall", "squall_lightning.py", ("--k", str(k))),
             (Side(LIMIT, "bare_lightning.py"),),
@@ -238,7 +238,7 @@ CASES: tuple[Case, ...] = (
         Case(
             "collect",
             name,
-            f"one RolloutWorker, {name}, {lanes} lanes, beside the raw vector environment and bare inference",
+            f"one rollout worker, {name}, {lanes} lanes; the limit is the bare vector environment and bare inference",
             "environment steps/s",
             Side("Squall", "squall_collect.py", ("--env", env, "--lanes", str(lanes))),
             (
@@ -256,7 +256,7 @@ CASES: tuple[Case, ...] = (
         Case(
             "scale",
             f"{shards}-shards",
-            f"emulated workers that a replay of {shards} shards bears, each sending 400 Atari transitions a second, "
+            f"emulated workers that a replay of {shards} shards serves, each sending 400 Atari transitions a second, "
             f"beside {fewer} shard{'s' if fewer > 1 else ''}",
             "workers",
             Side("Squall", "scale.py", ("--shards", str(shards))),

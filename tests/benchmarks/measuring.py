@@ -1,5 +1,7 @@
-"""Rounds: each side is a process of its own, ours and the others in turn, forth and then back (ABBA); what counts is
-the median of the ratios within a round."""
+"""Measuring in rounds. Each side is a process of its own; the sides run in turn, every second round in reverse (ABBA).
+
+The result is the median of the ratios within a round.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +25,21 @@ MOST_SECONDS = 600.0
 
 
 class SideFailed(Exception):
-    """A side that printed no figure; the text ends with its last words."""
+    """A side that printed no figure; the text ends with the last line of its output."""
 
 
 class OtherWork(Exception):
-    """Two sides that did not do the same work, so that their ratio would mean nothing."""
+    """Two sides that did not do the same work, so that their ratio would be meaningless."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How long and how often.
+    """Number and length of the measurements.
 
     Attributes:
-        pairs: of ours and each other side, a round each.
-        warm_up: seconds, after a side is at work.
-        seconds: of the window.
+        pairs: pairs of Squall and each other side, one for each round.
+        warm_up: seconds before the window, once a side is at work.
+        seconds: length of the window.
     """
 
     pairs: int = 5
@@ -47,16 +49,16 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours against one other side.
+    """Squall beside one other side.
 
     Attributes:
-        other: the other side's name.
-        ours: our figures, in the order of the pairs.
-        theirs: the other side's.
-        ratios: how many times better ours is, pair by pair.
-        threads: of ours and of the other side, each the better of those tried.
-        facts: what ours and the other side said of their work, the last time.
-        failed: why there are no figures, or "".
+        other: name of the other side.
+        ours: figures of Squall, in the order of the pairs.
+        theirs: figures of the other side.
+        ratios: how many times better Squall is, pair by pair.
+        threads: threads of Squall and of the other side, the best of those tried.
+        facts: last reported facts of Squall and of the other side.
+        failed: reason why there are no figures, or "".
     """
 
     other: str
@@ -73,14 +75,14 @@ class Comparison:
         return statistics.median(self.ratios)
 
     def plain(self) -> dict[str, Any]:
-        """Return this as plain values."""
+        """Return the comparison as plain values."""
         return asdict(self)
 
 
 def compare(cases: Sequence[Case], protocol: Protocol) -> list[list[Comparison]]:
     """Measure cases that have the same sides, in the same runs; return each case's comparisons.
 
-    A side that fails, or did other work than ours, is left out from then on, and its comparison says why.
+    A side that fails, or does other work than Squall, is not run again, and its comparison has the reason.
     """
     first = cases[0]
     assert all((case.ours, case.others) == (first.ours, first.others) for case in cases)
@@ -134,7 +136,7 @@ def _comparison(
 
 
 def best_threads(case: Case, side: Side, protocol: Protocol) -> int:
-    """Return the number of threads at which a side is best, by one short run each."""
+    """Return the number of threads with which a side is best, from one short run for each."""
     if len(side.threads) == 1:
         return side.threads[0]
     short = Protocol(1, protocol.warm_up / 2, protocol.seconds / 2)
@@ -143,10 +145,10 @@ def best_threads(case: Case, side: Side, protocol: Protocol) -> int:
 
 
 def run(side: Side, threads: int, protocol: Protocol) -> Mapping[str, Any]:
-    """Run a side to its end; return its facts, the figure by the name `FIGURE` among them.
+    """Run a side to its end; return its facts, with the figure under the name `FIGURE`.
 
     Raises:
-        SideFailed: it printed none.
+        SideFailed: the side printed no figure.
     """
     command = [
         interpreter(side.peer), str(SIDES / side.script), *side.arguments, "--threads", str(threads),
@@ -166,26 +168,26 @@ def run(side: Side, threads: int, protocol: Protocol) -> Mapping[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise SideFailed(f"{side.name}: no figure within {MOST_SECONDS:.0f} s") from error
     finally:
-        with suppress(ProcessLookupError):  # with what it started, also when interrupted
+        with suppress(ProcessLookupError):  # with its child processes, also after an interruption
             os.killpg(started.pid, signal.SIGKILL)
         started.wait()
     lines = [line for line in out.splitlines() if line.startswith('{"figure"')]
     if started.returncode or not lines:
         words = [line for line in (err or out).splitlines() if line.strip()]
-        raise SideFailed(f"{side.name}: exit status {started.returncode}: {words[-1] if words else 'no word'}")
+        raise SideFailed(f"{side.name}: exit status {started.returncode}: {words[-1] if words else 'no output'}")
     answer = json.loads(lines[-1])
     print(f"    {side.name}: {answer['figure']:,.4g}", file=sys.stderr, flush=True)
     return {FIGURE: float(answer["figure"]), **answer["facts"]}
 
 
 def check_same(case: Case, other: Side, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Raise `OtherWork` unless both sides did the same work, as far as both speak of it.
+    """Raise `OtherWork` unless both sides did the same work, as far as they report it.
 
-    RunStatistics may differ by `Case.tolerance` of each other; a side that says whether its loss fell must say yes.
+    Numbers may differ by `Case.tolerance`. A side that reports whether its loss fell must report that it did.
     """
     for fact in (*case.same, case.fact):
         if fact not in ours or fact not in theirs:
-            raise OtherWork(f"{case.id}: {'Squall' if fact not in ours else other.name} does not tell its {fact}")
+            raise OtherWork(f"{case.id}: {'Squall' if fact not in ours else other.name} does not report its {fact}")
         if fact == case.fact:
             continue
         a, b = ours[fact], theirs[fact]
@@ -198,6 +200,6 @@ def check_same(case: Case, other: Side, ours: Mapping[str, Any], theirs: Mapping
 
 
 def reached(target: float | None, comparisons: Sequence[Comparison], other: str) -> bool | None:
-    """Return whether the ratio to a side is what is wanted; None where nothing is, or nothing was measured."""
+    """Return whether the ratio to a side reaches its target; None without a target or a measurement."""
     found = next((c for c in comparisons if c.other == other and not c.failed), None)
     return None if target is None or found is None else found.ratio >= target

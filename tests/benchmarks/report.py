@@ -1,4 +1,7 @@
-"""BENCHMARKS.md and its plot, from results.json alone."""
+"""The benchmarks in docs/performance.md, and their plot: computed from results.json and notes.md alone.
+
+The program writes the part of the page between two marker comments; the rest of the page is written by hand.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +21,28 @@ from tests.benchmarks.measuring import Comparison, reached
 from tests.benchmarks.peers import PEERS
 
 _VERSIONS = ("torch", "ray", "pytorch-lightning", "numpy", "gymnasium", "ale-py")
-_HEAD = """\
-# Benchmarks
-
-`make bench` measures and writes this page, the plot and [results.json](tests/benchmarks/results.json); no figure in a
-table is typed by hand. What is said of where the time goes comes from [notes.md](tests/benchmarks/notes.md).
-`make bench ONLY=per,lightning` measures some rows, `make bench ARGS=--quick` is a look of some minutes that writes
-nothing.
-
-A figure counts as a ratio measured side by side: in each round ours and the other sides run in turn, every second round
-in the opposite order (ABBA), each a process of its own, with a warm-up before each window; the ratio is the median over
-the rounds, with the lowest and the highest. More than 1 means that Squall is better, also where less is better.
-Threads: each side's better of those it was tried with. `limit` is a bare loop of the same arithmetic on the same
-machine. A pair whose sides did not do the same work (parameters, batch size, updates per step, items) is an error
-and no figure.
-"""
+BEGIN = "<!-- benchmarks: begin; `make bench` writes this part of the page, from tests/benchmarks -->"
+END = "<!-- benchmarks: end -->"
+_REACHED = {None: "", True: "reached", False: "not reached"}
 
 
 def file_of(root: Path) -> Path:
-    """Return where the figures are."""
+    """Return the path of the file with the figures."""
     return root / "tests" / "benchmarks" / "results.json"
 
 
+def page_file(root: Path) -> Path:
+    """Return the path of the page."""
+    return root / "docs" / "performance.md"
+
+
+def plot_file(root: Path) -> Path:
+    """Return the path of the plot."""
+    return root / "docs" / "images" / "ratios.png"
+
+
 def machine() -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Return the description of the machine that runs this process."""
     cpu = platform.processor()
     for row in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if row.startswith("model name"):
@@ -56,7 +57,7 @@ def machine() -> dict[str, Any]:
 
 
 def keep(root: Path, case: Case, comparisons: Sequence[Comparison]) -> None:
-    """Write a case's figures into results.json, over those it had."""
+    """Write a case's figures into results.json, in place of its earlier ones."""
     file = file_of(root)
     kept = json.loads(file.read_text()) if file.exists() else {}
     kept[case.id] = {"machine": machine(), "comparisons": [comparison.plain() for comparison in comparisons]}
@@ -64,7 +65,7 @@ def keep(root: Path, case: Case, comparisons: Sequence[Comparison]) -> None:
 
 
 def read(root: Path) -> dict[str, tuple[dict[str, Any], list[Comparison]]]:
-    """Return machine and comparisons of every case that was measured."""
+    """Return machine and comparisons of every measured case."""
     file = file_of(root)
     kept = json.loads(file.read_text()) if file.exists() else {}
     return {
@@ -78,7 +79,7 @@ def _frozen(value: Any) -> Any:
 
 
 def line(case: Case, comparison: Comparison) -> str:
-    """Return one comparison in words, for a terminal."""
+    """Return one comparison as text, for a terminal."""
     if comparison.failed:
         return f"{comparison.other}: failed: {comparison.failed}"
     wanted = case.targets.get(comparison.other)
@@ -90,35 +91,53 @@ def line(case: Case, comparison: Comparison) -> str:
 
 
 def render(root: Path) -> None:
-    """Write BENCHMARKS.md and the plot."""
-    measured = read(root)
-    draw(measured, root / "tests" / "benchmarks" / "ratios.png")
-    (root / "BENCHMARKS.md").write_text(markdown(measured, notes(root)))
+    """Write the plot, and the program's part of docs/performance.md."""
+    measured, page = read(root), page_file(root)
+    draw(measured, plot_file(root))
+    page.write_text(replace_part(page.read_text(), markdown(measured, notes(root))))
+
+
+def replace_part(page: str, part: str) -> str:
+    """Return a page with `part` between the two marker comments.
+
+    Raises:
+        ValueError: the page does not hold each marker once, in order.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before + after:
+        raise ValueError(f"the page must hold {BEGIN!r} and then {END!r}, each once")
+    return f"{before}{BEGIN}\n\n{part}\n{END}{after}"
 
 
 def notes(root: Path) -> dict[str, str]:
-    """Return what there is to say of each row, from notes.md.
+    """Return the explanation of each row, from notes.md.
 
     Raises:
-        ValueError: a heading there names no row.
+        ValueError: a heading in notes.md names no row.
     """
-    said = {}
+    texts = {}
     for part in (root / "tests" / "benchmarks" / "notes.md").read_text().split("\n## ")[1:]:
         row, _, text = part.partition("\n")
         if row not in ROWS:
-            raise ValueError(f"notes.md speaks of {row!r}, which is no row; there are {', '.join(ROWS)}")
-        said[row] = text.strip()
-    return said
+            raise ValueError(f"notes.md has a heading {row!r}, which is no row; the rows are {', '.join(ROWS)}")
+        texts[row] = text.strip()
+    return texts
 
 
 def markdown(
-    measured: dict[str, tuple[dict[str, Any], list[Comparison]]], said: Mapping[str, str] = MappingProxyType({})
+    measured: dict[str, tuple[dict[str, Any], list[Comparison]]], texts: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """Return the page."""
-    parts = [_HEAD, "![How many times better Squall is, and the ratio wanted](tests/benchmarks/ratios.png)\n"]
+    """Return the program's part of the page: a plot, and one section for each row.
+
+    Args:
+        measured: machine and comparisons by case.
+        texts: explanations by row.
+    """
+    parts = ["![How many times better Squall is, and the wanted ratio](images/ratios.png)\n"]
     for row in ROWS:
         cases = [case for case in CASES if case.row == row]
-        parts.append(f"## {row}\n")
+        parts.append(f"### {row}\n")
         parts.append("| case | side | ours | theirs | ratio | range | wanted | threads | verdict |")
         parts.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         for case in cases:
@@ -127,11 +146,11 @@ def markdown(
         parts += [f"- `{case.name or case.row}`: {case.title}; {case.unit}." for case in cases]
         if row == "scale":
             parts += _forecast([c for case in cases if case.id in measured for c in measured[case.id][1]])
-        if row in said:
-            parts.append(f"\n{said[row]}")
-        parts.append(f"\n```\nmake bench ONLY={row}\n```\n")
-    parts.append("## Where\n")
-    parts += sorted({_where(machine) for machine, _ in measured.values()}) or ["Nothing is measured yet."]
+        if row in texts:
+            parts.append(f"\n{texts[row]}")
+        parts.append(f"\n<!-- test: check hours -->\n```sh\nmake bench ONLY={row}\n```\n")
+    parts.append("### Machine and peers\n")
+    parts += sorted({_where(machine) for machine, _ in measured.values()}) or ["Nothing has been measured yet."]
     parts.append("\nPeers: " + "; ".join(f"{name}: {', '.join(wants)}" for name, wants in PEERS.items()) + ".\n")
     return "\n".join(parts)
 
@@ -147,7 +166,7 @@ def _rows(case: Case, comparisons: Sequence[Comparison]) -> Iterable[str]:
         elif comparison.failed:
             yield f"{head} | | | |{tail} | {comparison.failed.replace('|', '/')} |"
         else:
-            verdict = {None: "", True: "reached", False: "short of it"}[reached(wanted, comparisons, side.name)]
+            verdict = _REACHED[reached(wanted, comparisons, side.name)]
             ours, theirs = statistics.median(comparison.ours), statistics.median(comparison.theirs)
             spread = f"{min(comparison.ratios):.2f}-{max(comparison.ratios):.2f}"
             threads = "{} and {}".format(*comparison.threads)
@@ -155,12 +174,12 @@ def _rows(case: Case, comparisons: Sequence[Comparison]) -> Iterable[str]:
             yield f"{head} {figures} |{tail} {threads} | {verdict} |"
     if case.most is not None and comparisons and not comparisons[0].failed:
         ours = statistics.median(comparisons[0].ours)
-        verdict = "reached" if ours <= case.most else "short of it"
+        verdict = _REACHED[ours <= case.most]
         yield f"| {case.name or case.row} | at most | {ours:,.4g} | | | | {case.most:g} {case.unit} | | {verdict} |"
 
 
 def _forecast(comparisons: Sequence[Comparison]) -> list[str]:
-    """What the rows of `scale` say of a cluster with 1,000 workers, with the arithmetic."""
+    """Return the forecast for a cluster with 1,000 workers from the row `scale`, with its arithmetic."""
     facts = [c.facts[which] for c in comparisons if not c.failed for which in (1, 0)]
     if not facts:
         return []
@@ -170,19 +189,19 @@ def _forecast(comparisons: Sequence[Comparison]) -> list[str]:
     }
     rate, drawn = facts[0]["rate"], 50_000.0
     wanted = 1_000 * rate
-    parts = ["\nCPU seconds of all the replay's processes for a million Atari transitions:\n"]
+    parts = ["\nCPU seconds of all processes of the replay for a million Atari transitions:\n"]
     parts += ["| shards | inserted | drawn, priorities set | most inserted, items/s |", "| --- | --- | --- | --- |"]
     most = {fact["shards"]: max(f["most"] for f in facts if f["shards"] == fact["shards"]) for fact in facts}
     parts += [f"| {n} | {a:.1f} | {b:.1f} | {most[n]:,.0f} |" for n, (a, b) in sorted(costs.items())]
     inserting, drawing = costs[max(costs)]
     cores = (wanted * inserting + drawn * drawing) / 1e6
     parts.append(
-        f"\nForecast, by arithmetic and not measured: 1,000 workers at {rate:,.0f} transitions a second send "
-        f"{wanted:,.0f} a second, {wanted * 7_056 / 1e9:.1f} GB/s of frames. Inserting them takes "
-        f"{wanted:,.0f} x {inserting:.1f} / 1,000,000 = {wanted * inserting / 1e6:.1f} cores, and a learner that draws "
-        f"{drawn:,.0f} a second {drawn:,.0f} x {drawing:.1f} / 1,000,000 = {drawn * drawing / 1e6:.1f}; with a third "
-        f"of each shard's core left free, {-(-cores * 1.5 // 1):.0f} shards. The network must carry the frames to the "
-        f"shards' node, or `samples_per_insert` and `--actors` be chosen so that less is sent."
+        f"\nForecast (arithmetic, not a measurement): 1,000 workers with {rate:,.0f} transitions a second each send "
+        f"{wanted:,.0f} a second, which is {wanted * 7_056 / 1e9:.1f} GB/s of frames. Inserting them takes "
+        f"{wanted:,.0f} x {inserting:.1f} / 1,000,000 = {wanted * inserting / 1e6:.1f} cores. A learner that draws "
+        f"{drawn:,.0f} a second takes {drawn:,.0f} x {drawing:.1f} / 1,000,000 = {drawn * drawing / 1e6:.1f} more. "
+        f"With a third of each shard's core left free, that is {-(-cores * 1.5 // 1):.0f} shards. The network must "
+        f"carry the frames to the shards' node; otherwise choose `updates_per_step` and `--actors` to send less."
     )
     return parts
 
@@ -193,7 +212,7 @@ def _where(machine: dict[str, Any]) -> str:
 
 
 def draw(measured: dict[str, tuple[dict[str, Any], list[Comparison]]], file: Path) -> None:
-    """SampleIndices every ratio with its range, and what was wanted; one panel for the peers, one for the limit."""
+    """Draw every ratio with its range and the wanted ratio; one panel for the peers, one for the limit."""
     from matplotlib.figure import Figure
 
     bars = [

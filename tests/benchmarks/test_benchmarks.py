@@ -1,4 +1,4 @@
-"""The harness without a measurement: what makes two sides comparable, and the page."""
+"""The benchmark programs without a measurement: which sides are comparable, and the page."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_cases_have_names_of_their_own_and_scripts_that_exist() -> None:
     ("ours", "theirs", "words"),
     [
         ({**SAME}, {**SAME, "parameters": 90}, "parameters is 100 in Squall and 90 in limit"),
-        ({**SAME}, {}, "limit does not tell its parameters"),
-        ({}, {**SAME}, "Squall does not tell its parameters"),
-        ({**SAME}, {"parameters": 100}, "limit does not tell its figure"),
+        ({**SAME}, {}, "limit does not report its parameters"),
+        ({}, {**SAME}, "Squall does not report its parameters"),
+        ({**SAME}, {"parameters": 100}, "limit does not report its figure"),
         ({**SAME}, {**SAME, "loss_fell": False}, "the loss of limit does not fall"),
     ],
 )
@@ -51,7 +51,7 @@ def test_sides_within_the_tolerance_did_the_same_work() -> None:
 def measured_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: str, limit: str, case: Case = CASE
 ) -> Comparison:
-    """Compare two scripts given as text, with pairs that take no time."""
+    """Compare two scripts given as text, in windows of no length."""
     for name, text in (("ours.py", ours), ("limit.py", limit)):
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(measuring, "SIDES", tmp_path)
@@ -106,7 +106,7 @@ def test_rounds_go_forth_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "order").read_text() == "abccbaabc"
 
 
-def test_a_side_that_fails_is_named_with_its_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_side_that_fails_is_named_with_its_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = measured_by(tmp_path, monkeypatch, COUNTING.replace("FACTOR", "1.0"), "raise SystemExit('no game')")
     assert comparison.failed == "limit: exit status 1: no game"
     assert "no game" in report.line(CASE, comparison)
@@ -119,7 +119,7 @@ def test_a_side_without_a_figure_failed(tmp_path: Path, monkeypatch: pytest.Monk
         measuring.run(CASE.ours, 1, Protocol())
 
 
-def test_a_peer_that_cannot_be_installed_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_cannot_be_installed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQUALL_PEERS", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(PeerMissing, match="cpprb: ERROR: No matching distribution found"):
@@ -128,15 +128,37 @@ def test_a_peer_that_cannot_be_installed_is_said_so(tmp_path: Path, monkeypatch:
 
 
 def test_the_page_in_the_repository_is_what_its_file_gives() -> None:
-    assert (ROOT / "BENCHMARKS.md").read_text() == report.markdown(report.read(ROOT), report.notes(ROOT)), (
-        "write it anew: make bench ARGS=--render"
-    )
+    page = report.page_file(ROOT).read_text()
+    part = report.markdown(report.read(ROOT), report.notes(ROOT))
+    assert page == report.replace_part(page, part), "write it again: make bench ARGS=--render"
 
 
-def test_the_page_tells_what_is_reached_and_what_is_not() -> None:
+def test_the_rest_of_the_page_stays() -> None:
+    page = f"by hand\n\n{report.BEGIN}\nold\n{report.END}\n\nmore by hand\n"
+    new = report.replace_part(page, "new")
+    assert new == f"by hand\n\n{report.BEGIN}\n\nnew\n{report.END}\n\nmore by hand\n"
+    assert report.replace_part(new, "new") == new
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "no markers",
+        f"{report.BEGIN}\n",
+        f"{report.END}\n{report.BEGIN}\n",
+        f"{report.BEGIN}{report.BEGIN}{report.END}",
+        f"{report.BEGIN}{report.END}{report.END}",
+    ],
+)
+def test_a_page_without_its_markers_is_not_written(page: str) -> None:
+    with pytest.raises(ValueError, match="each once"):
+        report.replace_part(page, "new")
+
+
+def test_the_page_shows_which_targets_are_reached() -> None:
     case = next(case for case in CASES if case.id == "lightning/k=8")
     facts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-    for ratio, verdict in ((0.9, "reached"), (0.8, "short of it")):
+    for ratio, verdict in ((0.9, "reached"), (0.8, "not reached")):
         comparison = Comparison(LIMIT, (90.0,), (100.0,), (ratio,), (1, 1), facts)
         page = report.markdown({case.id: (report.machine(), [comparison])})
         assert (
@@ -167,7 +189,7 @@ def test_the_forecast_is_the_arithmetic_of_the_scale_rows() -> None:
         (["--seconds", "5"], "windows of 10 to 30 s"),
     ],
 )
-def test_wrong_words_are_refused_before_anything_starts(
+def test_wrong_arguments_are_refused_before_anything_starts(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -1,8 +1,9 @@
-"""Drives the shipped docker-compose.yml on a real Docker engine.
+"""Control of the shipped docker-compose.yml on a real Docker engine.
 
-SQUALL_ENGINE may name a program that gives a throw-away engine, for machines without one: `ENGINE build` (images can be
-built, on the machine's own network), `ENGINE run` (containers in a network of their own), `ENGINE enter COMMAND...`
-(runs it where the published ports are) and `ENGINE kill9 CONTAINER`. Without it DOCKER_HOST's engine is taken as it is.
+Without SQUALL_ENGINE, the tests use the engine of DOCKER_HOST. On a machine without an engine, SQUALL_ENGINE may name a
+program that provides a temporary one. Its commands are `ENGINE build` (prepare to build images, on the machine's own
+network), `ENGINE run` (prepare to run containers, in a separate network), `ENGINE enter COMMAND...` (run a command that
+reaches the published ports), and `ENGINE kill9 CONTAINER`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ BIN = Path(sys.executable).parent
 
 
 def run(*command: str, timeout: float = 300, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command; an error shows what it printed."""
+    """Run a command; an error contains its output."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=ROOT, **options)
     assert done.returncode == 0 or not check, (
         f"{command}: {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
@@ -31,20 +32,20 @@ def run(*command: str, timeout: float = 300, check: bool = True, **options: Any)
 
 
 class Cluster:
-    """The services of docker-compose.yml, under a project name and with secrets of this test's own."""
+    """The services of docker-compose.yml, with a project name and secrets that only these tests use."""
 
     def __init__(self, env_file: Path) -> None:
         self.env_file = env_file
         self.engine = os.environ.get("SQUALL_ENGINE")
 
     def compose(self, *arguments: str, timeout: float = 300, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run docker compose; the override is only for building on an engine of SQUALL_ENGINE."""
+        """Run docker compose; the override file is used only with SQUALL_ENGINE, to build the image."""
         override = ["-f", "tests/cluster/override.yml"] if self.engine else []
         files = ["-f", "docker-compose.yml", *override, "--env-file", str(self.env_file)]
         return run("docker", "compose", "-p", PROJECT, *files, *arguments, timeout=timeout, check=check)
 
     def build(self) -> None:
-        """Build the image, and leave the engine so that containers can run."""
+        """Build the image, and prepare the engine to run containers."""
         if self.engine:
             run(self.engine, "build")
         self.compose("build", timeout=1200)
@@ -52,10 +53,10 @@ class Cluster:
             run(self.engine, "run")
 
     def up(self, *services: str, workers: int = 2) -> None:
-        """Bring services up and wait until they are healthy.
+        """Start services and wait until they are healthy.
 
-        A Ray that did not start in the time that it gives itself is started again by its restart policy, but
-        `up --wait` gives up at the first.
+        If Ray does not start before its own timeout, the container's restart policy starts it again. `up --wait` fails
+        at the first of these failures, so it is repeated.
         """
         end = time.monotonic() + 600
         while True:
@@ -67,8 +68,8 @@ class Cluster:
                 return
             time.sleep(5)
 
-    def where_the_ports_are(self, *command: str) -> list[str]:
-        """Return the command that runs this one where the published ports can be reached."""
+    def with_ports(self, *command: str) -> list[str]:
+        """Return the command that runs this command where the published ports are reachable."""
         return [self.engine, "enter", *command] if self.engine else [*command]
 
     def exec(self, service: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -76,7 +77,7 @@ class Cluster:
         return self.compose("exec", "-T", service, *command, check=check, timeout=120)
 
     def status(self, name: str, service: str = "ray-head") -> dict[str, Any]:
-        """Return what `squall status --json` says, or an empty mapping if nothing can be said."""
+        """Return the output of `squall status --json`, or an empty mapping if it fails."""
         done = self.exec(service, "squall", "status", name, "--json", "--events", "1000", check=False)
         answer: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
         return answer
@@ -84,7 +85,7 @@ class Cluster:
     def wait_for(
         self, name: str, condition: Callable[[dict[str, Any]], Any], seconds: float, service: str = "ray-head"
     ) -> dict[str, Any]:
-        """Ask for a run's status until `condition` holds, and return it."""
+        """Read a run's status until `condition` holds; return it."""
         end = time.monotonic() + seconds
         while True:
             status = self.status(name, service)
@@ -98,15 +99,15 @@ class Cluster:
         for name in self.containers():
             if run("docker", "inspect", "-f", "{{.Config.Hostname}}", name).stdout.strip() == node:
                 return name
-        raise AssertionError(f"no container is {node}: {self.containers()}")
+        raise AssertionError(f"no container has the host name {node}: {self.containers()}")
 
     def containers(self) -> list[str]:
-        """Return the names of the containers that there are."""
+        """Return the names of all containers."""
         lines = self.compose("ps", "-a", "--format", "json").stdout.splitlines()
         return [json.loads(line)["Name"] for line in lines]
 
     def kill9(self, container: str) -> None:
-        """End a container's first process as a crash would, so that its restart policy acts."""
+        """Kill a container's first process, as a crash would, so that the restart policy applies."""
         if self.engine:
             run(self.engine, "kill9", container)
             return
@@ -115,7 +116,7 @@ class Cluster:
         run("docker", "run", *privileged, "squall", "sh", "-c", f"kill -9 {pid}")
 
     def wait_until_restarted(self, container: str, before: str, seconds: float = 240) -> None:
-        """Wait until a container runs that was started after `before`, and is healthy."""
+        """Wait until a container has been started again after `before` and is healthy."""
         end = time.monotonic() + seconds
         form = "{{.State.StartedAt}} {{.State.Health.Status}}"
         while True:
@@ -126,9 +127,9 @@ class Cluster:
             time.sleep(1)
 
     def started(self, container: str) -> str:
-        """Return when a container was last started."""
+        """Return the time of a container's last start."""
         return run("docker", "inspect", "-f", "{{.State.StartedAt}}", container).stdout.strip()
 
     def logs(self) -> str:
-        """Return the last lines of every service's log, for a failed test's report."""
+        """Return the last lines of every service's log, for the report of a failed test."""
         return self.compose("logs", "--tail", "40", "--no-color", check=False).stdout

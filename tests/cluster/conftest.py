@@ -1,4 +1,4 @@
-"""Only `make test-cluster` runs these: they want a Docker engine, and some minutes."""
+"""Skip these tests except in `make test-cluster`: they need a Docker engine and several minutes."""
 
 import os
 

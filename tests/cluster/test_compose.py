@@ -1,7 +1,7 @@
-"""What docker-compose.yml promises: runs go on when containers die, and outlive the whole cluster.
+"""The cluster of docker-compose.yml: runs continue when containers die, and outlive the whole cluster.
 
-The tests build on one another, in the order they stand in. Images are the shipped Dockerfile's on the base images that
-the engine has; on a throw-away engine those are stand-ins for the official ones.
+The tests depend on each other, in the order of this file. The images are built from the shipped Dockerfile, on the base
+images of the engine; an engine of SQUALL_ENGINE has substitutes of the official ones.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def logs_of_a_failure(cluster: Cluster, request: pytest.FixtureRequest) -> Itera
 
 
 def _submit(cluster: Cluster, folder: Path, line: str) -> subprocess.Popen[str]:
-    """Type a line into a shell at the top of the repository, with .env exported as the README says."""
+    """Start a shell command in the repository's root, with the variables of .env exported as the README describes."""
     shell = f"set -a; . {shlex.quote(str(cluster.env_file))}; set +a; PATH={shlex.quote(str(BIN))}:$PATH; exec {line}"
     with (folder / "submit.log").open("w") as log:
         return subprocess.Popen(
-            cluster.where_the_ports_are("bash", "-c", shell),
+            cluster.with_ports("bash", "-c", shell),
             cwd=ROOT,
             stdout=log,
             stderr=log,
@@ -154,7 +154,7 @@ def test_a_run_whose_head_is_killed_reads_lost_and_is_resumed(cluster: Cluster, 
         job.kill()
         job.wait()
 
-    cluster.up(*SERVICES)  # returns when all nodes are well again
+    cluster.up(*SERVICES)  # returns when all nodes are healthy again
     before = cluster.status("second")
     assert before["state"] == "lost"
     job = _submit(cluster, tmp_path, f"{squall} -- train --resume second --stop-at-return {GOAL}")
@@ -174,7 +174,7 @@ def test_runs_and_checkpoints_outlive_the_cluster(cluster: Cluster) -> None:
     assert {run["name"]: run["state"] for run in runs} == {"first": "finished", "second": "finished"}
     played = cluster.exec("ray-worker", "squall", "evaluate", "first", "--episodes", "10", "--json").stdout
     assert json.loads(played)["return_mean"] > 400
-    boards = run(*cluster.where_the_ports_are("curl", "-sf", "http://127.0.0.1:6006/data/runs")).stdout
+    boards = run(*cluster.with_ports("curl", "-sf", "http://127.0.0.1:6006/data/runs")).stdout
     assert {"first/tensorboard", "second/tensorboard"} <= set(json.loads(boards))
 
 
@@ -183,4 +183,4 @@ def test_the_gateway_answers(cluster: Cluster) -> None:
         "import grpc, sys; from grpc_health.v1 import health_pb2 as m, health_pb2_grpc as g;"
         "print(g.HealthStub(grpc.insecure_channel('127.0.0.1:50051')).Check(m.HealthCheckRequest(), timeout=20))"
     )
-    assert "SERVING" in run(*cluster.where_the_ports_are(f"{BIN}/python", "-c", code)).stdout
+    assert "SERVING" in run(*cluster.with_ports(f"{BIN}/python", "-c", code)).stdout

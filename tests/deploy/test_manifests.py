@@ -1,4 +1,4 @@
-"""The files under deploy/ and docker-compose.yml say what they should, as far as that can be seen without a cluster."""
+"""Checks of docker-compose.yml and the files under deploy/ that need no cluster."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_make_env_does_not_write_through_a_link(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """How Ray's processes are set where Squall starts them itself."""
+def ray_defaults(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Return the variables that Squall sets for a Ray that it starts itself."""
     wanted = ("RAY_worker_niceness", "RAY_max_direct_call_object_size")
     for name in list(os.environ):
         if name.startswith("RAY_"):
@@ -132,16 +132,18 @@ def test_the_board_shows_all_metrics_and_its_source_is_provisioned(compose: dict
         assert f"--metrics-export-port={port}" in compose["services"][service]["command"]
 
 
-def test_a_cluster_of_containers_is_set_as_one_of_our_own(compose: dict[str, Any], settled: dict[str, str]) -> None:
+def test_a_cluster_of_containers_is_set_as_one_of_our_own(
+    compose: dict[str, Any], ray_defaults: dict[str, str]
+) -> None:
     for service in ("ray-head", "ray-worker"):
         environment = compose["services"][service]["environment"]
-        assert {name: environment.get(name) for name in settled} == settled, service
+        assert {name: environment.get(name) for name in ray_defaults} == ray_defaults, service
     options = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())["docker"]["run_options"]
-    assert {f"--env {name}={value}" for name, value in settled.items()} <= set(options)
+    assert {f"--env {name}={value}" for name, value in ray_defaults.items()} <= set(options)
     for manifest in MANIFESTS:
         for group, pod in _groups(_specification(manifest)):
             environment = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
-            assert {name: environment.get(name) for name in settled} == settled, (manifest, group)
+            assert {name: environment.get(name) for name in ray_defaults} == ray_defaults, (manifest, group)
 
 
 def test_the_launcher_file_fits_rays_schema() -> None:
@@ -201,7 +203,7 @@ def test_cpu_workers_are_autoscaled_and_one_learner_has_a_gpu(name: str) -> None
 
 def test_the_job_runs_a_command_that_squall_understands_and_takes_its_cluster_down() -> None:
     [job] = yaml.safe_load_all((DEPLOY / "kuberay/rayjob.yaml").read_text())
-    words = job["spec"]["entrypoint"].split()
-    assert words[:2] == ["squall", "train"]
-    assert words[-2:] == ["--cpus-per-actor", "1"]
+    arguments = job["spec"]["entrypoint"].split()
+    assert arguments[:2] == ["squall", "train"]
+    assert arguments[-2:] == ["--cpus-per-actor", "1"]
     assert job["spec"]["shutdownAfterJobFinishes"] is True

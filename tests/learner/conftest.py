@@ -1,4 +1,4 @@
-"""Networks this small are fastest on one thread, and two cores are shared with the other tests."""
+"""Fixtures: one PyTorch thread, which is fastest for small networks, and no log lines of Lightning."""
 
 from __future__ import annotations
 

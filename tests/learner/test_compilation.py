@@ -1,4 +1,4 @@
-"""Compiled updates: those of the same program uncompiled, compiled once, whatever the batch says beside its tensors."""
+"""Tests of compiled updates: results equal to uncompiled updates, one compilation, gradients, and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from learner.algorithms.off_policy import OffPolicyAlgorithm
 from learner.batches import TransitionBatch
 from learner.compilation import compile_backward, find_compiler
 from replay.errors import ConfigurationError
-from tests.learner.toys import CARTPOLE, PENDULUM, Batches, box_batch, copies, quiet_trainer, random_batch, small, toy
+from tests.learner.toys import (
+    CARTPOLE,
+    PENDULUM,
+    Batches,
+    box_batch,
+    clone_parameters,
+    quiet_trainer,
+    random_batch,
+    small,
+    toy,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated. Please switch to `torch.compile`:DeprecationWarning"),
@@ -27,8 +37,8 @@ pytestmark = [
 ]
 
 
-class Ledger:
-    """An experience that remembers the priorities it is sent."""
+class PriorityRecorder:
+    """An experience that records the priorities it receives."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
@@ -42,23 +52,25 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "inductor"))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(trace_autograd_ops=False), torch._inductor.config.patch(compile_threads=2):
-        yield  # what it sets does not stay
+        yield  # the patch restores the settings that `compile_backward` changes
     torch._dynamo.reset()
 
 
-def drawn(*shape: int, seed: int = 0) -> TransitionBatch:
-    """Return a batch as a table would: of some size, drawn with some probabilities."""
+def sampled(*shape: int, seed: int = 0) -> TransitionBatch:
+    """Return a batch with the fields that a table sets: size, probabilities, and ids."""
     rng = torch.Generator().manual_seed(seed)
     batch = random_batch(*shape, seed=seed)
     probability = torch.rand(*shape, generator=rng) / 100 + 1e-3
-    return batch._replace(size=100 + seed, copies=seed, probability=probability, ids=torch.arange(shape[-1]) + seed)
+    return batch._replace(
+        size=100 + seed, target_syncs=seed, probability=probability, ids=torch.arange(shape[-1]) + seed
+    )
 
 
 def fitted(
     module: OffPolicyAlgorithm, batches: list[TransitionBatch], look: Callable[[], None] | None = None, **trainer: Any
-) -> Ledger:
-    """Make an update with each of the batches; return the priorities that were sent."""
-    module.experience = ledger = Ledger()  # type: ignore[assignment]
+) -> PriorityRecorder:
+    """Make one update per batch; return the recorded priorities."""
+    module.experience = recorder = PriorityRecorder()  # type: ignore[assignment]
 
     def count() -> None:
         module.env_steps += 10
@@ -68,21 +80,21 @@ def fitted(
     module.on_update_end = count  # type: ignore[method-assign]
     quiet_trainer(max_epochs=1, **trainer).fit(module, Batches(batches))
     assert module.trainer.global_step == len(batches)
-    return ledger
+    return recorder
 
 
 @pytest.mark.parametrize("kind", [DQN, DoubleDQN, DuelingDQN, PERDQN])
 def test_compiled_updates_are_those_of_the_same_program_uncompiled(kind: type[DQN]) -> None:
-    batches = [drawn(8, seed=seed) for seed in range(6)]
+    batches = [sampled(8, seed=seed) for seed in range(6)]
     options = {"sync_rate": 2, "learning_rate": 0.1, "max_grad_norm": 0.5, "optimizer": "sgd"}
     if kind is PERDQN:
         options["beta_last_frame"] = 50
     plain, compiled = (small(kind, CARTPOLE, compile_updates=yes, **options) for yes in (False, True))
-    began = copies(plain)
+    began = clone_parameters(plain)
     expected, sent = fitted(plain, batches).sent, fitted(compiled, batches).sent
-    for first, one, other in zip(began, copies(plain), copies(compiled), strict=True):
+    for first, one, other in zip(began, clone_parameters(plain), clone_parameters(compiled), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(first, other), "it has learned"
+        assert not torch.allclose(first, other), "the parameters changed"
     assert len(expected) == (6 if kind is PERDQN else 0)
     for (ids, priorities), (same_ids, same_priorities) in zip(expected, sent, strict=True):
         assert ids.tolist() == same_ids.tolist()
@@ -91,10 +103,12 @@ def test_compiled_updates_are_those_of_the_same_program_uncompiled(kind: type[DQ
 
 @pytest.mark.parametrize("kind", [DQN, NonDistributionalRainbow, SAC])
 def test_it_is_compiled_once(kind: type[OffPolicyAlgorithm]) -> None:
-    """Neither counters in the batch, nor beta, nor an evaluation between two updates is a reason to compile anew."""
+    """Counters in the batch, beta, and an evaluation between two updates do not cause a recompilation."""
     box = kind is SAC
     module = small(kind, PENDULUM if box else CARTPOLE, sync_rate=2, compile_updates=True)
-    batches = [(box_batch if box else random_batch)(8, seed=seed)._replace(size=seed, copies=seed) for seed in range(6)]
+    batches = [
+        (box_batch if box else random_batch)(8, seed=seed)._replace(size=seed, target_syncs=seed) for seed in range(6)
+    ]
     counted: list[int] = []
 
     def look() -> None:
@@ -116,32 +130,32 @@ def test_soft_actor_critic_compiled_moves_what_it_trains(learn_alpha: bool) -> N
 
 
 def test_a_compiled_gradient_of_soft_actor_critic_is_the_uncompiled_one() -> None:
-    """Their noise is drawn from other sequences, so it is silenced here."""
+    """Compiled and uncompiled noise come from different random sequences, so the noise is 0 here."""
     module, batch = small(SAC, PENDULUM), box_batch(8)
-    module._draw = lambda observation: module.policy.draw(  # type: ignore[method-assign]
+    module._sample_action = lambda observation: module.policy.draw(  # type: ignore[method-assign]
         module.policy(observation), torch.zeros(len(observation), 1)
     )
     learned = [p for group in module.configure_optimizers().param_groups for p in group["params"]]
     expected = torch.autograd.grad(module.losses(batch)["loss"], learned)
-    found = compile_backward(module.losses, learned)(batch)
+    results = compile_backward(module.losses, learned)(batch)
     for parameter, gradient in zip(learned, expected, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
-    assert set(found) == {"loss", "actor_loss", "critic_loss"}
-    assert not found["loss"].requires_grad
+    assert set(results) == {"loss", "actor_loss", "critic_loss"}
+    assert not results["loss"].requires_grad
 
 
 @pytest.mark.parametrize("observes", ["image", "discrete"])
 def test_gradients_lie_in_memory_as_their_parameters(observes: str) -> None:
-    """A fused optimizer reads both from one end to the other; of images whose channels are last they would not."""
+    """A fused optimizer reads both in memory order, which would differ for channels-last images."""
     environment = toy(observes=observes)
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shape = (4, *environment.observation_shape)
 
     def observation() -> torch.Tensor:
         if observes == "image":
-            return torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
-        return torch.randint(0, 5, shape, generator=draw)
+            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return torch.randint(0, 5, shape, generator=generator)
 
     batch = random_batch(4)._replace(observation=observation(), next_observation=observation())
     options = {"batch_size": 4, "learning_rate": 0.1, "optimizer": "sgd"}
@@ -155,11 +169,11 @@ def test_gradients_lie_in_memory_as_their_parameters(observes: str) -> None:
     fitted(compiled, [batch] * 2, look)
     assert strides
     assert all(strides)
-    for one, other in zip(copies(plain), copies(compiled), strict=True):
+    for one, other in zip(clone_parameters(plain), clone_parameters(compiled), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_running_statistics_are_taken_in_between_compiled_updates() -> None:
+def test_running_statistics_are_updated_between_compiled_updates() -> None:
     batches = [random_batch(8, seed=seed) for seed in range(4)]
     options = {"normalize_observations": True, "learning_rate": 0.1, "optimizer": "sgd"}
     plain, compiled = (small(DQN, CARTPOLE, compile_updates=yes, **options) for yes in (False, True))
@@ -176,9 +190,9 @@ def test_noise_is_drawn_anew_by_every_compiled_update(kind: type[DQN]) -> None:
     minimize_losses = module.minimize_losses
 
     def watched(batch: TransitionBatch) -> dict[str, torch.Tensor]:
-        found = minimize_losses(batch)
-        losses.append(found["loss"].item())
-        return found
+        results = minimize_losses(batch)
+        losses.append(results["loss"].item())
+        return results
 
     module.minimize_losses = watched  # type: ignore[method-assign]
     fitted(module, [random_batch(8)] * 4)
@@ -193,26 +207,28 @@ def test_bfloat16_compiled_is_bfloat16_uncompiled() -> None:
         for compiled in (False, True):
             module = small(DQN, CARTPOLE, compile_updates=compiled, **options)
             fitted(module, batches, precision=precision)
-            ends[precision, compiled] = torch.cat([parameter.flatten() for parameter in copies(module.q_network)])
+            ends[precision, compiled] = torch.cat(
+                [parameter.flatten() for parameter in clone_parameters(module.q_network)]
+            )
     apart = (ends["bf16-mixed", False] - ends["32-true", False]).norm()
     assert apart > 0
     assert (ends["bf16-mixed", False] - ends["bf16-mixed", True]).norm() < apart
 
 
 def test_a_copy_compiles_for_itself() -> None:
-    """What is compiled leaves gradients in the parameters of the module that it was compiled for."""
+    """A compiled program stores gradients in the parameters of the module that it was compiled for."""
     module = small(DQN, CARTPOLE, compile_updates=True, learning_rate=0.1)
     fitted(module, [random_batch(8)])
     twin = copy.deepcopy(module)
     pickle.dumps(twin.__getstate__()["_compiled"])
-    before, original = copies(twin), copies(module)
+    before, original = clone_parameters(twin), clone_parameters(module)
     fitted(twin, [random_batch(8, seed=1)])
-    assert not torch.equal(before[0], copies(twin)[0])
-    assert all(torch.equal(one, other) for one, other in zip(original, copies(module), strict=True))
+    assert not torch.equal(before[0], clone_parameters(twin)[0])
+    assert all(torch.equal(one, other) for one, other in zip(original, clone_parameters(module), strict=True))
 
 
 def test_it_compiles_anew_for_another_fit_in_another_thread() -> None:
-    """PyTorch keeps the compiler's settings for each thread."""
+    """PyTorch's compiler settings are local to a thread."""
     module = small(DQN, CARTPOLE, compile_updates=True)
     fitted(module, [random_batch(8)])
     with ThreadPoolExecutor(1) as pool:
@@ -230,7 +246,7 @@ def test_float16_whose_gradients_are_scaled_is_refused_in_every_fit() -> None:
 
 
 def test_several_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients that no `backward` made would not be averaged over them."""
+    """Lightning averages gradients over devices in `backward`, which compiled updates do not call."""
     module = small(DQN, CARTPOLE, compile_updates=True)
     trainer = quiet_trainer(max_epochs=1)
     monkeypatch.setattr(type(trainer), "world_size", 2)
@@ -265,6 +281,6 @@ def test_a_missing_compiler_is_found_beforehand(monkeypatch: pytest.MonkeyPatch)
         find_compiler()
 
 
-def test_nothing_is_found_ahead_for_a_compiled_update() -> None:
+def test_nothing_is_precomputed_for_a_compiled_update() -> None:
     batch = random_batch(2, 8)
     assert small(DQN, CARTPOLE, compile_updates=True).precompute_targets(batch) is batch

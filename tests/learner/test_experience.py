@@ -1,4 +1,4 @@
-"""Experience from this process keeps the limiter's ratio; from a server it is fetched ahead, within a bound."""
+"""Tests of experience: batches as tensors, local experience at the limiter's ratio, bounded prefetch from a server."""
 
 from __future__ import annotations
 
@@ -80,15 +80,15 @@ def test_split_gives_the_k_batches_in_order() -> None:
     assert again is parts[1]
 
 
-def test_values_found_ahead_are_divided_and_moved_with_their_batches() -> None:
+def test_precomputed_values_are_split_and_moved_with_their_batches() -> None:
     whole = TransitionBatch.of(a_batch())
     values = torch.randn(*whole.reward.shape, 2)
     for i, part in enumerate(
-        whole._replace(target_values_ahead=values, copies=5).map(lambda tensor: 2 * tensor).split()
+        whole._replace(target_values_ahead=values, target_syncs=5).map(lambda tensor: 2 * tensor).split()
     ):
         assert part.target_values_ahead is not None
         assert torch.equal(part.target_values_ahead, 2 * values[i])
-        assert (part.size, part.copies) == (77, 5)
+        assert (part.size, part.target_syncs) == (77, 5)
 
 
 def test_trajectories_as_tensors_are_filled_up_behind_their_ends() -> None:
@@ -125,7 +125,7 @@ def test_visited_are_the_observations_of_steps_in_the_order_of_valid() -> None:
     assert transitions.visited is transitions.observation
 
 
-# In this process.
+# Experience generated in this process.
 
 
 def local(env: str = "SquallTally-v0", **options: Any) -> LocalTransitions:
@@ -135,7 +135,7 @@ def local(env: str = "SquallTally-v0", **options: Any) -> LocalTransitions:
 
 
 class Meter:
-    """Counts what goes into and comes out of an experience's table."""
+    """Counts the steps inserted into an experience's table and the transitions sampled from the table."""
 
     def __init__(self, experience: LocalTransitions, monkeypatch: pytest.MonkeyPatch) -> None:
         self.inserts = self.samples = 0
@@ -182,7 +182,7 @@ def test_nothing_is_drawn_before_the_warm_start(warm_start_size: int, monkeypatc
 
 
 def test_only_real_steps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every fourth row is a reset: it is no step of the environment, and none in the count."""
+    """Every fourth row is a reset, which is not an environment step."""
     Tally.steps = 0
     experience = local(num_envs=3, segment_length=4, warm_start_size=90)
     meter = Meter(experience, monkeypatch)
@@ -203,22 +203,22 @@ def test_rewards_are_clipped_for_the_learner_and_never_in_returns(clip: bool | N
 def test_exploration_follows_the_step_count(monkeypatch: pytest.MonkeyPatch) -> None:
     module = small_dqn("SquallTally-v0", num_envs=2)
     experience = module.train_dataloader()
-    asked: list[int] = []
+    steps: list[int] = []
     act = module.policy.act
 
     def watched(observation: Any, *, step: int, greedy: bool = False) -> Any:
-        asked.append(step)
+        steps.append(step)
         assert not greedy
         return act(observation, step=step)
 
     monkeypatch.setattr(module.policy, "act", watched)
     experience.next()  # type: ignore[union-attr]
-    assert asked[:5] == [0, 2, 4, 6, 6], "the fourth row of each lane is a reset"
+    assert steps[:5] == [0, 2, 4, 6, 6], "the fourth row of each lane is a reset"
     module.experience = None
     module.env_steps = 1_000
-    asked.clear()
+    steps.clear()
     module.train_dataloader().next()
-    assert asked[0] == 1_000
+    assert steps[0] == 1_000
 
 
 @pytest.mark.parametrize(("length", "k", "items"), [(10, 1, 10), (10, 4, 3), (8, 4, 2)])
@@ -233,14 +233,14 @@ def test_an_epoch_has_the_length_it_says(length: int, k: int, items: int) -> Non
 def test_epochs_go_on_where_the_last_one_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     experience = local(batches_per_epoch=5)
     resets = 0
-    reset = experience._lanes.reset
+    reset = experience._runner.reset
 
     def counted() -> Any:
         nonlocal resets
         resets += 1
         return reset()
 
-    monkeypatch.setattr(experience._lanes, "reset", counted)
+    monkeypatch.setattr(experience._runner, "reset", counted)
     steps = []
     for _ in range(3):
         list(experience)
@@ -251,26 +251,26 @@ def test_epochs_go_on_where_the_last_one_ended(monkeypatch: pytest.MonkeyPatch) 
 
 def test_priorities_reach_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     experience = local()
-    got: list[Any] = []
-    monkeypatch.setattr(experience._table, "update_priorities", lambda *arguments: got.append(arguments))
+    received: list[Any] = []
+    monkeypatch.setattr(experience._table, "update_priorities", lambda *arguments: received.append(arguments))
     experience.update_priorities(np.array([3]), np.array([0.5]))
-    assert got == [(np.array([3]), np.array([0.5]))]
+    assert received == [(np.array([3]), np.array([0.5]))]
 
 
 @pytest.mark.parametrize("num_envs", [1, 2, 4])
 def test_unrolls_go_on_across_batches(num_envs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 trajectories of 5 rows; a lane's last observation is the first of its next, for nothing is reset."""
+    """4 trajectories of 5 rows. A lane's last observation is the first of its next trajectory: lanes are not reset."""
     module = small(AdvantageActorCritic, toy(lengths=(2, 7)), num_envs=num_envs, batch_size=20, unroll_length=5)
     resets = 0
     experience = module.train_dataloader()
-    reset = experience._lanes.reset
+    reset = experience._runner.reset
 
     def counted() -> Any:
         nonlocal resets
         resets += 1
         return reset()
 
-    monkeypatch.setattr(experience._lanes, "reset", counted)
+    monkeypatch.setattr(experience._runner, "reset", counted)
     last: dict[int, torch.Tensor] = {}
     for _ in range(4):
         batch = experience.next()
@@ -280,7 +280,7 @@ def test_unrolls_go_on_across_batches(num_envs: int, monkeypatch: pytest.MonkeyP
             if lane in last:
                 assert torch.equal(batch.observation[unit, 0], last[lane])
             last[lane] = batch.observation[unit, -1]
-        # What follows a row that ended an episode is no step, and the row after it is the next reset.
+        # The row after an episode's end is not a step; its next observation is that of the reset.
         for observation, valid in zip(batch.observation, batch.valid, strict=True):
             for row in range(5):
                 step, length = observation[row, :2].tolist()
@@ -308,11 +308,11 @@ def test_whole_episodes_begin_at_a_reset_and_lanes_play_in_turn(num_envs: int, e
         assert len(batch.reward) == episodes
         assert not batch.observation[:, 0, 0].any()
         starts |= {tuple(observation.tolist()) for observation in batch.observation[:, 0]}
-    assert len(starts) == 5 * episodes, "each reset has seeds of its own"
+    assert len(starts) == 5 * episodes, "each reset has its own seed"
 
 
 def test_moments_of_discounted_returns_are_those_of_all_steps() -> None:
-    """G is 5, 7.5, 8.75 over an episode's three steps, then anew."""
+    """G is 5, 7.5, and 8.75 over the three steps of each episode."""
     module = small(Reinforce, toy(lengths=(3,), pays=5.0), gamma=0.5, num_batch_episodes=2, normalize_rewards=True)
     experience = module.train_dataloader()
     for batches in (1, 2):
@@ -328,7 +328,7 @@ def test_trajectories_have_no_priorities() -> None:
     assert len(Experience[Any](3)) == 3
 
 
-# From a replay server.
+# Experience from a replay server.
 
 LAYOUT = Layout((4,), "float32", 1, (), "int64", segment_length=8, n_steps=1)
 
@@ -408,7 +408,7 @@ def test_what_the_fetching_thread_meets_is_raised_to_the_trainer(error: Exceptio
 
 
 def test_an_epoch_ends_when_the_run_is_finished(remote: Remote) -> None:
-    """16 inserts after the first 8, at 7.5 samples each, are 120 samples: eight calls of 15, then the word."""
+    """16 inserts after the first 8, at 7.5 samples each, are 120 samples: eight calls of 15, then the run ends."""
     replay = InProcessReplay(server(max_env_steps=24, samples_per_insert=7.5), pushes())
     experience = remote(replay)
     assert [len(list(experience)) for _ in range(4)] == [4, 4, 0, 0]
@@ -428,10 +428,10 @@ def test_a_trainer_ends_with_the_run(remote: Remote) -> None:
 def test_interrupt_ends_a_wait_at_once(remote: Remote) -> None:
     experience = remote(InProcessReplay(server()))
     timer = threading.Timer(0.1, experience.interrupt)
-    begun = time.monotonic()
+    start = time.monotonic()
     timer.start()
     assert list(experience) == []
-    assert time.monotonic() - begun < 2.0
+    assert time.monotonic() - start < 2.0
     assert experience.finished
     timer.join()
 
@@ -456,11 +456,11 @@ def test_while_waiting_is_called_in_the_waiting_thread(remote: Remote) -> None:
     replay = InProcessReplay(server())
     experience = remote(replay)
     threads: list[threading.Thread] = []
-    why: list[str | None] = []
+    reasons: list[str | None] = []
 
     def while_waiting() -> None:
         threads.append(threading.current_thread())
-        why.append(experience.waiting_for)
+        reasons.append(experience.waiting_for)
         if len(threads) == 2:
             replay.pushes = pushes()
 
@@ -469,11 +469,11 @@ def test_while_waiting_is_called_in_the_waiting_thread(remote: Remote) -> None:
     next(batches)
     assert len(threads) >= 2
     assert set(threads) == {threading.current_thread()}
-    assert why[0] == "experience: 0 of the first 8 items inserted"
+    assert reasons[0] == "experience: 0 of the first 8 items inserted"
     called = len(threads)
     assert eventually(lambda: replay.samples == 2)
     next(batches)
-    assert len(threads) == called, "a batch was there"
+    assert len(threads) == called, "a batch was ready"
     assert experience.waiting_for is None
 
 
@@ -498,7 +498,7 @@ def test_batches_for_a_gpu_lie_where_it_can_fetch_them(remote: Remote, monkeypat
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)  # needs a GPU
     experience = remote(InProcessReplay(server(), pushes()))
-    experience.for_gpu = True
+    experience.pin_memory = True
     batch = next(iter(experience))
     assert all(value is other for value, other in zip([v for v in batch if torch.is_tensor(v)], pinned, strict=False))
     assert all(tensor.is_contiguous() for tensor in pinned)
@@ -506,7 +506,7 @@ def test_batches_for_a_gpu_lie_where_it_can_fetch_them(remote: Remote, monkeypat
 
 
 def test_batches_are_those_of_the_server(remote: Remote) -> None:
-    """The prefetching thread keeps their order."""
+    """The prefetch thread keeps the order of the batches."""
     twin = server()
     for push in pushes(1):
         twin.insert(push)
@@ -517,19 +517,19 @@ def test_batches_are_those_of_the_server(remote: Remote) -> None:
 
 
 def test_both_kinds_go_on_in_the_middle_of_an_epoch(remote: Remote) -> None:
-    """Lightning asks a dataloader for its place before it resumes; these have none, which is not to be warned of."""
+    """Before Lightning resumes, it reads a dataloader's state, and warns unless the dataloader has these methods."""
     for experience in (local(), remote(InProcessReplay(server()))):
         assert experience.state_dict() == {}
         experience.load_state_dict({})
 
 
-# From a trajectory server.
+# Experience from a trajectory server.
 
 TRAJECTORIES = Layout((4,), "float32", 1, (), "int64", segment_length=1, n_steps=1)
 
 
 class Worker:
-    """Fills the batch that is open, at each call."""
+    """Requests permits and pushes their trajectories at each call."""
 
     def __init__(self, server: TrajectoryServer, index: int = 0) -> None:
         self.server, self.index, self.pushes = server, index, 0
@@ -576,8 +576,8 @@ def test_a_batch_is_fetched_only_when_it_is_asked_for(on_policy: OnPolicy) -> No
         batch = next(batches)
         assert (batch.version, tuple(batch.reward.shape)) == (version, (4, 3))
         time.sleep(0.05)
-        assert client.takes == version + 1, "nothing ahead"
-        experience.published(version + 1)
+        assert client.takes == version + 1, "nothing is prefetched"
+        experience.on_publish(version + 1)
     assert client.published == [1, 2, 3]
     assert client.server.stats().version == 3
     assert experience.returns.count > 0
@@ -596,13 +596,13 @@ def test_without_a_new_version_there_is_no_second_batch(on_policy: OnPolicy) -> 
 
 
 def test_a_trajectory_older_than_the_lag_is_refused(on_policy: OnPolicy) -> None:
-    """The server lets a lag of 1 pass that the learner was not told of."""
+    """The server admits a lag of 1, and the learner admits none."""
     client = queue_of(lag=1)
     for _ in range(2):
         client.fill()  # type: ignore[misc]
     experience = on_policy(client, lag=0)
-    experience.published(1)
-    with pytest.raises(StalePolicy, match="a trajectory of version 0 came when 1 was published"):
+    experience.on_publish(1)
+    with pytest.raises(StalePolicy, match="a trajectory of version 0 arrived after 1 was published"):
         next(iter(experience))
 
 
@@ -611,19 +611,19 @@ def test_a_trajectory_within_the_lag_is_taken(on_policy: OnPolicy) -> None:
     for _ in range(2):
         client.fill()  # type: ignore[misc]
     experience = on_policy(client, lag=1)
-    experience.published(1)
+    experience.on_publish(1)
     assert next(iter(experience)).version == 0
 
 
 def test_an_on_policy_epoch_ends_when_the_run_is_finished(on_policy: OnPolicy) -> None:
-    """Batches of 4 x 3 steps; the third reaches the 30 steps there are."""
+    """Batches of 4 x 3 steps: the third reaches the run's 30 steps."""
     experience = on_policy(queue_of(max_env_steps=30), length=2)
     taken = []
     for epoch in range(3):
         taken.append(0)
         for batch in experience:
             taken[epoch] += 1
-            experience.published(batch.version + 1)
+            experience.on_publish(batch.version + 1)
     assert taken == [2, 1, 0]
     assert experience.finished
 
@@ -631,10 +631,10 @@ def test_an_on_policy_epoch_ends_when_the_run_is_finished(on_policy: OnPolicy) -
 def test_an_interrupt_ends_an_on_policy_wait_at_once(on_policy: OnPolicy) -> None:
     experience = on_policy(queue_of(filled=False))
     timer = threading.Timer(0.1, experience.interrupt)
-    begun = time.monotonic()
+    start = time.monotonic()
     timer.start()
     assert list(experience) == []
-    assert time.monotonic() - begun < 3.0
+    assert time.monotonic() - start < 3.0
     timer.join()
 
 
@@ -648,7 +648,7 @@ def test_a_trainer_takes_one_batch_an_update_and_ends_with_the_run(on_policy: On
     def update(batch: TrajectoryBatch) -> dict[str, torch.Tensor]:
         versions.append(batch.version)
         logged = trained(batch)
-        experience.published(batch.version + 1)
+        experience.on_publish(batch.version + 1)
         return logged
 
     module.update = update  # type: ignore[method-assign]

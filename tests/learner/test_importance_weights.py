@@ -1,4 +1,4 @@
-"""Double Q-learning and importance weights: hand numbers, gradients, definitions."""
+"""Tests of double Q-learning and importance weights, by hand numbers, gradients, and definitions."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def test_importance_weights_by_hand_and_at_both_ends_of_beta() -> None:
 def test_importance_weights_undo_the_bias_of_prioritized_draws() -> None:
     rng = np.random.default_rng(0)
     values, probability = rng.normal(size=50), rng.dirichlet(np.ones(50))
-    drawn = rng.choice(50, size=400_000, p=probability)
-    weights = importance_weights(torch.from_numpy(probability[drawn]), 50, 1.0).numpy()
-    assert (weights * values[drawn]).sum() / weights.sum() == pytest.approx(values.mean(), abs=0.03)
+    sampled = rng.choice(50, size=400_000, p=probability)
+    weights = importance_weights(torch.from_numpy(probability[sampled]), 50, 1.0).numpy()
+    assert (weights * values[sampled]).sum() / weights.sum() == pytest.approx(values.mean(), abs=0.03)

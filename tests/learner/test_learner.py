@@ -1,4 +1,4 @@
-"""Learner: publishes, checkpoints, answers while it waits, stops and resumes; its neighbours stand in this process."""
+"""Tests of the learner: publishing, checkpoints, requests, stops, and resumes. Replay and store run in this process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from replay.messages import Push
 from replay.remote import RemoteActor
 from replay.server import ReplayActor, ReplayServer
 from replay.types import Moments
-from tests.learner.toys import CARTPOLE, InProcessReplay, copies, make_push, same
+from tests.learner.toys import CARTPOLE, InProcessReplay, clone_parameters, make_push, same
 
 HYPERPARAMETERS = {
     "env": CARTPOLE.plain(), "seed": 0, "batch_size": 8, "replay_size": 1_000, "warm_start_size": 16,
@@ -44,7 +44,7 @@ HYPERPARAMETERS = {
 
 
 class Store:
-    """A `WeightStore` behind the face of a `RemoteActor`; remembers what was published after how many updates."""
+    """A `WeightStore` with the interface of a `RemoteActor`. Records the published weights."""
 
     def __init__(self, version: int = -1) -> None:
         self.store = WeightStore()
@@ -73,8 +73,8 @@ class Store:
         return [weights.version for weights in self.published]
 
 
-class Room:
-    """A learner between replay and a weight store. There is data for `updates` updates, or none at all."""
+class LearnerRun:
+    """A learner with its replay server and weight store. There is data for `updates` updates, or none if it is None."""
 
     def __init__(
         self, folder: Path, updates: int | None = 104, version: int = -1, threads: int = 1, **options: Any
@@ -83,7 +83,7 @@ class Room:
         keys = {key: options.pop(key, default) for key, default in keys.items()}
         hyperparameters = {**HYPERPARAMETERS, **options}
         spec = DQN(**hyperparameters).experience_spec()
-        # An insert beyond the first 16 is worth an update of 8 samples; inserts come by 8.
+        # Each insert after the first 16 allows one update on 8 samples; a push has 8 inserts.
         assert updates is None or updates % 8 == 0
         server = ReplayServer(spec, run_seed=0, max_env_steps=None if updates is None else 16 + updates)
         pushes = (make_push(spec.table.layout, n) for n in itertools.count())
@@ -114,9 +114,9 @@ Pool = Callable[[Callable[[], Any]], "Future[Any]"]
 
 @pytest.fixture
 def background() -> Iterator[Pool]:
-    """Give a function that runs another in a thread; at the end every thread must end by itself."""
+    """Yield a function that runs another in a thread; at the end of the test, wait for all threads."""
     with ThreadPoolExecutor(8) as pool:
-        yield lambda what: pool.submit(what)
+        yield lambda function: pool.submit(function)
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
@@ -127,15 +127,15 @@ def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
 
 
 @pytest.fixture
-def waiting(tmp_path: Path, background: Pool) -> Iterator[tuple[Room, Future[LearnerReport]]]:
-    """A learner in whose replay nothing is, in the midst of its fit."""
-    room = Room(tmp_path, updates=None)
-    fit = background(room.fit)
+def waiting(tmp_path: Path, background: Pool) -> Iterator[tuple[LearnerRun, Future[LearnerReport]]]:
+    """A learner during its fit, whose replay is empty."""
+    run = LearnerRun(tmp_path, updates=None)
+    fit = background(run.fit)
     try:
-        assert eventually(lambda: room.learner.report().state == "waiting" or fit.done())
-        yield room, fit
+        assert eventually(lambda: run.learner.report().state == "waiting" or fit.done())
+        yield run, fit
     finally:
-        room.learner.stop()
+        run.learner.stop()
 
 
 # Publishing.
@@ -144,85 +144,85 @@ def waiting(tmp_path: Path, background: Pool) -> Iterator[tuple[Room, Future[Lea
 def loaded(weights: Weights) -> list[torch.Tensor]:
     policy = DQN(**HYPERPARAMETERS).policy_spec.build()
     unpack(weights, policy)
-    return copies(policy)
+    return clone_parameters(policy)
 
 
 def test_the_first_weights_are_version_0_and_the_initial_ones(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=8)
-    initial = copies(room.module.policy)
-    room.fit()
-    assert room.weights.versions == [0]
-    assert same(loaded(room.weights.published[0]), initial)
-    assert not same(loaded(room.weights.published[0]), copies(room.module.policy))
+    run = LearnerRun(tmp_path, updates=8)
+    initial = clone_parameters(run.module.policy)
+    run.fit()
+    assert run.weights.versions == [0]
+    assert same(loaded(run.weights.published[0]), initial)
+    assert not same(loaded(run.weights.published[0]), clone_parameters(run.module.policy))
 
 
 def test_weights_are_published_every_so_many_updates(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=104, publish_every=25)
+    run = LearnerRun(tmp_path, updates=104, publish_every=25)
     at: list[tuple[int, list[torch.Tensor]]] = []
-    later = room.weights.later
+    later = run.weights.later
 
     def watched(method: str, weights: Weights) -> Any:
-        at.append((room.learner._updates, copies(room.module.policy)))
+        at.append((run.learner._updates, clone_parameters(run.module.policy)))
         return later(method, weights)
 
-    room.weights.later = watched  # type: ignore[method-assign]
-    report = room.fit()
+    run.weights.later = watched  # type: ignore[method-assign]
+    report = run.fit()
     assert [updates for updates, _ in at] == [0, 25, 50, 75, 100]
-    assert room.weights.versions == [0, 1, 2, 3, 4]
+    assert run.weights.versions == [0, 1, 2, 3, 4]
     assert report.weights_version == 4
-    for weights, (_, parameters) in zip(room.weights.published, at, strict=True):
+    for weights, (_, parameters) in zip(run.weights.published, at, strict=True):
         assert same(loaded(weights), parameters)
 
 
 def test_versions_go_on_from_what_the_store_holds(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=8, version=41, publish_every=4)
-    room.fit()
-    assert room.weights.versions == [42, 43, 44]
+    run = LearnerRun(tmp_path, updates=8, version=41, publish_every=4)
+    run.fit()
+    assert run.weights.versions == [42, 43, 44]
 
 
 def test_a_new_store_beside_a_new_learner_gets_versions_that_workers_take_for_newer(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=8, version=-1, publish_every=4)
-    room.learner.fit(None, 270)
-    assert room.weights.versions[0] > 270
-    assert room.weights.versions == sorted(set(room.weights.versions))
+    run = LearnerRun(tmp_path, updates=8, version=-1, publish_every=4)
+    run.learner.fit(None, 270)
+    assert run.weights.versions[0] > 270
+    assert run.weights.versions == sorted(set(run.weights.versions))
 
 
 @pytest.mark.parametrize("error", [ValueError("no actor of that name"), ActorDiedError()])
 def test_a_store_that_is_gone_stops_nobody(error: Exception, tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=40, publish_every=10)
-    room.weights.failure = error
-    assert room.fit().updates == 40
-    assert room.weights.forgotten == 5
-    assert room.weights.versions == []
+    run = LearnerRun(tmp_path, updates=40, publish_every=10)
+    run.weights.failure = error
+    assert run.fit().updates == 40
+    assert run.weights.forgotten == 5
+    assert run.weights.versions == []
 
 
 def test_a_publication_that_failed_on_its_way_is_noticed_at_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = Room(tmp_path, updates=40, publish_every=10)
-    room.weights.reference = "on its way"
+    run = LearnerRun(tmp_path, updates=40, publish_every=10)
+    run.weights.reference = "in flight"
     outcomes = iter([ActorDiedError(), None, None, None])
 
     def get(reference: Any) -> None:
-        assert reference == "on its way"
+        assert reference == "in flight"
         outcome = next(outcomes)
         if outcome is not None:
             raise outcome
 
     monkeypatch.setattr(learner.learner, "is_ready", lambda reference: True)
     monkeypatch.setattr(learner.learner.ray, "get", get)
-    room.fit()
-    assert room.weights.forgotten == 1
-    assert room.weights.versions == [0, 1, 2, 3, 4], "the next goes to the new store"
+    run.fit()
+    assert run.weights.forgotten == 1
+    assert run.weights.versions == [0, 1, 2, 3, 4], "later versions go to the new store"
 
 
 def test_a_slow_store_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = Room(tmp_path, updates=8, publish_every=2)
-    room.weights.reference = "on its way"
+    run = LearnerRun(tmp_path, updates=8, publish_every=2)
+    run.weights.reference = "in flight"
     monkeypatch.setattr(learner.learner, "is_ready", lambda reference: False)
-    monkeypatch.setattr(learner.learner.ray, "get", lambda reference: pytest.fail("it waited"))
-    room.fit()
-    assert room.weights.versions == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(learner.learner.ray, "get", lambda reference: pytest.fail("the learner waited"))
+    run.fit()
+    assert run.weights.versions == [0, 1, 2, 3, 4]
 
 
 # Checkpoints.
@@ -230,37 +230,37 @@ def test_a_slow_store_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("k", [1, 4, 32])
 def test_numbered_checkpoints_come_at_exact_updates_and_only_the_newest_stay(k: int, tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=128, updates_per_training_step=k, checkpoint_every=30, keep_checkpoints=2)
+    run = LearnerRun(tmp_path, updates=128, updates_per_training_step=k, checkpoint_every=30, keep_checkpoints=2)
     written: list[str] = []
-    save = room.learner.save
+    save = run.learner.save
 
     def watched(path: Path) -> None:
         written.append(path.name)
         save(path)
-        assert room.global_step(path.name) == room.learner._updates
+        assert run.global_step(path.name) == run.learner._updates
 
-    room.learner.save = watched  # type: ignore[method-assign]
-    report = room.fit()
+    run.learner.save = watched  # type: ignore[method-assign]
+    report = run.fit()
     assert report.updates == 128
     numbered = [f"step-{n:010d}.ckpt" for n in (30, 60, 90, 120)]
     assert written == [*itertools.chain(*((name, LAST) for name in numbered)), LAST]
-    assert room.files == {*numbered[-2:], LAST}
-    assert [room.global_step(name) for name in (*numbered[-2:], LAST)] == [90, 120, 128]
+    assert run.files == {*numbered[-2:], LAST}
+    assert [run.global_step(name) for name in (*numbered[-2:], LAST)] == [90, 120, 128]
     assert report.checkpoint_updates == 128
 
 
 def test_the_last_checkpoint_is_the_last_state(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=24)
-    room.fit()
-    assert room.files == {LAST}
-    assert same(copies(load_algorithm(tmp_path / LAST)), copies(room.module))
+    run = LearnerRun(tmp_path, updates=24)
+    run.fit()
+    assert run.files == {LAST}
+    assert same(clone_parameters(load_algorithm(tmp_path / LAST)), clone_parameters(run.module))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=8)
-    room.fit()
+    run = LearnerRun(tmp_path, updates=8)
+    run.fit()
     before = (tmp_path / LAST).read_bytes()
-    trainer = room.learner._trainer
+    trainer = run.learner._trainer
     assert trainer is not None
 
     def half(path: Path) -> None:
@@ -269,14 +269,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) 
 
     trainer.save_checkpoint = half  # type: ignore[method-assign, assignment]
     with pytest.raises(OSError, match="disk full"):
-        room.learner.save(tmp_path / LAST)
+        run.learner.save(tmp_path / LAST)
     assert (tmp_path / LAST).read_bytes() == before
 
 
 def test_progress_lands_in_the_checkpoint(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=8)
-    room.learner.note_progress(1234, {"episodes": 7, "best": 1.5})
-    room.fit()
+    run = LearnerRun(tmp_path, updates=8)
+    run.learner.note_progress(1234, {"episodes": 7, "best": 1.5})
+    run.fit()
     assert read_checkpoint(tmp_path / LAST)["squall"] == {
         "algorithm": "dqn",
         "env_steps": 1234,
@@ -287,14 +287,16 @@ def test_progress_lands_in_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_learner_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
-    first = Room(tmp_path / "a", updates=56, checkpoint_every=50, publish_every=20)
+    first = LearnerRun(tmp_path / "a", updates=56, checkpoint_every=50, publish_every=20)
     first.learner.note_progress(66, {"episodes": 7})
     first.fit()
-    begun_from = tmp_path / "a" / "step-0000000050.ckpt"
-    second = Room(tmp_path / "b", updates=48, version=first.weights.versions[-1], checkpoint_every=40, publish_every=20)
-    report = second.fit(resume=begun_from)
-    assert same(loaded(second.weights.published[0]), copies(load_algorithm(begun_from).policy))
-    assert second.weights.versions == [3, 4, 5], "at 50, 60 and 80"
+    checkpoint = tmp_path / "a" / "step-0000000050.ckpt"
+    second = LearnerRun(
+        tmp_path / "b", updates=48, version=first.weights.versions[-1], checkpoint_every=40, publish_every=20
+    )
+    report = second.fit(resume=checkpoint)
+    assert same(loaded(second.weights.published[0]), clone_parameters(load_algorithm(checkpoint).policy))
+    assert second.weights.versions == [3, 4, 5], "at 50, 60, and 80 updates"
     assert report.updates == 98
     assert second.files == {"step-0000000080.ckpt", LAST}
     assert second.global_step(LAST) == 98
@@ -304,22 +306,22 @@ def test_a_learner_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_resumed_learner_syncs_where_an_unbroken_one_would(tmp_path: Path) -> None:
-    """With the same batches a run in two parts ends where one in one part does, bit for bit."""
-    whole = Room(tmp_path / "whole", updates=80)
-    half = Room(tmp_path / "half", updates=80)
-    other_half = Room(tmp_path / "other", updates=80)
+    """With the same batches, an interrupted and resumed run ends with bitwise the same weights as an unbroken run."""
+    whole = LearnerRun(tmp_path / "whole", updates=80)
+    half = LearnerRun(tmp_path / "half", updates=80)
+    other_half = LearnerRun(tmp_path / "other", updates=80)
     batches = [reply.batch for _ in range(20) if (reply := sample(whole)) is not None]
-    for room, part in ((whole, batches), (half, batches[:11]), (other_half, batches[11:])):
-        room.replay.sample = replies(part)  # type: ignore[method-assign]
+    for run, part in ((whole, batches), (half, batches[:11]), (other_half, batches[11:])):
+        run.replay.sample = replies(part)  # type: ignore[method-assign]
     whole.fit()
     half.fit()
     other_half.fit(resume=half.folder / LAST)
     assert (half.learner.report().updates, other_half.learner.report().updates) == (44, 80)
-    assert same(copies(other_half.module), copies(whole.module))
+    assert same(clone_parameters(other_half.module), clone_parameters(whole.module))
 
 
-def sample(room: Room) -> Any:
-    return room.replay.sample(4, 8, stop=threading.Event())
+def sample(run: LearnerRun) -> Any:
+    return run.replay.sample(4, 8, stop=threading.Event())
 
 
 def replies(batches: list[Any]) -> Any:
@@ -328,274 +330,274 @@ def replies(batches: list[Any]) -> Any:
 
 
 def test_weights_are_kept_while_there_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner.learner, "_SECONDS_BEFORE_PUBLISHING_AGAIN", 0.0)
-    room = Room(tmp_path, updates=16)
-    room.weights.failure = ValueError("no actor of that name")
-    serve = room.learner._serve
+    monkeypatch.setattr(learner.learner, "_PUBLISH_RETRY_SECONDS", 0.0)
+    run = LearnerRun(tmp_path, updates=16)
+    run.weights.failure = ValueError("no actor of that name")
+    serve = run.learner._serve
 
-    def serve_and_mend() -> None:
+    def serve_and_recover() -> None:
         serve()
-        room.weights.failure = None
+        run.weights.failure = None
 
-    monkeypatch.setattr(room.learner, "_serve", serve_and_mend)
-    room.fit()
-    # The first version met no store, and came when there was one.
-    assert room.weights.versions[0] == 0
+    monkeypatch.setattr(run.learner, "_serve", serve_and_recover)
+    run.fit()
+    # There was no store for the first version, which was sent as soon as there was one.
+    assert run.weights.versions[0] == 0
 
 
 def test_the_last_checkpoint_is_never_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learner.learner, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    room = Room(tmp_path, updates=16)
+    run = LearnerRun(tmp_path, updates=16)
     seen: list[int] = []
-    save = room.learner.save
+    save = run.learner.save
 
     def remembered(path: Path) -> None:
         save(path)
-        seen.append(room.global_step(LAST))
+        seen.append(run.global_step(LAST))
 
-    monkeypatch.setattr(room.learner, "save", remembered)
-    room.fit()
+    monkeypatch.setattr(run.learner, "save", remembered)
+    run.fit()
     assert seen[:-1] == list(range(1, 17))
-    assert room.files == {LAST}
+    assert run.files == {LAST}
 
 
 # Requests from other threads.
 
 
-def test_a_checkpoint_is_answered_while_the_learner_waits(waiting: tuple[Room, Future[LearnerReport]]) -> None:
-    room, _ = waiting
-    room.learner.note_progress(5, {})
-    weights = room.learner.checkpoint("candidate.ckpt", seconds=20.0)
-    assert room.files == {"candidate.ckpt"}
-    written = load_algorithm(room.folder / "candidate.ckpt")
+def test_a_checkpoint_is_answered_while_the_learner_waits(waiting: tuple[LearnerRun, Future[LearnerReport]]) -> None:
+    run, _ = waiting
+    run.learner.note_progress(5, {})
+    weights = run.learner.checkpoint("candidate.ckpt", seconds=20.0)
+    assert run.files == {"candidate.ckpt"}
+    written = load_algorithm(run.folder / "candidate.ckpt")
     assert written.env_steps == 5
-    # Nothing was learned since they were published: as a new version they would make on-policy experience stale.
+    # No update was made since the weights were published: a new version would make on-policy experience stale.
     assert weights.version == 0
-    assert room.weights.versions == [0]
-    room.learner.checkpoint(seconds=20.0)
-    assert room.files == {"candidate.ckpt", LAST}
+    assert run.weights.versions == [0]
+    run.learner.checkpoint(seconds=20.0)
+    assert run.files == {"candidate.ckpt", LAST}
 
 
 def test_a_checkpoint_made_while_waiting_can_be_resumed(
-    waiting: tuple[Room, Future[LearnerReport]], tmp_path: Path
+    waiting: tuple[LearnerRun, Future[LearnerReport]], tmp_path: Path
 ) -> None:
-    room, _ = waiting
-    room.learner.checkpoint("early.ckpt", seconds=20.0)
-    second = Room(tmp_path / "b", updates=48)
-    assert second.fit(resume=room.folder / "early.ckpt").updates == 48
+    run, _ = waiting
+    run.learner.checkpoint("early.ckpt", seconds=20.0)
+    second = LearnerRun(tmp_path / "b", updates=48)
+    assert second.fit(resume=run.folder / "early.ckpt").updates == 48
 
 
 def test_a_checkpoint_made_between_two_waits_can_be_resumed(tmp_path: Path, background: Pool) -> None:
-    """In the middle of an epoch, before a batch that has not come."""
-    room = Room(tmp_path / "a", updates=None)
-    pushes = (make_push(room.replay.server.spec.table.layout, n) for n in range(3))
-    room.replay.pushes = pushes
-    fit = background(room.fit)
+    """The checkpoint is made in the middle of an epoch, while the learner waits for a batch."""
+    run = LearnerRun(tmp_path / "a", updates=None)
+    pushes = (make_push(run.replay.server.spec.table.layout, n) for n in range(3))
+    run.replay.pushes = pushes
+    fit = background(run.fit)
     try:
-        # 8 inserts are worth 8 updates, and the limiter lets the learner run 8 ahead.
-        assert eventually(lambda: room.learner.report().updates == 16 and room.learner.report().state == "waiting")
-        room.learner.checkpoint("mid.ckpt", seconds=20.0)
+        # 8 inserts allow 8 updates, and the limiter's tolerance allows 8 more.
+        assert eventually(lambda: run.learner.report().updates == 16 and run.learner.report().state == "waiting")
+        run.learner.checkpoint("mid.ckpt", seconds=20.0)
     finally:
-        room.learner.stop()
+        run.learner.stop()
     assert fit.result(20.0).updates == 16
-    second = Room(tmp_path / "b", updates=88, batches_per_epoch=20)
+    second = LearnerRun(tmp_path / "b", updates=88, batches_per_epoch=20)
     assert second.fit(resume=tmp_path / "a" / "mid.ckpt").updates == 104
 
 
-def test_publish_again_sends_the_weights_to_a_new_store(waiting: tuple[Room, Future[LearnerReport]]) -> None:
-    room, _ = waiting
-    room.weights.store = WeightStore()
-    assert room.learner.publish_again(seconds=20.0) == 1
-    assert room.weights.store.report()["version"] == 1
+def test_publish_again_sends_the_weights_to_a_new_store(waiting: tuple[LearnerRun, Future[LearnerReport]]) -> None:
+    run, _ = waiting
+    run.weights.store = WeightStore()
+    assert run.learner.publish_again(seconds=20.0) == 1
+    assert run.weights.store.report()["version"] == 1
 
 
 def test_requests_are_answered_between_steps_too(tmp_path: Path, background: Pool) -> None:
-    room = Room(tmp_path, updates=2_000)
-    fit = background(room.fit)
-    assert eventually(lambda: room.learner.report().updates > 0)
-    weights = room.learner.checkpoint("candidate.ckpt", seconds=20.0)
-    updates = room.global_step("candidate.ckpt")
+    run = LearnerRun(tmp_path, updates=2_000)
+    fit = background(run.fit)
+    assert eventually(lambda: run.learner.report().updates > 0)
+    weights = run.learner.checkpoint("candidate.ckpt", seconds=20.0)
+    updates = run.global_step("candidate.ckpt")
     assert 0 < updates < 2_000
     assert updates % 4 == 0
-    assert same(loaded(weights), copies(load_algorithm(tmp_path / "candidate.ckpt").policy))
-    room.learner.stop()
+    assert same(loaded(weights), clone_parameters(load_algorithm(tmp_path / "candidate.ckpt").policy))
+    run.learner.stop()
     assert fit.result(20.0).state == "stopped"
 
 
-def test_a_request_that_fails_fails_for_who_asked_alone(waiting: tuple[Room, Future[LearnerReport]]) -> None:
-    room, fit = waiting
-    (room.folder / "blocked").write_text("no folder")
+def test_a_request_that_fails_fails_for_who_asked_alone(waiting: tuple[LearnerRun, Future[LearnerReport]]) -> None:
+    run, fit = waiting
+    (run.folder / "blocked").write_text("no folder")
     with pytest.raises(OSError, match="blocked"):
-        room.learner.checkpoint("blocked/candidate.ckpt", seconds=20.0)
-    # Nothing was learned meanwhile: these are the weights that were published at the start.
-    assert room.learner.checkpoint("candidate.ckpt", seconds=20.0).version == 0
+        run.learner.checkpoint("blocked/candidate.ckpt", seconds=20.0)
+    # No update was made meanwhile: these are the weights that were published at the start.
+    assert run.learner.checkpoint("candidate.ckpt", seconds=20.0).version == 0
     assert not fit.done()
 
 
 def test_a_request_that_nobody_comes_to_times_out(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError):
-        Room(tmp_path).learner.checkpoint(seconds=0.01)
+        LearnerRun(tmp_path).learner.checkpoint(seconds=0.01)
 
 
 def test_a_request_before_the_fit_is_answered_by_it(tmp_path: Path, background: Pool) -> None:
-    room = Room(tmp_path, updates=40)
-    asked = background(lambda: room.learner.checkpoint("early.ckpt", seconds=20.0))
-    assert eventually(lambda: not room.learner._requests.empty())
-    room.fit()
-    assert asked.result(20.0).version <= 1
-    assert room.files == {"early.ckpt", LAST}
+    run = LearnerRun(tmp_path, updates=40)
+    request = background(lambda: run.learner.checkpoint("early.ckpt", seconds=20.0))
+    assert eventually(lambda: not run.learner._requests.empty())
+    run.fit()
+    assert request.result(20.0).version <= 1
+    assert run.files == {"early.ckpt", LAST}
 
 
 # Ends.
 
 
-def test_stop_ends_a_wait_with_a_last_checkpoint(waiting: tuple[Room, Future[LearnerReport]]) -> None:
-    room, fit = waiting
-    begun = time.monotonic()
-    room.learner.stop()
+def test_stop_ends_a_wait_with_a_last_checkpoint(waiting: tuple[LearnerRun, Future[LearnerReport]]) -> None:
+    run, fit = waiting
+    start = time.monotonic()
+    run.learner.stop()
     report = fit.result(20.0)
-    assert time.monotonic() - begun < 3.0
+    assert time.monotonic() - start < 3.0
     assert report.state == "stopped"
-    assert room.files == {LAST}
+    assert run.files == {LAST}
     assert report.checkpoint_updates == report.updates == 0
 
 
 def test_stop_ends_learning_with_a_last_checkpoint(tmp_path: Path, background: Pool) -> None:
-    room = Room(tmp_path, updates=100_000)
-    fit = background(room.fit)
-    assert eventually(lambda: room.learner.report().updates >= 40)
-    room.learner.stop()
+    run = LearnerRun(tmp_path, updates=100_000)
+    fit = background(run.fit)
+    assert eventually(lambda: run.learner.report().updates >= 40)
+    run.learner.stop()
     report = fit.result(20.0)
     assert report.state == "stopped"
     assert 40 <= report.updates < 100_000
-    assert room.global_step(LAST) == report.updates == report.checkpoint_updates
+    assert run.global_step(LAST) == report.updates == report.checkpoint_updates
 
 
 def test_stop_before_the_fit_makes_no_update(tmp_path: Path) -> None:
-    room = Room(tmp_path)
-    room.learner.stop()
-    report = room.fit()
+    run = LearnerRun(tmp_path)
+    run.learner.stop()
+    report = run.fit()
     assert (report.state, report.updates) == ("stopped", 0)
-    assert room.files == {LAST}
+    assert run.files == {LAST}
 
 
 @pytest.mark.parametrize("ends", ["done", "stopped", "failed"])
 def test_a_request_after_the_end_is_refused_at_once(ends: str, tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=8)
+    run = LearnerRun(tmp_path, updates=8)
     if ends == "stopped":
-        room.learner.stop()
+        run.learner.stop()
     if ends == "failed":
-        room.replay.failure = DeadlineExceeded("waited 300 s for experience")
+        run.replay.failure = DeadlineExceeded("waited 300 s for experience")
         with pytest.raises(DeadlineExceeded):
-            room.fit()
+            run.fit()
     else:
-        assert room.fit().state == ends
-    for request in (room.learner.checkpoint, room.learner.publish_again):
-        begun = time.monotonic()
+        assert run.fit().state == ends
+    for request in (run.learner.checkpoint, run.learner.publish_again):
+        start = time.monotonic()
         with pytest.raises(RuntimeError, match="the learner is stopping"):
             request()
-        assert time.monotonic() - begun < 1.0
+        assert time.monotonic() - start < 1.0
 
 
 def test_a_request_that_the_end_overtakes_is_refused(tmp_path: Path, background: Pool) -> None:
-    room = Room(tmp_path)
-    room.replay.failure = ValueError("a broken table")
-    asked = background(lambda: room.learner.checkpoint(seconds=20.0))
-    assert eventually(lambda: not room.learner._requests.empty())
+    run = LearnerRun(tmp_path)
+    run.replay.failure = ValueError("a broken table")
+    request = background(lambda: run.learner.checkpoint(seconds=20.0))
+    assert eventually(lambda: not run.learner._requests.empty())
     with pytest.raises(ValueError, match="a broken table"):
-        room.fit()
+        run.fit()
     with pytest.raises(RuntimeError, match="the learner has ended"):
-        asked.result(20.0)
+        request.result(20.0)
 
 
 def test_what_replay_meets_ends_the_fit_and_its_thread(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=1_000)
-    room.replay.failure = DeadlineExceeded("waited 300 s for experience")
+    run = LearnerRun(tmp_path, updates=1_000)
+    run.replay.failure = DeadlineExceeded("waited 300 s for experience")
     with pytest.raises(DeadlineExceeded, match="waited 300 s"):
-        room.fit()
+        run.fit()
     assert not any(thread.name == "prefetch" for thread in threading.enumerate())
-    assert room.files == set(), "what failed is no state to go on from"
+    assert run.files == set(), "a failed fit writes no checkpoint"
 
 
 def test_what_an_update_meets_ends_the_fit_and_the_thread_that_fetches(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=1_000)
+    run = LearnerRun(tmp_path, updates=1_000)
 
     def fail(batch: Any) -> None:
-        raise FloatingPointError("a loss that is no number")
+        raise FloatingPointError("the loss is NaN")
 
-    room.module.update = fail  # type: ignore[method-assign, assignment]
+    run.module.update = fail  # type: ignore[method-assign, assignment]
     with pytest.raises(FloatingPointError):
-        room.fit()
+        run.fit()
     assert not any(thread.name == "prefetch" for thread in threading.enumerate())
 
 
 def test_a_run_that_is_finished_is_done(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=104)
-    report = room.fit()
+    run = LearnerRun(tmp_path, updates=104)
+    report = run.fit()
     assert (report.state, report.updates, report.waiting_for) == ("done", 104, None)
     assert (report.pid, report.device) == (os.getpid(), "cpu")
     assert report.metrics["train/loss"] > 0.0
-    assert room.learner._trainer is not None
-    assert not room.learner._trainer.callback_metrics, "nobody listens to Lightning's log in a learner"
+    assert run.learner._trainer is not None
+    assert not run.learner._trainer.callback_metrics, "a learner does not use Lightning's log"
 
 
 # Reports.
 
 
-def test_a_report_says_what_is_waited_for(waiting: tuple[Room, Future[LearnerReport]]) -> None:
+def test_a_report_says_what_is_waited_for(waiting: tuple[LearnerRun, Future[LearnerReport]]) -> None:
     report = waiting[0].learner.report()
     assert (report.state, report.updates, report.metrics) == ("waiting", 0, {})
     assert report.waiting_for == "experience: 0 of the first 16 items inserted"
 
 
 def test_a_report_before_the_fit(tmp_path: Path) -> None:
-    report = Room(tmp_path).learner.report()
+    report = LearnerRun(tmp_path).learner.report()
     assert (report.state, report.updates, report.weights_version, report.metrics) == ("starting", 0, -1, {})
 
 
 def test_reports_can_be_asked_for_at_any_moment(tmp_path: Path, background: Pool) -> None:
-    room = Room(tmp_path, updates=160, publish_every=3)
+    run = LearnerRun(tmp_path, updates=160, publish_every=3)
     over = threading.Event()
 
-    def ask() -> int:
-        asked = 0
+    def poll() -> int:
+        reports = 0
         while not over.is_set():
-            room.learner.report()
-            asked += 1
-        return asked
+            run.learner.report()
+            reports += 1
+        return reports
 
-    asked = background(ask)
+    polling = background(poll)
     try:
-        room.fit()
+        run.fit()
     finally:
         over.set()
-    assert asked.result(20.0) > 10
+    assert polling.result(20.0) > 10
 
 
-# The pieces.
+# Random numbers, precision, and precomputed targets.
 
 
-def noise_of(room: Room) -> list[float]:
-    """Return a list of what each update of the room's learner would draw."""
-    drawn: list[float] = []
-    update = room.module.update
+def noise_of(run: LearnerRun) -> list[float]:
+    """Return a list that receives one random number per update of the run's learner."""
+    sampled: list[float] = []
+    update = run.module.update
 
-    def drawing(batch: Any) -> Any:
-        drawn.append(float(torch.rand(())))
+    def sampling(batch: Any) -> Any:
+        sampled.append(float(torch.rand(())))
         return update(batch)
 
-    room.module.update = drawing  # type: ignore[method-assign]
-    return drawn
+    run.module.update = sampling  # type: ignore[method-assign]
+    return sampled
 
 
 def test_one_seed_and_the_same_data_give_the_same_weights_and_noise(tmp_path: Path) -> None:
     ends, noises = [], []
     for n, seed in enumerate((0, 0, 1)):
-        room = Room(tmp_path / str(n), updates=24, seed=seed)
-        noises.append(noise_of(room))
+        run = LearnerRun(tmp_path / str(n), updates=24, seed=seed)
+        noises.append(noise_of(run))
         torch.manual_seed(n)
-        room.fit()
-        ends.append(copies(room.module))
+        run.fit()
+        ends.append(clone_parameters(run.module))
     assert same(ends[0], ends[1])
     assert not same(ends[0], ends[2])
     assert noises[0] == noises[1]
@@ -603,7 +605,7 @@ def test_one_seed_and_the_same_data_give_the_same_weights_and_noise(tmp_path: Pa
 
 
 def test_a_resumed_learner_draws_noise_of_its_own(tmp_path: Path) -> None:
-    first, second = Room(tmp_path / "a", updates=24), Room(tmp_path / "b", updates=24)
+    first, second = LearnerRun(tmp_path / "a", updates=24), LearnerRun(tmp_path / "b", updates=24)
     noises = [noise_of(first), noise_of(second)]
     first.fit()
     second.fit(resume=tmp_path / "a" / LAST)
@@ -639,13 +641,13 @@ def test_precision_is_chosen_for_the_hardware(
 
 
 def test_single_precision_without_hooks_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bare, hooked = Room(tmp_path / "bare", max_grad_norm=0.1), Room(tmp_path / "hooked", max_grad_norm=0.1)
+    bare, hooked = LearnerRun(tmp_path / "bare", max_grad_norm=0.1), LearnerRun(tmp_path / "hooked", max_grad_norm=0.1)
     bare.fit()
     monkeypatch.setattr("learner.learner.trainer_precision", lambda *_, **__: {"precision": "32-true"})
     hooked.fit()
-    assert [type(room.learner._trainer.precision_plugin) for room in (bare, hooked)] == [BarePrecision, Precision]  # type: ignore[union-attr]
+    assert [type(run.learner._trainer.precision_plugin) for run in (bare, hooked)] == [BarePrecision, Precision]  # type: ignore[union-attr]
     assert bare.global_step(LAST) == hooked.global_step(LAST) == 104
-    assert same(*(list(room.module.policy.parameters()) for room in (bare, hooked)))
+    assert same(*(list(run.module.policy.parameters()) for run in (bare, hooked)))
     assert not same(*(list(module.policy.parameters()) for module in (bare.module, DQN(**HYPERPARAMETERS))))
 
 
@@ -661,47 +663,50 @@ def test_single_precision_without_hooks_calls_a_closure_before_the_optimizer() -
     assert (done, called) == ("done", ["closure", "step {'lr': 2}"])
 
 
-def test_a_learner_that_looks_ahead_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ahead, plain = Room(tmp_path / "ahead"), Room(tmp_path / "plain", threads=2)  # whose second core is not free
-    found: dict[str, list[bool]] = {"ahead": [], "plain": []}
-    for name, room in (("ahead", ahead), ("plain", plain)):
-        values = room.module.target_values
+def test_a_learner_that_precomputes_targets_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = LearnerRun(tmp_path / "ahead")
+    plain = LearnerRun(tmp_path / "plain", threads=2)  # with two threads, targets are not precomputed
+    precomputed: dict[str, list[bool]] = {"ahead": [], "plain": []}
+    for name, run in (("ahead", ahead), ("plain", plain)):
+        values = run.module.target_values
 
-        def counted(batch: Any, name: str = name, values: Any = values, module: Any = room.module) -> Any:
-            found[name].append(batch.target_values_ahead is not None and batch.copies == module._target_syncs)
+        def counted(batch: Any, name: str = name, values: Any = values, module: Any = run.module) -> Any:
+            valid = batch.target_values_ahead is not None and batch.target_syncs == module._target_syncs
+            precomputed[name].append(valid)
             return values(batch)
 
-        monkeypatch.setattr(room.module, "target_values", counted)
-        room.fit()
-    assert len(found["ahead"]) == len(found["plain"]) == 104
-    # Copied every 30 updates: what was fetched before a copy, at most two more calls of 4, is found anew after it.
-    assert sum(found["ahead"]) >= 104 - 3 * 12
-    assert not any(found["plain"])
-    assert same(*(list(room.module.policy.parameters()) for room in (ahead, plain)))
+        monkeypatch.setattr(run.module, "target_values", counted)
+        run.fit()
+    assert len(precomputed["ahead"]) == len(precomputed["plain"]) == 104
+    # The network is copied 3 times, every 30 updates. Each copy makes the values of at most 3 calls of 4 batches stale:
+    # those of the present call and of two prefetched calls.
+    assert sum(precomputed["ahead"]) >= 104 - 3 * 12
+    assert not any(precomputed["plain"])
+    assert same(*(list(run.module.policy.parameters()) for run in (ahead, plain)))
 
 
 @pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step"])
 def test_a_module_that_listens_to_a_hook_hears_of_every_update(
     hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[int] = []
-    monkeypatch.setattr(DQN, hook, lambda self, *_: told.append(self.global_step), raising=False)
-    Room(tmp_path, updates=24).fit()
-    assert told == list(range(24))
+    called_at: list[int] = []
+    monkeypatch.setattr(DQN, hook, lambda self, *_: called_at.append(self.global_step), raising=False)
+    LearnerRun(tmp_path, updates=24).fit()
+    assert called_at == list(range(24))
 
 
 def test_bfloat16_learns_too(tmp_path: Path) -> None:
-    room = Room(tmp_path, updates=8)
-    before = copies(room.module.policy)
+    run = LearnerRun(tmp_path, updates=8)
+    before = clone_parameters(run.module.policy)
     spec = LearnerSpec("dqn", HYPERPARAMETERS, str(tmp_path), 100, 1, 100, "bf16-mixed")
-    half = Learner(spec, replay=room.replay, weights=Store())  # type: ignore[arg-type]
+    half = Learner(spec, replay=run.replay, weights=Store())  # type: ignore[arg-type]
     assert half.fit().updates == 8
-    after = copies(half._module.policy)
+    after = clone_parameters(half._module.policy)
     assert {parameter.dtype for parameter in after} == {torch.float32}
     assert not same(before, after)
 
 
-# With the real neighbours.
+# With a real replay server and weight store on Ray.
 
 
 @pytest.mark.ray
@@ -720,10 +725,10 @@ def test_a_learner_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     try:
         fit = handle.fit.remote()
-        # It waits for data in one thread, and answers in another.
+        # One thread waits for data while another serves requests.
         early: Weights = ray.get(handle.checkpoint.remote("early.ckpt"), timeout=60.0)
         assert early.version == 0
-        assert same(loaded(early), copies(load_algorithm(tmp_path / "early.ckpt").policy))
+        assert same(loaded(early), clone_parameters(load_algorithm(tmp_path / "early.ckpt").policy))
         client = ReplayClient(RemoteActor(names["replay"]), deadline_seconds=30.0)
         for n in range(5):
             reply = client.insert(_push(spec, n))
@@ -737,10 +742,10 @@ def test_a_learner_in_a_process_of_its_own(tmp_path: Path) -> None:
         assert {path.name for path in tmp_path.glob("*.ckpt")} == {
             "early.ckpt", "step-0000000016.ckpt", "step-0000000024.ckpt", LAST,
         }  # fmt: skip
-        (held,) = ray.get(weights.newer_than.remote(-1))
-        newest: Weights = ray.get(held)
+        (reference,) = ray.get(weights.newer_than.remote(-1))
+        newest: Weights = ray.get(reference)
         assert newest.version == report.weights_version
-        assert same(loaded(newest), copies(load_algorithm(tmp_path / LAST).policy))
+        assert same(loaded(newest), clone_parameters(load_algorithm(tmp_path / LAST).policy))
         with pytest.raises(RayTaskError, match="the learner is stopping"):
             ray.get(handle.checkpoint.remote(), timeout=20.0)
     finally:
@@ -761,7 +766,7 @@ torch.set_num_threads(1)
 keep_freed_memory()
 
 def update():
-    held = [torch.ones(2**20) for _ in range(8)]  # 4 MiB each, as activations are: taken, and freed together
+    activations = [torch.ones(2**20) for _ in range(8)]  # 4 MiB each; allocated and freed together
 
 for _ in range(20):
     update()
@@ -772,16 +777,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 50)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such switch")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_memory_that_an_update_frees_is_there_for_the_next() -> None:
-    """Without the switch it is nearly always 7,000 faults or more, but sometimes none."""
+    """Without `keep_freed_memory` there are nearly always 7,000 faults or more, but sometimes none."""
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
         assert float(done.stdout) < 50
 
 
 def test_threads_are_for_the_fit_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other threads of the process that had a team of their own would be more than there are cores."""
+    """If other threads of the process also had OpenMP threads, there would be more threads than cores."""
     seen: list[int] = []
     monkeypatch.setattr(learner.learner.torch, "set_num_threads", seen.append)
     made = learner.learner.Learner(

@@ -1,4 +1,4 @@
-"""Optimizers by name: the right class and learning rates, what PyTorch's plain one would do, and schedules."""
+"""Tests of optimizers by name, gradient clipping, and schedules, against PyTorch's own implementations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from learner.optimization import (
     set_learning_rate,
     zero_grad,
 )
-from tests.learner.toys import copies
+from tests.learner.toys import clone_parameters
 
 PLAIN: dict[str, Any] = {
     "adam": torch.optim.Adam,
@@ -49,7 +49,7 @@ def test_it_steps_as_the_plain_one_does(name: str) -> None:
             zero_grad(optimizer) if module is ours else optimizer.zero_grad()
             module(x).square().mean().backward()
             optimizer.step()
-    for mine, theirs in zip(copies(ours), copies(plain), strict=True):
+    for mine, theirs in zip(clone_parameters(ours), clone_parameters(plain), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
@@ -86,11 +86,11 @@ def test_each_group_has_its_own_rate_and_steps_with_it(name: str) -> None:
     optimizer = make_optimizer(name, (slow.parameters(), 0.0), (fast.parameters(), 0.5))
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.5]
     assert [group["initial_lr"] for group in optimizer.param_groups] == [0.0, 0.5]
-    before = [copies(slow), copies(fast)]
+    before = [clone_parameters(slow), clone_parameters(fast)]
     (slow(torch.ones(1, 2)) + fast(torch.ones(1, 2))).sum().backward()
     optimizer.step()
-    assert all(torch.equal(*pair) for pair in zip(before[0], copies(slow), strict=True))
-    assert not any(torch.equal(*pair) for pair in zip(before[1], copies(fast), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before[0], clone_parameters(slow), strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(before[1], clone_parameters(fast), strict=True))
 
 
 @pytest.mark.parametrize(("name", "option", "value"), [
@@ -117,7 +117,7 @@ def test_an_option_that_is_none_raises() -> None:
     ],
 )
 def test_schedules_by_hand(schedule: str, factors: list[float]) -> None:
-    """At 0, a quarter, half, all of the steps and beyond; each time of the first rate, not of the last."""
+    """At 0, a quarter, half, and all of the steps, and beyond; always relative to the initial rate."""
     optimizer = make_optimizer("sgd", (nn.Linear(2, 2).parameters(), 0.4), (nn.Linear(2, 2).parameters(), 8.0))
     for step, factor in zip((0, 25, 50, 100, 1_000), factors, strict=True):
         set_learning_rate(optimizer, schedule, step, 100)

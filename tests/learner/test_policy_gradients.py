@@ -1,4 +1,4 @@
-"""The formulas three ways: by hand numbers, by their gradient, against a slow twin written like the paper."""
+"""Tests of the formulas by hand numbers, by their gradients, and against slow twins written like the papers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from learner.policy_gradients import n_step_returns, policy_gradient_loss, rewar
 
 Ending = Literal["terminated", "truncated"]
 Episode = tuple[list[float], Ending]
-GARBAGE = 1e6  # what stands in a row that is no step; beside it, rewards and values are of the order of 1
+GARBAGE = 1e6  # content of a row that is not a step; rewards and values are of the order of 1
 WRONG = -3e7  # a value that nothing may bootstrap from
 
 
@@ -30,7 +30,7 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 def test_n_step_returns_by_hand() -> None:
-    # A termination, a truncation and the end of the rows; each reward a power of two of its own.
+    # A termination, a truncation, and the end of the rows; each reward is another power of two.
     reward = double([[1, 2, GARBAGE, 4, 8, GARBAGE, 16, 32]])
     discount = double([[0.5, 0, GARBAGE, 0.5, 0.5, GARBAGE, 0.5, 0.5]])
     valid = torch.tensor([[True, True, False, True, True, False, True, True]])
@@ -59,7 +59,7 @@ def test_n_step_returns_of_no_rows_are_none() -> None:
 
 @dataclass
 class Lane:
-    """T rows of one lane; `end` says how an episode ended in the row, `valid` whether the row is a step."""
+    """T rows of one lane: `end` is how an episode ended in the row, `valid` whether the row is a step."""
 
     reward: list[float]
     end: list[Ending | None]
@@ -67,7 +67,7 @@ class Lane:
     value: list[float]
 
     def pieces(self) -> list[range]:
-        """Return the rows that belong together: up to an episode's end, or to the last row."""
+        """Return the ranges of consecutive rows up to an episode's end, or up to the last row."""
         pieces, start, rows = [], 0, len(self.reward)
         for row in range(rows):
             if not self.valid[row]:
@@ -82,7 +82,7 @@ NUMBERS = st.floats(-4.0, 4.0, width=32)
 
 @st.composite
 def lanes(draw: st.DrawFn) -> list[Lane]:
-    rows, drawn = draw(st.integers(1, 12)), []
+    rows, result = draw(st.integers(1, 12)), []
     for _ in range(draw(st.integers(1, 4))):
         end: list[Ending | None] = draw(
             st.lists(st.sampled_from([None, None, "terminated", "truncated"]), min_size=rows, max_size=rows)
@@ -91,8 +91,8 @@ def lanes(draw: st.DrawFn) -> list[Lane]:
         for row in range(1, rows):
             valid.append(not (valid[row - 1] and end[row - 1]))
         reward = [draw(NUMBERS) if valid[row] else GARBAGE for row in range(rows)]
-        drawn.append(Lane(reward, end, valid, [draw(NUMBERS) for _ in range(rows + 1)]))
-    return drawn
+        result.append(Lane(reward, end, valid, [draw(NUMBERS) for _ in range(rows + 1)]))
+    return result
 
 
 def tensors(lanes: list[Lane], gamma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -213,7 +213,7 @@ EPISODES = st.lists(
 
 
 def padded(episodes: list[Episode], rows: int) -> tuple[list[Lane], Tensor]:
-    """One whole episode a lane, garbage after its end, and values of zero."""
+    """Return one lane per whole episode, with garbage after its end and with values of zero."""
     batch = []
     for reward, end in episodes:
         padding = rows - len(reward)

@@ -1,4 +1,4 @@
-"""Across Ray, no trajectory is trained on that is older than the largest policy lag: seen in the data themselves."""
+"""Tests on Ray that no update uses a trajectory older than `max_policy_lag`, measured in the data itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORKERS, STEPS = 2, 1_200
 
 
 class Run:
-    """A learner in this process, its neighbours in processes of their own."""
+    """A learner in this process, with workers, trajectory queue, and weight store in their own processes."""
 
     def __init__(self, folder: Path, lag: int) -> None:
         hyperparameters: dict[str, Any] = {
@@ -53,21 +53,21 @@ class Run:
             for i in range(WORKERS)
         ]  # fmt: skip
         self.lags: list[int] = []
-        self.surprises: list[float] = []
+        self.differences: list[float] = []
 
     def train(self) -> None:
-        """Learn to the end; before each update look at what it learns from."""
+        """Train to the end of the run; record each batch's lag and the difference of its log-probabilities."""
         module, update = self.learner._module, self.learner._module.update
 
-        def looked_at(batch: TrajectoryBatch) -> dict[str, torch.Tensor]:
+        def recorded(batch: TrajectoryBatch) -> dict[str, torch.Tensor]:
             self.lags.append(self.learner._version - batch.version)
             with torch.no_grad():
                 output = module.policy(batch.visited)
                 now, _ = module.policy.log_probability(output, batch.action[batch.valid])  # type: ignore[operator]
-            self.surprises.append(float((now - batch.log_probability[batch.valid]).abs().max()))
+            self.differences.append(float((now - batch.log_probability[batch.valid]).abs().max()))
             return update(batch)
 
-        module.update = looked_at  # type: ignore[method-assign]
+        module.update = recorded  # type: ignore[method-assign]
         running = [worker.run.remote() for worker in self.workers]
         self.report = self.learner.fit()
         ray.get(running, timeout=60)
@@ -88,7 +88,7 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
 def test_with_a_lag_of_0_every_action_is_the_learners_own(run: Run) -> None:
     run.train()
     assert set(run.lags) == {0}
-    assert math.isclose(max(run.surprises), 0.0, abs_tol=1e-5)
+    assert math.isclose(max(run.differences), 0.0, abs_tol=1e-5)
     assert run.report.updates == len(run.lags) > STEPS / 32
     stats = ray.get(run.queue.stats.remote())
     assert stats.counters.samples == stats.counters.env_steps >= STEPS
@@ -100,5 +100,5 @@ def test_with_a_lag_of_2_some_are_older_and_none_older_than_that(run: Run) -> No
     run.train()
     assert max(run.lags) in (1, 2)
     assert min(run.lags) >= 0
-    # The test above can fail: weights that are a version older give other probabilities.
-    assert max(run.surprises) > 1e-3
+    # This shows that the test above can fail: weights of an older version give other probabilities.
+    assert max(run.differences) > 1e-3

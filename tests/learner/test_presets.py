@@ -1,4 +1,4 @@
-"""Presets: whatever stands in the files can be used, and ids of a family share one unless they have their own."""
+"""Tests of presets: all files are usable, and ids of a family share a preset unless they have their own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from services.supervision.topology import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"atari": "BreakoutNoFrameskip-v4", "mujoco": "HalfCheetah-v5"}
-# As HalfCheetah-v5: MuJoCo itself is an extra.
+# The spaces of HalfCheetah-v5: MuJoCo itself is an optional dependency.
 CHEETAH = EnvironmentSpec(None, (17,), "float32", 1, ContinuousActions((6,), (-1.0,) * 6, (1.0,) * 6))
 FILES = sorted(Path(learner.presets.__file__).parent.glob("*.yaml"))
 
@@ -125,7 +125,7 @@ def test_no_preset_is_none_and_from_preset_says_so() -> None:
 
 
 def test_presets_are_part_of_what_is_installed() -> None:
-    # An editable install finds every file, a wheel only what is listed.
+    # An editable install finds every file, a wheel only the listed files.
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert "learner.presets" in setuptools["packages"]
     assert setuptools["package-data"]["learner.presets"] == ["*.yaml"]
@@ -144,7 +144,7 @@ def test_a_schedule_ends_with_the_run() -> None:
 )
 def test_a_run_of_another_length_takes_its_schedule_along(overrides: dict[str, int], last_frame: int) -> None:
     config, _ = resolve("a2c", "CartPole-v1", overrides=overrides)
-    # The saved configuration says only what was asked for, so that more steps later mean a longer schedule.
+    # The saved configuration contains only the given values, so that more steps later mean a longer schedule.
     assert config.hyperparameters["learning_rate_last_frame"] == overrides.get("learning_rate_last_frame")
-    program = plan(config, "unnamed", Path())
-    assert program.learner.hyperparameters["learning_rate_last_frame"] == last_frame
+    topology = plan(config, "unnamed", Path())
+    assert topology.learner.hyperparameters["learning_rate_last_frame"] == last_frame

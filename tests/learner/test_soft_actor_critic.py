@@ -1,4 +1,4 @@
-"""The formulas three ways: by hand numbers, by their gradient, against a slow twin written like the paper."""
+"""Tests of the formulas by hand numbers, by their gradients, and against slow twins written like the papers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _gradient(tensor: Tensor) -> Tensor:
 
 
 def random(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Values `[C, B]`, three of `[B]` and a temperature; seed 0 is one critic and a batch of one."""
+    """Return values `[C, B]`, three tensors `[B]`, and a temperature; seed 0 has one critic and a batch of one."""
     generator = torch.Generator().manual_seed(seed)
     critics, size = (int(torch.randint(1, most, (), generator=generator)) if seed else 1 for most in (4, 40))
     q = torch.randn(critics, size, generator=generator, dtype=torch.float64)
@@ -38,7 +38,7 @@ def smallest(values: Tensor, j: int) -> float:
 
 
 def test_soft_q_target_by_hand() -> None:
-    # The smaller critic is another one in each element, and neither is the smaller one on the whole.
+    # Each critic has the smaller value in some elements, and neither in all.
     q_t = double([[100, 900, 500], [800, 300, 400]])
     target = soft_q_target(double([1, 2, 3]), double([0.5, 0.25, 0]), q_t, double([-10, 20, 30]), double(0.5))
     assert target.tolist() == [1 + 0.5 * (100 + 5), 2 + 0.25 * (300 - 10), 3]
@@ -60,8 +60,8 @@ def test_a_less_likely_action_has_a_higher_target() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_soft_q_target_agrees_with_its_slow_twin(seed: int) -> None:
     """V(s) = Q(s, a) - alpha log pi(a|s), equation 3, with the minimum of the critics; r + gamma V(s'), equation 5."""
-    q, r, log_pi, drawn, alpha = random(seed)
-    discount = drawn.sign().relu() * 0.99
+    q, r, log_pi, noise, alpha = random(seed)
+    discount = noise.sign().relu() * 0.99
     target = soft_q_target(r, discount, q, log_pi, alpha).tolist()
     for j in range(len(r)):
         V = smallest(q, j) - alpha.item() * log_pi[j].item()
@@ -256,11 +256,11 @@ def test_polyak_update_at_rate_1_copies_exactly() -> None:
 
 def test_polyak_update_writes_in_place_and_builds_no_graph() -> None:
     target, online = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    places = [x.data_ptr() for x in target.parameters()]
+    pointers = [x.data_ptr() for x in target.parameters()]
     before = [x.detach().clone() for x in online.parameters()]
     for _ in range(2):
         polyak_update(list(target.parameters()), list(online.parameters()), 0.5)
-    assert [x.data_ptr() for x in target.parameters()] == places
+    assert [x.data_ptr() for x in target.parameters()] == pointers
     assert all(x.is_leaf and x.requires_grad and x.grad is None for x in target.parameters())
     assert all(torch.equal(x, y) for x, y in zip(online.parameters(), before, strict=True))
     target(torch.ones(1, 3)).sum().backward()

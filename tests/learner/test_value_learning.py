@@ -1,4 +1,4 @@
-"""The formulas three ways: by hand numbers, by their gradient, against a slow twin written like the paper."""
+"""Tests of the formulas by hand numbers, by their gradients, and against slow twins written like the papers."""
 
 from __future__ import annotations
 

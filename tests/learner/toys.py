@@ -1,4 +1,4 @@
-"""Small environments, batches, and stand-ins for the processes around a learner."""
+"""Small environments and batches, and in-process substitutes for the servers that a learner uses."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ PENDULUM = EnvironmentSpec("Pendulum-v1", (3,), "float32", 1, ContinuousActions(
 
 
 class Chain(gym.Env[Any, Any]):
-    """Four states in a row, left and right. To step right from the last one pays 1, leads to state 0 and ends.
+    """Four states in a chain, and actions 0, left, and 1, right.
 
-    The end is a termination, or a truncation, after which the values go on from state 0.
+    A step to the right from the last state pays 1, leads to state 0, and ends the episode: by a termination, or by a
+    truncation, which bootstraps from state 0.
     """
 
     observation_space = spaces.Discrete(4)
@@ -54,7 +55,7 @@ class Chain(gym.Env[Any, Any]):
 
 
 class Tally(gym.Env[Any, Any]):
-    """Episodes of 3 steps that pay 5 each; counts the steps taken in all of its instances."""
+    """Episodes of 3 steps that pay 5 each. Counts the steps of all instances."""
 
     observation_space = spaces.Box(-1.0, 1.0, (2,), np.float64)
     action_space = spaces.Discrete(2)
@@ -72,12 +73,12 @@ class Tally(gym.Env[Any, Any]):
 
 
 class Toy(gym.Env[Any, Any]):
-    """Observes an image of noise, a number of noise, or `(step of the episode, its length, noise, noise)`."""
+    """Observations are a random image, a random integer, or `(step of the episode, its length, noise, noise)`."""
 
     def __init__(
         self, observes: str = "vector", box: int = 0, lengths: Sequence[int] = (3,), pays: float | None = None
     ) -> None:
-        """Episodes of a length drawn from `lengths`; actions in a box of `box` dimensions; `pays` None pays noise."""
+        """Set the possible lengths of episodes, the dimensions of the action box, and the reward, None for random."""
         self.observation_space = {
             "image": spaces.Box(0, 255, (36, 36, 3), np.uint8),
             "vector": spaces.Box(-np.inf, np.inf, (4,), np.float32),
@@ -106,7 +107,7 @@ class Toy(gym.Env[Any, Any]):
 
 
 def toy(**arguments: Any) -> EnvironmentSpec:
-    """Specify a `Toy` made with `arguments`."""
+    """Return the specification of a `Toy` with the given arguments."""
     return specify("SquallToy-v0", arguments)
 
 
@@ -121,13 +122,13 @@ for name, entry, arguments in (
 
 
 def small_dqn(env: Any = CARTPOLE, **options: Any) -> DQN:
-    """Make a DQN that begins to learn after a few steps."""
+    """Return a DQN that starts to learn after a few steps."""
     small = {"batch_size": 8, "replay_size": 1_000, "warm_start_size": 16, "hidden_sizes": [8], "segment_length": 4}
     return DQN(env, **{**small, **options})
 
 
 def small_sac(env: Any = PENDULUM, **options: Any) -> SAC:
-    """Make a SAC that begins to learn after a few steps."""
+    """Return a SAC that starts to learn after a few steps."""
     return small(SAC, env, **options)
 
 
@@ -135,20 +136,20 @@ Kind = TypeVar("Kind", bound=Algorithm)
 
 
 def small(cls: type[Kind], env: Any, **options: Any) -> Kind:
-    """Make an algorithm of any class that begins to learn after a few steps."""
+    """Return an algorithm that starts to learn after a few steps."""
     off_policy = {"batch_size": 8, "replay_size": 1_000, "warm_start_size": 16, "segment_length": 4}
     return cls(env, **{"hidden_sizes": [8], **(off_policy if issubclass(cls, OffPolicyAlgorithm) else {}), **options})
 
 
 def quiet_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """Make a Trainer that writes nothing."""
+    """Return a Trainer that writes nothing."""
     silence = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     settings = {**silence, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": -1, **options}
     return pl.Trainer(callbacks=list(callbacks), **settings)
 
 
 class UpdateWatcher(pl.Callback):
-    """Calls `look(trainer, module)` after every update, and remembers `global_step` there."""
+    """Calls `look(trainer, module)` after every update, and records `global_step`."""
 
     def __init__(self, look: Callable[[pl.Trainer, Any], None] = lambda trainer, module: None) -> None:
         self.look = look
@@ -160,7 +161,7 @@ class UpdateWatcher(pl.Callback):
 
 
 class Batches:
-    """An epoch of given batches, sized as Lightning wants it."""
+    """An epoch of given batches, with the length that Lightning needs."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches
@@ -173,7 +174,7 @@ class Batches:
 
 
 def random_batch(*shape: int, seed: int = 0) -> TransitionBatch:
-    """Make CartPole-shaped transitions, `[*shape, ...]`, with errors on both sides of Huber's corner."""
+    """Return CartPole-shaped transitions, `[*shape, ...]`, with TD errors below and above 1."""
     rng = torch.Generator().manual_seed(seed)
     return TransitionBatch(
         observation=torch.randn(*shape, 4, generator=rng),
@@ -188,7 +189,7 @@ def random_batch(*shape: int, seed: int = 0) -> TransitionBatch:
 
 
 def box_batch(*shape: int, seed: int = 0) -> TransitionBatch:
-    """Make Pendulum-shaped transitions, `[*shape, ...]`."""
+    """Return Pendulum-shaped transitions, `[*shape, ...]`."""
     rng = torch.Generator().manual_seed(seed)
     return random_batch(*shape, seed=seed)._replace(
         observation=torch.randn(*shape, 3, generator=rng),
@@ -206,7 +207,7 @@ def make_trajectory(
     box: int = 0,
     version: int = 0,
 ) -> Trajectory:
-    """Make one whole episode of noise: four numbers to observe, two actions or a box of `box` dimensions."""
+    """Return one whole random episode: four numbers to observe, two actions or a box of `box` dimensions."""
     rng = np.random.default_rng(seed)
     discount = np.full(steps, gamma, np.float32)
     discount[-1] = gamma * (ends == "truncated")
@@ -222,8 +223,8 @@ def make_trajectory(
     )
 
 
-def copies(module: nn.Module) -> list[Tensor]:
-    """Return copies of a module's parameters."""
+def clone_parameters(module: nn.Module) -> list[Tensor]:
+    """Return clones of a module's parameters."""
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 
@@ -233,7 +234,7 @@ def same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 def make_push(layout: Layout, sequence: int, steps: int | None = None) -> Push:
-    """Make a push of one segment of noise whose actions are the push's number modulo 2."""
+    """Return a push of one random segment, whose actions are `sequence` modulo 2."""
     steps, rng = steps or layout.segment_length, np.random.default_rng(sequence)
     row = np.arange(steps, dtype=np.int32)
     segment = Segment(
@@ -250,7 +251,7 @@ def make_push(layout: Layout, sequence: int, steps: int | None = None) -> Push:
 
 
 class InProcessReplay:
-    """A `ReplayServer` behind the face of a `ReplayClient`; a sample that has to wait pushes what `pushes` holds."""
+    """A `ReplayServer` with the interface of a `ReplayClient`. A sample that must wait inserts the next of `pushes`."""
 
     def __init__(self, server: ReplayServer, pushes: Iterator[Push] | None = None) -> None:
         self.server, self.pushes = server, pushes
@@ -280,7 +281,7 @@ class InProcessReplay:
 
 
 class InProcessQueue:
-    """A `TrajectoryServer` behind the face of a `TrajectoryClient`; a take that has to wait calls `fill`."""
+    """A `TrajectoryServer` with the interface of a `TrajectoryClient`. A take that must wait calls `fill`."""
 
     def __init__(self, server: TrajectoryServer, fill: Callable[[], None] | None = None) -> None:
         self.server, self.fill = server, fill

@@ -1,4 +1,4 @@
-"""Slow twins of the replay room: what its fast parts must agree with, written the obvious way."""
+"""Slow reference implementations of the replay package, for comparison with the fast ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from replay.types import Array, Layout, Segment
 
 
 class NaiveSumTree:
-    """A list of weights, summed anew for every question."""
+    """A list of weights, which each method sums again."""
 
     def __init__(self, capacity: int) -> None:
         self.weights = [0.0] * capacity
@@ -36,7 +36,7 @@ class NaiveSumTree:
 
 @dataclass(frozen=True)
 class Transition:
-    """One full transition, stored naively: both observations with all their frames."""
+    """One full transition: both observations with all their frames."""
 
     observation: Array
     action: Array
@@ -46,7 +46,7 @@ class Transition:
 
 
 class NaiveTable:
-    """A list of segments of full transitions; the oldest segment goes, whole, when there is no room."""
+    """A list of segments of full transitions; a full table evicts its oldest segment as a whole."""
 
     def __init__(self, capacity: int, frame_capacity: int) -> None:
         self.capacity, self.frame_capacity = capacity, frame_capacity
@@ -65,10 +65,10 @@ class NaiveTable:
 
 
 class Lane:
-    """A random environment lane that remembers every row, and cuts itself into segments.
+    """A random environment lane that remembers all its rows and cuts them into segments.
 
-    Rows are numbered from the lane's beginning. A row that ended an episode is no start; the next row is the
-    first of a new episode.
+    Row numbers count from the lane's first row. The last row of an episode is not a start position; the next row is the
+    first row of a new episode.
     """
 
     def __init__(self, layout: Layout, rng: np.random.Generator, end_probability: float) -> None:
@@ -100,9 +100,9 @@ class Lane:
         self.steps.append((action, float(self.rng.normal()), float(self.rng.choice([0.0, 0.9, 0.99]))))
 
     def cut(self, length: int, *, flush: bool = False) -> tuple[Segment, list[Transition]]:
-        """Return the next `length` rows as a segment and, beside it, as a list of full transitions.
+        """Return the next `length` rows as a segment, and as a list of full transitions.
 
-        Flushed, the last row is only bootstrapped from, and the lane goes on with a new episode.
+        With `flush`, the last row only serves for bootstrapping, and the lane continues with a new episode.
         """
         layout, begin, end = self.layout, self.at, self.at + length
         while len(self.frames) < end + layout.n_steps:
@@ -126,7 +126,7 @@ class Lane:
                     self.observations[row],
                 )
             )
-        # Predecessors that belong to the episode before are sent too: only the ages say that they do not count.
+        # The segment includes predecessors of the previous episode; only the ages exclude them from the stack.
         first = max(0, begin - (layout.stack - 1))
         segment = Segment(
             frames=np.stack(self.frames[first : max([end - 1, *bootstraps]) + 1]),
@@ -141,14 +141,14 @@ class Lane:
             discount=np.array([t.discount for t in transitions], np.float32),
         )
         if flush:
-            # Rows generated ahead are thrown away with the environment they came from.
+            # Drop the rows generated in advance, as a stopped worker does with its environment.
             del self.frames[end:], self.observations[end:], self.ages[end:], self.ended[end:], self.steps[end:]
             self.ended[-1] = True
         return segment, transitions
 
 
 def make_segment(layout: Layout, steps: int, *, value: int = 0) -> Segment:
-    """Return a plain segment of `steps` steps without an episode end, every frame filled with `value`."""
+    """Return a segment of `steps` steps without an episode end, with all frames filled with `value`."""
     n, stack = layout.n_steps, layout.stack
     rows = np.arange(steps, dtype=np.int32) + np.int32(stack - 1)
     full = np.full(steps, stack - 1, np.uint8)
@@ -164,20 +164,20 @@ def make_segment(layout: Layout, steps: int, *, value: int = 0) -> Segment:
     )
 
 
-def read_everything(table: TransitionTable, *, most_draws: int = 200) -> Batch:
-    """Sample until every live item was seen; return each once, oldest first, shapes `[1, size, ...]`."""
-    drawn: dict[str, list[Array]] = {}
-    for _ in range(most_draws):
+def read_everything(table: TransitionTable, *, max_samples: int = 200) -> Batch:
+    """Sample until all live items were seen; return each item once, oldest first, with shapes `[1, size, ...]`."""
+    sampled: dict[str, list[Array]] = {}
+    for _ in range(max_samples):
         batch = table.sample(2, 4 * table.size)
         for name, values in vars(batch).items():
             if name != "size":
-                drawn.setdefault(name, []).append(values.reshape(-1, *values.shape[2:]))
-        ids, first = np.unique(np.concatenate(drawn["ids"]), return_index=True)
+                sampled.setdefault(name, []).append(values.reshape(-1, *values.shape[2:]))
+        ids, first = np.unique(np.concatenate(sampled["ids"]), return_index=True)
         assert len(ids) <= table.size
         if len(ids) == table.size:
-            once: dict[str, Any] = {name: np.concatenate(many)[None, first] for name, many in drawn.items()}
+            once: dict[str, Any] = {name: np.concatenate(many)[None, first] for name, many in sampled.items()}
             return Batch(size=table.size, **once)
-    raise AssertionError(f"{table.size - len(ids)} of {table.size} items were never drawn")
+    raise AssertionError(f"{table.size - len(ids)} of {table.size} items were never sampled")
 
 
 def assert_same_bits(actual: Array, expected: Array) -> None:

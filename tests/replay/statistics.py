@@ -1,4 +1,4 @@
-"""The tests of Pearson and Kolmogorov, without scipy."""
+"""Pearson's chi-square test and the Kolmogorov-Smirnov test, without scipy."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-# Seeds are fixed; when one has to change, a right sampler fails a single test with this probability.
+# Seeds are fixed. After a change of a seed, a correct sampler fails a single test with this probability.
 FALSE_ALARM = 1e-5
 
 
 def chi_square_p(counts: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
-    """Return the probability that a right sampler strays at least as far as `counts` from `probabilities`.
+    """Return the p-value of `counts` under `probabilities`: how likely a correct sampler deviates at least as much.
 
-    The upper tail of the chi-square distribution is that of a normal one after a cube root (Wilson & Hilferty
-    1931). Every cell must expect at least 10 draws.
+    The upper tail of the chi-square distribution is approximated by that of a normal distribution after a cube root
+    (Wilson & Hilferty 1931). Each cell must have an expectation of at least 10 samples.
     """
     counts, probabilities = np.asarray(counts, np.float64), np.asarray(probabilities, np.float64)
     assert counts.shape == probabilities.shape
@@ -35,7 +35,7 @@ def chi_square_tail(statistic: float, freedom: int) -> float:
 
 
 def kolmogorov_p(samples: npt.ArrayLike, distribution: Callable[[npt.NDArray[np.float64]], npt.ArrayLike]) -> float:
-    """Return the probability that a right sampler of many numbers strays as far from its distribution function."""
+    """Return the p-value of many samples under a distribution function."""
     ordered = np.sort(np.asarray(samples, np.float64))
     count, expected = len(ordered), np.asarray(distribution(ordered))
     ranks = np.arange(count + 1) / count

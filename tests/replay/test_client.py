@@ -1,4 +1,4 @@
-"""WaitingClient with a clock of its own: how often it asks a server that says "wait"."""
+"""`WaitingClient` with a simulated clock: how often it calls a server that replies "wait"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from replay.types import Segment
 
 
 class Clock:
-    """Time that passes when somebody sleeps, or calls."""
+    """Simulated time, which passes during sleeps and calls."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -29,7 +29,7 @@ class Clock:
 
 
 class Server:
-    """Says "wait" until a time, each call taking a millisecond."""
+    """Replies "wait" until a given time; each call takes a millisecond."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.until, self.calls = clock, 0.0, 0
@@ -47,19 +47,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def ask(waiting: WaitingClient, server: Server, seconds: float) -> tuple[int, float]:
-    """Ask a server that has something in so many seconds; return the calls, and how late the answer was seen."""
+def wait_for(waiting: WaitingClient, server: Server, seconds: float) -> tuple[int, float]:
+    """Call a server that is ready after `seconds`; return the number of calls and the delay of the final reply."""
     server.calls, server.until = 0, server.clock.now + seconds
-    waiting._until_served("insert", stop=None)
+    waiting._call_until_served("insert", stop=None)
     return server.calls, server.clock.now - server.until
 
 
 def test_waits_that_are_alike_take_few_calls_and_end_in_time(clock: Clock) -> None:
     server = Server(clock)
     waiting = WaitingClient(server)  # type: ignore[arg-type]
-    calls, _ = ask(waiting, server, 0.04)
-    assert calls >= 6  # of a server that is new to it, it asks soon and often
-    seen = [ask(waiting, server, 0.04) for _ in range(20)][10:]
+    calls, _ = wait_for(waiting, server, 0.04)
+    assert calls >= 6  # without an average wait, the first pauses are short
+    seen = [wait_for(waiting, server, 0.04) for _ in range(20)][10:]
     assert max(calls for calls, _ in seen) <= 4
     assert max(late for _, late in seen) <= 0.3 * 0.04
 
@@ -68,8 +68,8 @@ def test_a_server_that_is_ready_again_is_asked_at_once(clock: Clock) -> None:
     server = Server(clock)
     waiting = WaitingClient(server)  # type: ignore[arg-type]
     for _ in range(10):
-        ask(waiting, server, 0.04)
-    calls, late = ask(waiting, server, 0.0)
+        wait_for(waiting, server, 0.04)
+    calls, late = wait_for(waiting, server, 0.0)
     assert (calls, round(late, 3)) == (1, 0.001)
 
 
@@ -77,8 +77,8 @@ def test_after_long_waits_a_short_one_ends_within_the_longest_pause(clock: Clock
     server = Server(clock)
     waiting = WaitingClient(server)  # type: ignore[arg-type]
     for _ in range(5):
-        ask(waiting, server, 5.0)
-    assert ask(waiting, server, 0.002)[1] <= 0.052
+        wait_for(waiting, server, 5.0)
+    assert wait_for(waiting, server, 0.002)[1] <= 0.052
 
 
 def test_the_time_waited_adds_up_and_the_deadline_holds(clock: Clock) -> None:
@@ -86,7 +86,7 @@ def test_the_time_waited_adds_up_and_the_deadline_holds(clock: Clock) -> None:
     waiting = WaitingClient(server, deadline_seconds=1.0)  # type: ignore[arg-type]
     begun = clock.now
     with pytest.raises(DeadlineExceeded, match="insert waited 1 s for samples"):
-        ask(waiting, server, 1e9)
+        wait_for(waiting, server, 1e9)
     assert 1.0 <= clock.now - begun <= 1.1
     assert waiting.seconds_waited == pytest.approx(clock.now - begun, abs=0.002)
     assert waiting.waiting_for is None
@@ -120,6 +120,6 @@ def test_a_wait_that_was_told_ahead_of_time_costs_no_pause(clock: Clock) -> None
     waiting = WaitingClient(server)  # type: ignore[arg-type]
     answers = iter([InsertReply(0, wait="samples"), InsertReply(0, accepted=True)])
     server.call = lambda *_, **__: next(answers)  # type: ignore[method-assign]
-    reply = waiting._until_served("sample", stop=None, asked=object())
+    reply = waiting._call_until_served("sample", stop=None, pending=object())
     assert reply.accepted
     assert (clock.now, waiting.seconds_waited) == (100.0, 0.0)

@@ -1,4 +1,4 @@
-"""Imports without the collector of garbage."""
+"""Imports with the garbage collector disabled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from replay.imports import no_collections
 
 @pytest.fixture
 def collections() -> Iterator[list[int]]:
-    """Generations that are collected while a test runs."""
+    """Generations that the garbage collector collects while a test runs."""
     seen: list[int] = []
 
     def note(phase: str, info: dict[str, int]) -> None:
@@ -33,7 +33,7 @@ def test_what_is_made_in_the_block_is_not_looked_through(collections: list[int])
     assert gc.isenabled()
     more = [[] for _ in range(1_000)]
     assert collections
-    assert set(collections) <= {0, 1}, "what was made counts as old"
+    assert set(collections) <= {0, 1}, "objects of the block must be in the oldest generation"
     assert len(made) + len(more) == 101_000
 
 

@@ -1,4 +1,4 @@
-"""RateLimiter: the inequality, the absence of deadlock, and the ratio it holds."""
+"""`RateLimiter`: the inequality, the absence of deadlocks, and the ratio."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_no_sequence_of_calls_makes_inserts_and_samples_wait_at_once(
 
 @given(calls)
 def test_a_smaller_tolerance_could_deadlock(sizes: dict[str, float]) -> None:
-    """The least tolerance is the least: half of it lets the largest calls lock each other out."""
+    """With half of the least tolerance, the largest calls can deadlock."""
     limiter = RateLimiter.for_calls(**sizes)  # type: ignore[arg-type]
     ratio, largest_sample = limiter.samples_per_insert, int(sizes["largest_sample"])
     expected = float(largest_sample)

@@ -1,4 +1,4 @@
-"""ReplayClient and RemoteActor against a real local Ray: waits, deadlines, deaths, errors as themselves."""
+"""`ReplayClient` and `RemoteActor` on a local Ray: waits, deadlines, dead actors, and the types of errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NUMBERS = itertools.count()
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., RemoteActor]]:
-    """Give a function that starts an actor under a name that is free, or under that of one that died."""
+    """Yield a function that starts an actor under a new name, or under the name of a dead actor."""
     handles = []
 
     def start(actor_class: Any = ReplayActor, *arguments: Any, name: str = "", **options: Any) -> RemoteActor:
@@ -55,17 +55,17 @@ def after(seconds: float, what: Callable[[], Any]) -> threading.Timer:
     return timer
 
 
-def wait_until_gone(pid: int) -> None:
-    """Wait for a killed process: until its end it may answer calls that come right after `ray.kill`."""
+def wait_for_exit(pid: int) -> None:
+    """Wait until a killed process has exited; until then, it may still answer calls after `ray.kill`."""
     deadline = time.monotonic() + 20.0
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, f"process {pid} lives 20 s after it was killed"
+        assert time.monotonic() < deadline, f"process {pid} still runs 20 s after it was killed"
         time.sleep(0.02)
 
 
 @ray.remote(num_cpus=0)
 class Stubborn:
-    """Answers after a while, or fails."""
+    """Replies after some seconds, or fails."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -131,11 +131,11 @@ def test_a_call_made_ahead_is_the_next_one(start: Callable[..., RemoteActor]) ->
         twin.insert(push(sequence))
     ids = [client.sample(2, 4, ahead=True).batch.ids for _ in range(3)]  # type: ignore[union-attr]
     np.testing.assert_array_equal(ids, [twin.sample(2, 4).batch.ids for _ in range(3)])  # type: ignore[union-attr]
-    assert client._actor.call("stats", seconds=30.0).counters.samples == 4 * 8, "the fourth is under way"
+    assert client._actor.call("stats", seconds=30.0).counters.samples == 4 * 8, "the fourth call is in progress"
     other = client.sample(1, 4)
     assert other is not None
     assert other.batch is not None
-    assert other.batch.ids.shape == (1, 4), "another call is another call"
+    assert other.batch.ids.shape == (1, 4), "a call with other arguments is not prefetched"
     twin.sample(2, 4)
     twin.sample(1, 4)
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_a_call_made_ahead_of_a_server_that_died_is_made_again(start: Callable[.
     assert client.sample(1, 4, ahead=True) is not None
     stats = actor.call("stats", seconds=30.0)
     os.kill(stats.pid, signal.SIGKILL)
-    wait_until_gone(stats.pid)
+    wait_for_exit(stats.pid)
     ray.kill(ray.get_actor(name, namespace=NAMESPACE))
     end = time.monotonic() + 30.0
     while True:
@@ -166,7 +166,7 @@ def test_a_call_made_ahead_of_a_server_that_died_is_made_again(start: Callable[.
     reply = client.sample(1, 4, ahead=True)
     assert reply is not None
     assert reply.batch is not None
-    # What was drawn before the death may have arrived; what comes after is the new server's.
+    # A sample of the dead server may have arrived before its exit; the next sample is from the new server.
     after = client.sample(1, 4)
     assert after is not None
     assert after.batch is not None
@@ -219,7 +219,7 @@ def test_a_layout_mismatch_comes_back_as_itself(start: Callable[..., RemoteActor
     with pytest.raises(LayoutMismatch, match=r"frames must have shape \(9, 3\) and dtype float32, got") as caught:
         client.insert(wrong)
     assert type(caught.value) is LayoutMismatch
-    assert isinstance(caught.value.__cause__, RayTaskError)  # with the traceback of the other side
+    assert isinstance(caught.value.__cause__, RayTaskError)  # with the traceback of the remote process
     assert "replay/types.py" in str(caught.value.__cause__)
     assert client.insert(push(0)).accepted  # type: ignore[union-attr]
 
@@ -236,7 +236,9 @@ def test_an_actor_that_does_not_answer_is_waited_for_until_the_deadline_or_stop(
     start: Callable[..., RemoteActor],
 ) -> None:
     actor, stop = start(Stubborn, 3.0), threading.Event()
-    with pytest.raises(DeadlineExceeded, match=f"waited 0 s for {actor.name} to answer pid: it did not answer"):
+    with pytest.raises(
+        DeadlineExceeded, match=f"waited 0 s for {actor.name} to answer pid: the process did not answer"
+    ):
         actor.call("pid", seconds=0.4)
     stop.set()
     begun = time.monotonic()
@@ -260,12 +262,12 @@ def test_an_actor_that_is_not_up_is_named_at_the_deadline() -> None:
     actor = RemoteActor("nobody-of-this-name")
     with pytest.raises(ValueError, match="nobody-of-this-name"):
         actor.later("stats")
-    with pytest.raises(DeadlineExceeded, match=r"nobody-of-this-name.*no process of that name is up"):
+    with pytest.raises(DeadlineExceeded, match=r"nobody-of-this-name.*no process with that name is running"):
         actor.call("stats", seconds=0.3)
     stop = threading.Event()
     stop.set()
     assert actor.call("stats", seconds=20.0, stop=stop) is None
-    ReplayClient(actor).update_priorities(np.zeros(1, np.int64), np.ones(1))  # nothing left to prioritize
+    ReplayClient(actor).update_priorities(np.zeros(1, np.int64), np.ones(1))  # has no effect
 
 
 def test_a_call_goes_on_with_the_actor_that_takes_the_place_of_a_dead_one(
@@ -274,7 +276,7 @@ def test_a_call_goes_on_with_the_actor_that_takes_the_place_of_a_dead_one(
     actor = start(Stubborn)
     first = actor.call("pid", seconds=20.0)
     ray.kill(ray.get_actor(actor.name))
-    wait_until_gone(first)
+    wait_for_exit(first)
     timer = after(1.2, lambda: start(Stubborn, name=actor.name))
     second = actor.call("pid", seconds=20.0)
     timer.join()

@@ -1,4 +1,4 @@
-"""One run seed, many independent streams."""
+"""Seeds: one run seed gives many independent random streams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_the_same_address_gives_the_same_stream_and_any_other_another() -> None:
 
 
 def test_a_seed_does_not_depend_on_the_process() -> None:
-    # str hashes do: this number changes if anyone seeds by hash().
+    # Hashes of strings do: this number changes if a seed depends on hash().
     assert spawn_seed(0, "worker", 1, 2).generate_state(1).tolist() == [1665801176]
 
 

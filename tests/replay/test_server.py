@@ -1,4 +1,4 @@
-"""ReplayServer as the plain object it is: every reply, the counters, the end of a run, who waits for what."""
+"""`ReplayServer` as a plain object: replies, counters, the end of a run, and waiting callers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from replay.types import EpisodeResult, Layout, Segment
 from tests.replay.naive import make_segment
 
 LAYOUT = Layout((3,), "float32", 1, (), "int64", 8, 1)
-# Of both the largest push and the largest sample call the limiter tolerates one: 16 samples.
+# The limiter's tolerance is one largest push, and one largest sample call: 16 samples.
 SPEC = ReplaySpec(
     TableSpec(LAYOUT, 64), samples_per_insert=2.0, minimum_size=8, largest_push=8, batch_size=4, batches_per_sample=4
 )
@@ -83,7 +83,7 @@ def test_the_same_sequence_of_another_worker_or_a_later_incarnation_is_no_repeat
     assert server.insert(push(3, 1)).accepted
     assert server.insert(push(3, 1, worker=1)).accepted
     assert server.insert(push(0, 1, incarnation=1)).accepted
-    assert server.insert(push(4, 1, incarnation=0)).repeated  # a predecessor's, after its successor spoke
+    assert server.insert(push(4, 1, incarnation=0)).repeated  # of the predecessor, after a push of its successor
     assert server.stats().size == 3
 
 
@@ -112,7 +112,7 @@ def test_a_push_with_one_segment_that_does_not_fit_is_refused_whole() -> None:
 def test_a_push_larger_than_declared_is_refused_because_it_might_wait_for_ever() -> None:
     server = ReplayServer(SPEC, run_seed=0)
     segments: tuple[Segment, ...] = (make_segment(LAYOUT, 8), make_segment(LAYOUT, 1))
-    with pytest.raises(ValueError, match="a push holds at most 8 transitions, got 9"):
+    with pytest.raises(ValueError, match="a push must have at most 8 transitions, got 9"):
         server.insert(Push(0, 0, 0, segments))
     assert server.stats().size == 0
 
@@ -122,7 +122,7 @@ def test_a_push_larger_than_declared_is_refused_because_it_might_wait_for_ever()
 
 @pytest.mark.parametrize(("k", "batch_size"), [(5, 4), (1, 17), (0, 4), (1, 0), (-1, -4)])
 def test_a_sample_call_of_a_size_not_declared_is_refused(k: int, batch_size: int) -> None:
-    with pytest.raises(ValueError, match=f"a sample call draws 1 to 16 transitions, got {k} x {batch_size}"):
+    with pytest.raises(ValueError, match=f"a sample call must sample 1 to 16 transitions, got {k} x {batch_size}"):
         filled_server().sample(k, batch_size)
 
 
@@ -194,7 +194,7 @@ def test_stats_show_who_waits_until_they_proceed() -> None:
 def test_a_caller_that_gave_up_no_longer_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     server = ReplayServer(SPEC, run_seed=0)
     server.sample(1, 4)
-    monkeypatch.setattr(push_ledger, "_WAITING_EXPIRES", 0.0)
+    monkeypatch.setattr(push_ledger, "_WAIT_EXPIRES_SECONDS", 0.0)
     assert server.stats().waiting == {}
 
 
@@ -213,10 +213,10 @@ def test_a_run_is_finished_when_it_has_its_steps() -> None:
 def test_a_finished_run_hands_out_what_is_due_and_no_more() -> None:
     server = filled_server(2, max_env_steps=16)
     assert server.stats().due == 16.0
-    drawn = 0
+    sampled = 0
     while not (reply := server.sample(1, 4)).finished:
-        drawn += batch_of(reply).ids.size
-    assert drawn == 16
+        sampled += batch_of(reply).ids.size
+    assert sampled == 16
     assert reply == SampleReply(finished=True)
     assert server.stats().counters.samples_per_insert == SPEC.samples_per_insert
 
@@ -233,7 +233,7 @@ def test_finish_ends_a_run_early() -> None:
     server = filled_server(1)
     server.finish()
     assert server.insert(push(1)) == InsertReply(env_steps=8, finished=True)
-    assert server.sample(1, 4).finished  # nothing beyond the minimum size, so nothing is due
+    assert server.sample(1, 4).finished  # no inserts beyond the minimum size, so no samples are due
     assert ReplayServer(SPEC, run_seed=0, max_env_steps=0).sample(1, 4).finished
 
 
@@ -273,14 +273,14 @@ def test_totals_are_carried_over_and_the_limiter_starts_anew_without_a_burst() -
     server = ReplayServer(SPEC, run_seed=0, incarnation=1, carried=carried, highest_priority=3.0)
     assert server.stats().counters == carried
     assert server.stats().highest_priority == 3.0
-    assert server.stats().due == -16.0  # of the minimum size, which comes first
+    assert server.stats().due == -16.0  # the minimum size comes first
     assert server.sample(1, 4).wait == "experience: 0 of the first 8 items inserted"
     assert server.insert(push(0)).env_steps == 1008
     assert server.stats().counters == replace(carried, env_steps=1008)
-    drawn = 0
+    sampled = 0
     while server.sample(1, 4).wait is None:
-        drawn += 4
-    assert drawn == 16  # the tolerance, not the 84 that the run as a whole is behind
+        sampled += 4
+    assert sampled == 16  # the tolerance, not the 84 that the run as a whole is behind
     inserted, sequence = 0, 1
     while server.insert(push(sequence)).wait is None:
         inserted, sequence = inserted + 8, sequence + 1
@@ -318,7 +318,7 @@ def test_before_anything_counts_the_ratio_is_zero() -> None:
 
 
 def test_episodes_are_drained_once_in_order_and_kept_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push_ledger, "_MOST_EPISODES_KEPT", 5)
+    monkeypatch.setattr(push_ledger, "_MAX_EPISODES", 5)
     server = ReplayServer(SPEC, run_seed=0)
     results = tuple(EpisodeResult(float(i), i) for i in range(8))
     server.insert(Push(0, 0, 0, episodes=results[:2]))
@@ -349,7 +349,7 @@ def test_stats_are_plain_json() -> None:
     server.sample(3, 4)
     server.insert(push(2))
     plain = asdict(server.stats())
-    assert json.loads(json.dumps(plain)) == plain | {"counted": []}, "nothing but that an empty tuple becomes a list"
+    assert json.loads(json.dumps(plain)) == plain | {"counted": []}, "only an empty tuple becomes a list"
     assert plain["counters"] == {"env_steps": 16, "samples": 12, "counted_inserts": 8}
 
 

@@ -1,4 +1,4 @@
-"""SumTree against a list that is summed anew, at interval edges, and against bad input."""
+"""`SumTree` against a list of weights, at the edges of intervals, and with invalid input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from replay.errors import ConfigurationError
 from replay.sum_tree import SumTree
 from tests.replay.naive import NaiveSumTree
 
-# Quarters add up without rounding, in any order, so that the twins agree exactly, at the edges too.
+# Sums of quarters are exact in any order, so both trees agree exactly, also at the edges of intervals.
 QUARTERS = st.integers(0, 40).map(lambda count: count / 4)
 
 

@@ -1,4 +1,4 @@
-"""What a table takes: computed, allocated, refused, and measured."""
+"""The memory of a table: computed, allocated, refused, and measured."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from replay.errors import NotEnoughMemory
-from replay.table import TableSpec, TransitionTable, available_memory
+from replay.table import TableSpec, TransitionTable
 from replay.types import Layout
 from tests.replay.naive import make_segment
 
@@ -24,7 +23,7 @@ GIB = 2**30
 
 
 def allocated(table: TransitionTable) -> int:
-    """Sum up every array the table holds, its tree's too."""
+    """Return the total size in bytes of the table's arrays, including the sum tree."""
     arrays = [*vars(table).values(), table._frames.array, *((table._tree._nodes,) if table._tree else ())]
     return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
@@ -94,28 +93,6 @@ def test_the_size_that_the_refusal_proposes_fits_and_is_not_timid(
 def test_a_machine_that_holds_no_table_at_all_hears_so() -> None:
     with pytest.raises(NotEnoughMemory, match=r"but 0\.00 GiB are available here; none would fit"):
         TableSpec(ATARI, 1000).check_memory(0)
-
-
-def control_group(folder: Path, **files: str) -> Path:
-    for name, text in files.items():
-        (folder / f"memory.{name}").write_text(text + "\n")
-    return folder
-
-
-def test_available_memory_is_the_machines_where_no_control_group_limits_it(tmp_path: Path) -> None:
-    machine = psutil.virtual_memory().available
-    assert available_memory(tmp_path) == pytest.approx(machine, rel=0.2)
-    control_group(tmp_path, max="max", current="1", stat="inactive_file 0")
-    assert available_memory(tmp_path) == pytest.approx(machine, rel=0.2)
-    control_group(tmp_path, max=str(2**60))
-    assert available_memory(tmp_path) == pytest.approx(machine, rel=0.2)
-
-
-def test_available_memory_is_the_control_groups_where_that_is_less(tmp_path: Path) -> None:
-    control_group(tmp_path, max="5000", current="3000", stat="anon 1500\ninactive_file 1000\nactive_file 500")
-    assert available_memory(tmp_path) == 3000  # what is only cached gives way
-    control_group(tmp_path, max="1000")
-    assert available_memory(tmp_path) == 0
 
 
 _FILL = """

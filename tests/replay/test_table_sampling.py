@@ -1,4 +1,4 @@
-"""The distribution of what TransitionTable draws, by Pearson's chi-square test, and that the test can fail."""
+"""The distribution of `TransitionTable`'s samples, by Pearson's chi-square test, and that the test can fail."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.replay.statistics import FALSE_ALARM, chi_square_p, chi_square_tail
 
 LAYOUT = Layout((1,), "float32", 1, (), "int64", 8, 1)
 CAPACITY = 61
-DRAWS = 100_000
+SAMPLES = 100_000
 ALPHA = 0.6
 
 
 class Filled:
-    """A table beside a plain account of it: the size of each live segment, the priority of each live item."""
+    """A table, and a list of the sizes of its live segments and of the priorities of its live items."""
 
     def __init__(self, alpha: float | None, seed: int) -> None:
         spec = TableSpec(LAYOUT, CAPACITY, alpha)
@@ -41,7 +41,7 @@ class Filled:
             self.insert(int(self.rng.integers(1, 9)))
 
     def update(self, part: float) -> None:
-        """Give a random part of the items new priorities between 0.1 and 10."""
+        """Set new priorities between 0.1 and 10 for a random part of the items."""
         ids, size = read_everything(self.table).ids[0], len(self.priorities)
         chosen = self.rng.permutation(size)[: int(part * size)]
         priorities = 10.0 ** self.rng.uniform(-1.0, 1.0, len(chosen))
@@ -59,16 +59,16 @@ class Filled:
         return probabilities
 
     def uniform_over_segments(self) -> Array:
-        """Return the probabilities of the mistake that variable segments invite."""
+        """Return the probabilities of a wrong sampler: uniform over segments of different lengths."""
         return np.concatenate([np.full(n, 1.0 / n) for n in self.segments]) / len(self.segments)
 
     def count(self, k: int, batch_size: int) -> Array:
-        """Sample and return how often each live item was drawn, oldest first."""
+        """Sample and return how often each live item was sampled, oldest first."""
         live = read_everything(self.table).ids[0]
         assert len(live) == len(self.priorities)
-        drawn = self.table.sample(k, batch_size).ids.ravel()
-        at = np.searchsorted(live, drawn)
-        assert (live[at] == drawn).all()
+        sampled = self.table.sample(k, batch_size).ids.ravel()
+        at = np.searchsorted(live, sampled)
+        assert (live[at] == sampled).all()
         return np.bincount(at, minlength=len(live))
 
 
@@ -98,7 +98,7 @@ def after_evictions_and_updates(filled: Filled) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("fill", [before_any_eviction, after_evictions])
-@pytest.mark.parametrize(("k", "batch_size"), [(DRAWS, 1), (DRAWS // 50, 50)])
+@pytest.mark.parametrize(("k", "batch_size"), [(SAMPLES, 1), (SAMPLES // 50, 50)])
 def test_uniform_is_uniform_over_transitions(
     fill: Callable[[Filled], None], seed: int, k: int, batch_size: int
 ) -> None:
@@ -109,7 +109,7 @@ def test_uniform_is_uniform_over_transitions(
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("fill", [before_any_eviction, after_evictions, after_updates, after_evictions_and_updates])
-@pytest.mark.parametrize(("k", "batch_size"), [(DRAWS, 1), (DRAWS // 50, 50)])
+@pytest.mark.parametrize(("k", "batch_size"), [(SAMPLES, 1), (SAMPLES // 50, 50)])
 def test_prioritized_is_proportional_to_priority_to_the_alpha(
     fill: Callable[[Filled], None], seed: int, k: int, batch_size: int
 ) -> None:
@@ -122,7 +122,7 @@ def test_prioritized_is_proportional_to_priority_to_the_alpha(
 def test_alpha_0_is_uniform_and_alpha_1_proportional_to_priority(alpha: float, expected_alpha: float) -> None:
     filled = Filled(alpha, 0)
     after_evictions_and_updates(filled)
-    assert chi_square_p(filled.count(DRAWS, 1), filled.prioritized(expected_alpha)) > FALSE_ALARM
+    assert chi_square_p(filled.count(SAMPLES, 1), filled.prioritized(expected_alpha)) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -131,7 +131,7 @@ def test_wrong_samplers_are_rejected(seed: int) -> None:
     after_evictions_and_updates(filled)
 
     def p_of(sampler: Array, expected: Array) -> float:
-        return chi_square_p(filled.rng.multinomial(DRAWS, sampler), expected)
+        return chi_square_p(filled.rng.multinomial(SAMPLES, sampler), expected)
 
     assert p_of(filled.uniform(), filled.uniform()) > FALSE_ALARM
     assert p_of(filled.uniform_over_segments(), filled.uniform()) < FALSE_ALARM
@@ -165,13 +165,13 @@ def test_each_batch_of_a_call_is_stratified_by_itself() -> None:
     filled = Filled(ALPHA, 0)
     after_evictions_and_updates(filled)
     ids, (k, batch_size) = read_everything(filled.table).ids[0], (200, 40)
-    # An item is B p strata wide: it fills at least floor(B p) - 1 of them and touches at most ceil(B p) + 1.
+    # An item covers B p strata: at least floor(B p) - 1 of them fully, and at most ceil(B p) + 1 at least partly.
     width = batch_size * filled.prioritized()
     batches = filled.table.sample(k, batch_size).ids
     counts = np.stack([np.bincount(np.searchsorted(ids, row), minlength=len(ids)) for row in batches])
     assert (counts >= np.floor(width) - 1).all()
     assert (counts <= np.ceil(width) + 1).all()
-    # Which says something: as many independent draws leave these bounds.
+    # The bounds are meaningful: independent samples violate them.
     independent = filled.rng.multinomial(batch_size, filled.prioritized(), size=k)
     assert (independent > np.ceil(width) + 1).any()
 
@@ -190,9 +190,9 @@ def test_draws_of_the_same_seed_agree_and_those_of_another_differ() -> None:
     other.table = TransitionTable(other.table.spec, seed=np.random.SeedSequence(5))
     for filled in (first, again, other):
         before_any_eviction(filled)
-    drawn = [filled.table.sample(2, 50).ids.tolist() for filled in (first, again, other)]
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != drawn[2]
+    sampled = [filled.table.sample(2, 50).ids.tolist() for filled in (first, again, other)]
+    assert sampled[0] == sampled[1]
+    assert sampled[0] != sampled[2]
 
 
 @pytest.mark.parametrize(

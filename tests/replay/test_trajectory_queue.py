@@ -1,4 +1,4 @@
-"""TrajectoryQueue: permits, exact lag, order, and that nothing is lost or trained on twice."""
+"""`TrajectoryQueue`: permits, exact lag, order, and that no trajectory is lost or returned twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from replay.types import Trajectory
 
 
 def trajectory(version: int, *, tag: float = 0.0, steps: int = 3) -> Trajectory:
-    rows = steps + 1  # one row that is no step
+    rows = steps + 1  # the last row is not a step
     valid = np.ones(rows, np.bool_)
     valid[-1] = False
     return Trajectory(
@@ -56,9 +56,9 @@ def test_a_batch_is_divided_among_the_workers_and_comes_out_in_permit_order() ->
     first, second = permits_of(queue, 0, 3), permits_of(queue, 1, 3)
     assert first == tuple(Permit(0, unit, 0) for unit in (0, 1, 2))
     assert second == (Permit(0, 3, 0), Permit(0, 4, 0))
-    assert queue.request_permits(2, 0, 1) == "the learner: every unit for version 0 is handed out"
+    assert queue.request_permits(2, 0, 1) == "the learner: permits for all units of version 0 are issued"
     for done, permit in enumerate((second[1], first[2], second[0], first[0])):
-        assert queue.take() == f"trajectories: {done} of 5 units for version 0 are in"
+        assert queue.take() == f"trajectories: {done} of 5 units of version 0 received"
         assert queue.put(permit, 0 if permit.unit < 3 else 1, 0, trajectory(0, tag=permit.unit))
     assert queue.complete_batches == 0
     assert queue.put(first[1], 0, 0, trajectory(0, tag=1))
@@ -72,7 +72,7 @@ def test_a_batch_is_taken_once_and_the_next_waits_for_the_next_version() -> None
     fill(queue)
     batch_of(queue)
     assert queue.complete_batches == 0
-    assert queue.take() == "the learner: nothing is published since version 0 was taken"
+    assert queue.take() == "the learner: no weights published since the batch of version 0 was taken"
     assert isinstance(queue.request_permits(0, 0, 1), str)
     queue.publish(1)
     assert permits_of(queue, 0, 9) == (Permit(1, 0, 1), Permit(1, 1, 1))
@@ -135,7 +135,7 @@ def test_a_permit_of_an_older_batch_is_good_until_the_lag_is_used_up() -> None:
     queue.publish(1)
     assert queue.put(a, 0, 0, trajectory(0))
     queue.publish(2)
-    assert queue.discarded_steps == 3  # a waited too long
+    assert queue.discarded_steps == 3  # trajectory a is too old
     assert not queue.put(b, 1, 0, trajectory(0))
     assert queue.discarded_steps == 6
 
@@ -157,7 +157,7 @@ def test_batches_leave_in_the_order_they_were_opened_and_only_those_count_as_com
     assert queue.put(permits[2], 2, 0, trajectory(0, tag=2))
     assert queue.put(permits[1], 1, 0, trajectory(0, tag=1))
     assert queue.complete_batches == 0
-    assert queue.take() == "trajectories: 0 of 1 units for version 0 are in"
+    assert queue.take() == "trajectories: 0 of 1 units of version 0 received"
     assert queue.put(permits[0], 0, 0, trajectory(0, tag=0))
     assert queue.complete_batches == 3
     assert [tag_of(batch_of(queue)[0]) for _ in range(3)] == [0, 1, 2]
@@ -170,11 +170,11 @@ def test_the_permits_of_a_dead_worker_are_issued_again() -> None:
     assert queue.put(done, 0, 0, trajectory(0, tag=0))
     assert queue.revoke(0, 0) == 2
     assert queue.revoke(0, 0) == 0
-    assert not queue.put(lost, 0, 0, trajectory(0))  # it was not dead after all
+    assert not queue.put(lost, 0, 0, trajectory(0))  # the worker had not died
     assert queue.discarded_steps == 3
     again = permits_of(queue, 0, 9, incarnation=1)
     assert sorted(permit.unit for permit in again) == [lost.unit, also_lost.unit]
-    assert not queue.put(lost, 0, 0, trajectory(0))  # nor may it spend its successor's
+    assert not queue.put(lost, 0, 0, trajectory(0))  # it may not use a permit of its successor either
     for permit in again:
         assert queue.put(permit, 0, 1, trajectory(0, tag=permit.unit))
     assert queue.put(other, 1, 0, trajectory(0, tag=other.unit))
@@ -208,7 +208,7 @@ def test_a_permit_is_spent_once() -> None:
     assert queue.put(first, 0, 0, trajectory(0, tag=1))
     assert not queue.put(first, 0, 0, trajectory(0, tag=2))
     assert queue.discarded_steps == 3
-    assert queue.take() == "trajectories: 1 of 2 units for version 0 are in"
+    assert queue.take() == "trajectories: 1 of 2 units of version 0 received"
 
 
 @pytest.mark.parametrize("forged", [Permit(0, 1, 0), Permit(0, 9, 0), Permit(7, 0, 0), Permit(0, 0, 5)])
@@ -224,12 +224,12 @@ def test_a_trajectory_of_another_version_than_its_permit_is_discarded() -> None:
     (permit,) = permits_of(queue, 0, 1)
     assert not queue.put(permit, 0, 0, trajectory(3))
     assert queue.discarded_steps == 3
-    assert queue.put(permit, 0, 0, trajectory(4))  # the permit is not spent by that
+    assert queue.put(permit, 0, 0, trajectory(4))  # the rejected trajectory has not used up the permit
 
 
 def test_versions_only_grow() -> None:
     queue = TrajectoryQueue(1, version=5)
-    with pytest.raises(ValueError, match="versions only grow: 4 comes after 5"):
+    with pytest.raises(ValueError, match="the version must be at least 5, got 4"):
         queue.publish(4)
     assert queue.version == 5
 
@@ -260,12 +260,12 @@ def test_a_new_incarnation_takes_back_what_earlier_ones_of_its_worker_hold() -> 
     queue = TrajectoryQueue(2, max_policy_lag=2)
     held = [*permits_of(queue, 0, 2), *permits_of(queue, 0, 1, incarnation=2)]
     (other,), (newer,) = permits_of(queue, 1, 1), permits_of(queue, 0, 1, incarnation=5)
-    queue.forget_earlier(0, 5)
+    queue.revoke_earlier(0, 5)
     assert permits_of(queue, 0, 9, incarnation=5) == (held[1], held[0])
     assert permits_of(queue, 0, 9, incarnation=5) == (held[2],)
     assert not queue.put(held[0], 0, 0, trajectory(0))
     assert queue.put(newer, 0, 5, trajectory(0))
-    queue.forget_earlier(0, 4)  # a late word of an older one changes nothing
+    queue.revoke_earlier(0, 4)  # a late call of an older incarnation has no effect
     assert queue.put(other, 1, 0, trajectory(0))
     assert queue.put(held[0], 0, 5, trajectory(0))
 
@@ -274,7 +274,7 @@ def test_what_is_in_stays_when_its_maker_is_forgotten() -> None:
     queue = TrajectoryQueue(2)
     done, lost = permits_of(queue, 0, 2)
     assert queue.put(done, 0, 0, trajectory(0, tag=1))
-    queue.forget_earlier(0, 1)
+    queue.revoke_earlier(0, 1)
     assert permits_of(queue, 0, 9, incarnation=1) == (lost,)
     assert queue.put(lost, 0, 1, trajectory(0, tag=2))
     assert [tag_of(unit) for unit in batch_of(queue)] == [1, 2]
@@ -284,7 +284,7 @@ def test_a_batch_is_begun_with_its_first_permit_and_incomplete_until_its_last_un
     queue = TrajectoryQueue(2)
 
     def state() -> tuple[bool, bool]:
-        return queue.begun, queue.incomplete
+        return queue.started, queue.incomplete
 
     assert state() == (False, False)
     (first,), _ = permits_of(queue, 0, 1), permits_of(queue, 1, 1)
@@ -300,28 +300,28 @@ def test_a_batch_is_begun_with_its_first_permit_and_incomplete_until_its_last_un
     queue.publish(1)
     permits_of(queue, 0, 1)
     queue.revoke(0, 0)
-    assert state() == (False, False), "nothing of it is handed out any more"
+    assert state() == (False, False), "no permit of the batch is in use any more"
 
 
 def test_a_batch_may_be_gone_on_with_but_not_begun() -> None:
     queue = TrajectoryQueue(2, max_policy_lag=1)
-    assert isinstance(queue.request_permits(0, 0, 9, may_begin=False), str)
+    assert isinstance(queue.request_permits(0, 0, 9, may_start=False), str)
     permits_of(queue, 0, 1)
-    assert queue.request_permits(1, 0, 9, may_begin=False) == (Permit(0, 1, 0),)
-    assert isinstance(queue.request_permits(1, 0, 9, may_begin=False), str)
+    assert queue.request_permits(1, 0, 9, may_start=False) == (Permit(0, 1, 0),)
+    assert isinstance(queue.request_permits(1, 0, 9, may_start=False), str)
     assert permits_of(queue, 1, 9) == (Permit(1, 0, 0), Permit(1, 1, 0))
 
 
 def test_a_batch_before_one_that_was_begun_is_under_way_too() -> None:
-    """Batches leave in order, so what stands before it holds it up."""
+    """Batches leave in order, so an older incomplete batch delays the started one."""
     queue = TrajectoryQueue(1, max_policy_lag=2)
     (lost,), (kept,) = permits_of(queue, 0, 1), permits_of(queue, 1, 1)
     assert queue.put(kept, 1, 0, trajectory(0))
     queue.revoke(0, 0)
-    assert queue.begun
+    assert queue.started
     assert queue.incomplete
-    assert queue.request_permits(1, 0, 9, may_begin=False) == (lost,)
-    assert isinstance(queue.request_permits(1, 0, 9, may_begin=False), str)
+    assert queue.request_permits(1, 0, 9, may_start=False) == (lost,)
+    assert isinstance(queue.request_permits(1, 0, 9, may_start=False), str)
     assert queue.put(lost, 1, 0, trajectory(0))
     assert not queue.incomplete
     assert queue.complete_batches == 2
@@ -357,14 +357,16 @@ def test_whatever_happens_each_step_is_taken_once_or_discarded_once_within_the_l
     discarded = offered = 0
     for tag in range(150):
         worker = rng.randrange(workers)
-        match rng.choice(["ask", "ask", "put", "put", "put", "take", "publish", "die", "return"]):
-            case "ask":
+        match rng.choice(["request", "request", "put", "put", "put", "take", "publish", "die", "return"]):
+            case "request":
                 permits = queue.request_permits(worker, incarnations[worker], rng.randint(1, 3))
                 if not isinstance(permits, str):
                     assert {permit.version for permit in permits} == {queue.version}
                     held += [(permit, worker, incarnations[worker]) for permit in permits]
             case "put" if held:
-                permit, worker, incarnation = rng.choice(held)  # now and then twice, or after death
+                permit, worker, incarnation = rng.choice(
+                    held
+                )  # sometimes for the second time, or after the worker's exit
                 offered += 2
                 unit = trajectory(permit.version, tag=float(tag), steps=2)
                 if queue.put(permit, worker, incarnation, unit):
@@ -387,10 +389,10 @@ def test_whatever_happens_each_step_is_taken_once_or_discarded_once_within_the_l
                 incarnations[worker] += 1
             case "return":
                 incarnations[worker] += 1
-                queue.forget_earlier(worker, incarnations[worker])
+                queue.revoke_earlier(worker, incarnations[worker])
         assert queue.discarded_steps >= discarded
     assert len(taken) == len(set(taken))
     assert set(taken) <= put
-    # Everything still inside ages out; then each step offered was taken or discarded.
+    # All trajectories in the queue become too old; then each offered step was taken or discarded.
     queue.publish(queue.version + lag + 1)
     assert offered == 2 * len(taken) + queue.discarded_steps

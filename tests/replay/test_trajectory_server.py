@@ -1,4 +1,4 @@
-"""TrajectoryServer as a plain object: replies, repeats, void permits, totals."""
+"""`TrajectoryServer` as a plain object: replies, repeated pushes, invalid permits, and totals."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_a_batch_goes_from_permits_to_the_learner_once() -> None:
     assert server.stats().waiting == {"learner": server.take().wait}
     permits = server.request_permits(0, 0, 5).permits
     assert [permit.unit for permit in permits] == [0, 1]
-    assert "every unit for version 0 is handed out" in str(server.request_permits(1, 0, 1).wait)
-    assert server.insert(push(permits)).env_steps == 4, "invalid rows are no steps"
+    assert "permits for all units of version 0 are issued" in str(server.request_permits(1, 0, 1).wait)
+    assert server.insert(push(permits)).env_steps == 4, "invalid rows are not steps"
     taken = server.take().trajectories
     assert taken is not None
     assert len(taken) == 2
-    assert "nothing is published" in str(server.take().wait)
+    assert "no weights published" in str(server.take().wait)
     counters = server.stats().counters
     assert (counters.env_steps, counters.samples, counters.counted_inserts) == (4, 4, 4)
     assert len(server.drain_episodes()) == 1
@@ -105,7 +105,7 @@ def test_a_batch_that_was_begun_when_the_steps_were_reached_is_completed_first()
     for _ in range(2):
         waiting = server.request_permits(0, 0, 1)
         assert (waiting.finished, waiting.permits) == (False, ())
-        assert "is handed out" in str(waiting.wait)
+        assert "are issued" in str(waiting.wait)
         assert "2 of 3 units" in str(server.take().wait)
     assert set(server.stats().waiting) == {"worker-0", "learner"}
     assert server.insert(push(other, worker=1)).env_steps == 6
@@ -206,7 +206,7 @@ def test_a_new_incarnation_takes_its_predecessor_s_permits_back() -> None:
     assert sorted(permit.unit for permit in again) == [permit.unit for permit in held]
     assert server.insert(push(held)).env_steps == 0
     assert server.stats().discarded_steps == 4
-    # Nor does what a predecessor still asks for cost its successor anything.
+    # A late request of the predecessor does not revoke permits of its successor.
     assert server.request_permits(0, 0, 1).wait is not None
     assert server.insert(push(again, incarnation=1)).env_steps == 4
     assert server.insert(push(other, worker=1)).env_steps == 6

@@ -1,4 +1,4 @@
-"""What crosses processes: layouts, and the checks that turn away what does not fit one."""
+"""Layouts, and the checks that reject experience that does not fit a layout."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def assert_same_segment(one: Segment, other: Segment) -> None:
 
 
 def several(layout: Layout) -> tuple[list[Segment], Segments]:
-    """Return segments of a lane, and the same end to end."""
+    """Return segments of a lane, and the same segments concatenated."""
     lane = Lane(layout, np.random.default_rng(0), 0.2)
     segments = [lane.cut(length, flush=length == 5)[0] for length in (8, 1, 8, 5, 3, 8)]
     return segments, join_segments([make_segment(layout, 0), *segments], layout)

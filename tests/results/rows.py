@@ -1,4 +1,4 @@
-"""What RESULTS.md holds, as data: one row an experiment of one algorithm on one environment, over seeds."""
+"""The experiments of docs/results.md: each is one algorithm on one environment, over seeds, and one row of a table."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LAST_THREE = "last three evaluations"
 
 @dataclass(frozen=True)
 class Published:
-    """A learning curve of somebody else.
+    """A learning curve that others published.
 
     Attributes:
-        label: for the legend.
-        source: where it is from, and what to know about it.
+        label: name in the legend.
+        source: link to the source, and the conditions of the experiment.
         points: `(environment steps, mean return)`.
     """
 
@@ -28,25 +28,25 @@ class Published:
 
 
 @dataclass(frozen=True)
-class VectorStep:
+class Experiment:
     """One experiment.
 
     Attributes:
-        id: names the row, and with `-seed<seed>` its runs.
-        algorithm: such as `dqn`.
+        id: name of the row; with `-seed<seed>` the name of a run.
+        algorithm: name of the algorithm, such as `dqn`.
         environment: Gymnasium id.
         within: environment steps that a run may be given.
-        threshold: what every seed's score must reach; None shows the row as it is.
+        threshold: score that every seed must reach; None shows the row without a verdict.
         metric: the score, `BEST` or `LAST_THREE`: the mean return of the best weights on fresh episodes, or the lowest
             of the last three periodic evaluations.
-        seeds: one run each.
+        seeds: seeds, with one run for each.
         actors: rollout workers.
         steps: `--steps`; None takes the preset's.
         settings: `--set`.
         quick: whether `--quick` runs its first seed.
         plots: names of the plots with its curve, keys of `PLOTS`.
-        note: shown below the table.
-        published: what others reached, drawn beside it.
+        note: text below the table.
+        published: curves of others, drawn in the same plots.
     """
 
     id: str
@@ -69,14 +69,14 @@ class VectorStep:
         return f"{self.id}-seed{seed}"
 
     def arguments(self, seed: int) -> list[str]:
-        """Return what follows `squall train`."""
+        """Return the arguments of `squall train`."""
         steps = [] if self.steps is None else ["--steps", str(self.steps)]
         values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.settings.items()}
         sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
         return [self.algorithm, self.environment, "--actors", str(self.actors), *steps, *sets, "--seed", str(seed)]
 
     def command(self, seed: int) -> str:
-        """Return the command line that makes a seed's run."""
+        """Return the command line that trains a seed's run."""
         return shlex.join(["squall", "train", *self.arguments(seed)])
 
 
@@ -103,7 +103,7 @@ _SAC_OF_OTHERS = (
     Published(
         "tianshou, HalfCheetah-v3",
         "[its benchmark](https://github.com/thu-ml/tianshou/tree/v0.5.0/examples/mujoco), `result.json`: ten seeds; "
-        "the 10,000 random steps that it makes first and does not count are added",
+        "its 10,000 first random steps, which it does not count, are added here",
         tuple(zip(range(10_000, 100_001, 10_000), (
             -2.0, 865.4, 2641.1, 3525.4, 4326.9, 4747.2, 5316.2, 5586.9, 5929.2, 6212.8,
         ), strict=True)),
@@ -111,10 +111,10 @@ _SAC_OF_OTHERS = (
 )  # fmt: skip
 
 _VARIANTS = ("double-dqn", "dueling-dqn", "noisy-dqn", "n-step-dqn", "per-dqn", "non-distributional-rainbow")
-_ON_CARTPOLE = VectorStep("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, plots=("cartpole-dqn",))
-# Not quick: the tests train it whole anyway, while its processes are killed.
+_ON_CARTPOLE = Experiment("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, plots=("cartpole-dqn",))
+# Not quick: a test trains it to the end anyway, while its processes are killed.
 _DQN = replace(_ON_CARTPOLE, plots=("cartpole-dqn", "cartpole-dqn-actors"))
-_A2C = VectorStep(
+_A2C = Experiment(
     "a2c-cartpole",
     "a2c",
     "CartPole-v1",
@@ -124,7 +124,7 @@ _A2C = VectorStep(
 )
 _FAST_PONG = {"updates_per_step": 0.5, "eval_every": 15_000, "stop_at_return": 19.5}
 
-_ON_PONG = VectorStep(
+_ON_PONG = Experiment(
     "dqn-pong",
     "dqn",
     "PongNoFrameskip-v4",
@@ -135,7 +135,7 @@ _ON_PONG = VectorStep(
 )
 
 
-def _with_actors(row: VectorStep, actors: int) -> VectorStep:
+def _with_actors(row: Experiment, actors: int) -> Experiment:
     plot = f"cartpole-{row.algorithm}-actors"
     return replace(row, id=f"{row.id}-actors{actors}", actors=actors, threshold=None, quick=False, plots=(plot,))
 
@@ -144,7 +144,7 @@ ROWS = (
     _DQN,
     *(replace(_ON_CARTPOLE, id=f"{name}-cartpole", algorithm=name) for name in _VARIANTS),
     *(
-        VectorStep(
+        Experiment(
             f"{name}-cartpole",
             name,
             "CartPole-v1",
@@ -159,20 +159,21 @@ ROWS = (
     _A2C,
     *(_with_actors(row, actors) for row in (_DQN, _A2C) for actors in (1, 8)),
     *(
-        VectorStep(
+        Experiment(
             f"{name}-acrobot",
             name,
             "Acrobot-v1",
             within,
             threshold=-100,
-            # A policy of -80 loses its way now and then, for up to 500 steps: 20 episodes hardly say how often.
+            # A policy with a return of -80 fails in a few episodes, for up to 500 steps: 20 episodes are too few to
+            # tell how often.
             settings={"final_eval_episodes": 100},
             quick=name == "a2c",
             plots=("acrobot",),
         )
         for name, within in (("dqn", 100_000), ("non-distributional-rainbow", 100_000), ("a2c", 500_000))
     ),
-    VectorStep(
+    Experiment(
         "sac-pendulum",
         "sac",
         "Pendulum-v1",
@@ -181,7 +182,7 @@ ROWS = (
         settings={"final_eval_episodes": 100},
         plots=("pendulum",),
     ),
-    VectorStep(
+    Experiment(
         "sac-halfcheetah",
         "sac",
         "HalfCheetah-v5",
@@ -189,8 +190,8 @@ ROWS = (
         seeds=(0,),
         steps=100_000,
         plots=("halfcheetah",),
-        note="needs the extra `mujoco`. CleanRL publishes its curves as Weights & Biases runs, and as a number only "
-        "what it reached at 1,000,000 steps.",
+        note="needs the extra `mujoco`. CleanRL publishes its curves as Weights & Biases runs; the only number that it "
+        "publishes is the return at 1,000,000 steps.",
         published=_SAC_OF_OTHERS,
     ),
     *(
@@ -207,7 +208,7 @@ ROWS = (
         for name, note, more in (
             (
                 "n-step-dqn",
-                "this run was cut off at 64,973 steps and resumed, with an empty replay.",
+                "the run was interrupted at 64,973 steps and resumed with an empty replay.",
                 {
                     "warm_start_size": 5_000,
                     "eps_last_frame": 30_000,
@@ -220,7 +221,7 @@ ROWS = (
             ),
             (
                 "non-distributional-rainbow",
-                "the machine did other work at the same time, so its seconds say little.",
+                "the machine ran other programs at the same time, so the seconds are not comparable.",
                 {"warm_start_size": 5_000, "sync_rate": 500, "learning_rate": 0.0002},
             ),
         )

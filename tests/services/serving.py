@@ -1,4 +1,4 @@
-"""Real servers on loopback, and a run that is live as far as the store knows."""
+"""Real servers on loopback, and records of runs that the store lists as live."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def serving(*services: Service, token: str | None = None, **tls: Path) -> Iterat
 
 
 def make_policy(environment: EnvironmentSpec = CARTPOLE, *, version: int = 7) -> ServedPolicy:
-    """Return a small policy; exploring, an epsilon-greedy one acts wholly at random."""
+    """Return a small policy; an epsilon-greedy one explores with epsilon 1."""
     kind = "epsilon_greedy" if isinstance(environment.actions, DiscreteActions) else "squashed_gaussian"
     spec = PolicySpec(kind, environment, (8,), exploration=EpsilonSchedule(1.0, 1.0))
     policy = spec.build()
@@ -52,7 +52,7 @@ def policy_service(run: str = "mine", environment: EnvironmentSpec = CARTPOLE, *
 
 @contextmanager
 def open_backend(kind: str, folder: Path) -> Iterator[RunStore]:
-    """Open a store of a kind, "sqlite" or "redis"."""
+    """Open an empty store of a kind, "sqlite" or "redis"."""
     if kind == "sqlite":
         with SQLiteRunStore(folder / "squall.db") as store:
             yield store
@@ -62,7 +62,7 @@ def open_backend(kind: str, folder: Path) -> Iterator[RunStore]:
 
 
 def register(store: RunStore, name: str, state: str = "running", snapshot: Mapping[str, Any] | None = None) -> None:
-    """Enter a run of this process, which is there, so it reads as live."""
+    """Register a run of this process, which exists, so that the store lists the run as live."""
     now, me = time.time(), this_process()
     store.register(RunRecord(name, now, "dqn", "CartPole-v1", 3, *me, state, now, None, {"serve": "auto"}))
     if snapshot is not None:

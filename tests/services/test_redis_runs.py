@@ -1,4 +1,4 @@
-"""A real run whose store is a Redis server, seen from another machine, with the server killed on the way."""
+"""A real run whose store is a Redis server that is killed and restarted, observed from another machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 SMALL = ("--set", "warm_start_size=500", "--set", "eval_episodes=2", "--set", "eval_every=1000", "--actors", "1")
 
 
-def test_a_run_outlives_its_store_and_tells_it_everything(tmp_path: Path) -> None:
+def test_a_run_outlives_its_store_and_reports_everything_later(tmp_path: Path) -> None:
     elsewhere = tmp_path / "another-machine"
     with RedisServer(tmp_path, "--requirepass", "hunter2") as server:
         url = server.url.replace("//", "//:hunter2@")
@@ -52,7 +52,9 @@ def test_a_run_outlives_its_store_and_tells_it_everything(tmp_path: Path) -> Non
                 rows = store.metrics("far")
             steps = [row.step for row in rows if "eval/mean_reward" in row.values]
             assert len(steps) == len(set(steps))
-            assert _on_the_board(tmp_path / "runs" / "far" / "tensorboard") == sum(len(row.values) for row in rows)
+            assert _tensorboard_values(tmp_path / "runs" / "far" / "tensorboard") == sum(
+                len(row.values) for row in rows
+            )
             assert run.leftovers() == []
             written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
             assert not [path for path in written if b"hunter2" in path.read_bytes()]
@@ -62,8 +64,8 @@ def test_a_run_outlives_its_store_and_tells_it_everything(tmp_path: Path) -> Non
             run.kill_everything()
 
 
-def _on_the_board(folder: Path) -> int:
-    """Count what the run wrote for TensorBoard, which needs no store."""
+def _tensorboard_values(folder: Path) -> int:
+    """Return the number of values that the run wrote for TensorBoard, which needs no store."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0})

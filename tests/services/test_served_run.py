@@ -1,4 +1,4 @@
-"""A live run over gRPC, through a gateway, all of it real: its policy, its commands, and a killed endpoint."""
+"""A real run served over gRPC through a real gateway: its policy, commands, and a killed endpoint."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_a_live_run_is_asked_and_commanded_over_grpc(run: Run, client: SquallCli
     status = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0, seconds=240)
     endpoint = next(process for process in status["processes"] if process["role"] == "endpoint")
     assert endpoint["last_word"].startswith("serves Policy, Experience on 127.0.0.1:")
-    told = client.describe("served")
-    assert (told.algorithm, told.environment) == ("dqn", "CartPole-v1")
+    description = client.describe("served")
+    assert (description.algorithm, description.environment) == ("dqn", "CartPole-v1")
     first = weights_of(client, -1)
     assert weights_of(client, first + 1) > first
 
@@ -88,12 +88,12 @@ def test_a_live_run_is_asked_and_commanded_over_grpc(run: Run, client: SquallCli
         lambda s: any(p["role"] == "endpoint" and p["restarts"] == 1 and p["pid"] for p in s["processes"]), seconds=240
     )
     again = next(process for process in status["processes"] if process["role"] == "endpoint")
-    assert again["last_word"] == endpoint["last_word"], "whoever knows its address finds it there again"
-    # The new process begins with the newest weights, not with what the old one had.
+    assert again["last_word"] == endpoint["last_word"], "the endpoint has the same address again"
+    # The new process starts with the newest weights, not with those of the old one.
     assert weights_of(client, first + 1) > first
 
     client.stop("served")
-    assert [news.run.state for news in client.watch("served")][-1] == "finished"
+    assert [update.run.state for update in client.watch("served")][-1] == "finished"
     assert run.finish(60)["stopped_because"] == "stopped"
     with pytest.raises(RunIsNotLive, match="squall serve served"):
         client.act(OBSERVATION, "served")

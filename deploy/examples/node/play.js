@@ -1,8 +1,8 @@
-// Plays CartPole in several environments at once for a Squall run, until the run takes no more.
+// Plays CartPole in several environments at once for a Squall run, until the run accepts no more experience.
 //
 //   node play.js --address 127.0.0.1:50051 --run dqn-CartPole-v1-1 --environments 8
 //
-// SQUALL_GRPC_TOKEN is shown where the server wants one.
+// If the server requires a token, set SQUALL_GRPC_TOKEN.
 
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
@@ -10,9 +10,9 @@ import grpc from "@grpc/grpc-js";
 import loader from "@grpc/proto-loader";
 import { CartPole } from "./cartpole.js";
 
-const SECONDS_FOR_AN_ANSWER = 360;
-const SECONDS_OF_PATIENCE = 60;
-const WORTH_ANOTHER_TRY = [grpc.status.UNAVAILABLE, grpc.status.RESOURCE_EXHAUSTED, grpc.status.CANCELLED];
+const ANSWER_SECONDS = 360;
+const PATIENCE_SECONDS = 60;
+const RETRYABLE_CODES = [grpc.status.UNAVAILABLE, grpc.status.RESOURCE_EXHAUSTED, grpc.status.CANCELLED];
 
 const { values: options } = parseArgs({
   options: {
@@ -23,53 +23,53 @@ const { values: options } = parseArgs({
   },
 });
 
-// Numbers of 64 bits become JavaScript numbers: steps stay far below 2^53.
+// 64-bit integers become JavaScript numbers, because step counts stay far below 2^53.
 const definition = loader.loadSync(options.proto, { keepCase: true, longs: Number, enums: String, oneofs: true });
 const { squall } = grpc.loadPackageDefinition(definition);
 const client = new squall.v1.Experience(options.address, grpc.credentials.createInsecure());
 
-// One session: messages go out, and each is answered by one message, in order.
+// One session: the server answers each message with one message, in order.
 class Session {
   constructor() {
     const metadata = new grpc.Metadata();
     if (process.env.SQUALL_GRPC_TOKEN) metadata.set("authorization", `Bearer ${process.env.SQUALL_GRPC_TOKEN}`);
     this.call = client.Play(metadata);
-    this.call.on("data", (answer) => this.settle(null, answer));
-    this.call.on("error", (error) => this.settle(error));
-    this.call.on("end", () => this.settle(Object.assign(new Error("the session ended"), { code: grpc.status.UNAVAILABLE })));
+    this.call.on("data", (answer) => this.receive(null, answer));
+    this.call.on("error", (error) => this.receive(error));
+    this.call.on("end", () => this.receive(Object.assign(new Error("the session ended"), { code: grpc.status.UNAVAILABLE })));
   }
 
-  settle(error, answer) {
+  receive(error, answer) {
     this.error ??= error;
-    const waiting = this.waiting;
-    this.waiting = undefined;
-    if (!waiting) return;
-    clearTimeout(waiting.timer);
-    if (error) waiting.reject(error);
-    else waiting.resolve(answer);
+    const pending = this.pending;
+    this.pending = undefined;
+    if (!pending) return;
+    clearTimeout(pending.timer);
+    if (error) pending.reject(error);
+    else pending.resolve(answer);
   }
 
-  ask(message) {
+  request(message) {
     if (this.error) return Promise.reject(this.error);
     return new Promise((resolve, reject) => {
       const timer = setTimeout(() => {
-        this.settle(new Error(`no answer within ${SECONDS_FOR_AN_ANSWER} s`));
+        this.receive(new Error(`no answer within ${ANSWER_SECONDS} s`));
         this.call.cancel();
-      }, 1000 * SECONDS_FOR_AN_ANSWER);
-      this.waiting = { resolve, reject, timer };
+      }, 1000 * ANSWER_SECONDS);
+      this.pending = { resolve, reject, timer };
       this.call.write(message);
     });
   }
 }
 
-// Arrays are little-endian, whatever this machine is.
+// Arrays are little-endian on every machine.
 function float32(numbers) {
   const data = Buffer.alloc(4 * numbers.length);
   numbers.forEach((number, index) => data.writeFloatLE(number, 4 * index));
   return { dtype: "DTYPE_FLOAT32", shape: [numbers.length], data };
 }
 
-// Plays episodes in one session; returns how many steps of it are in the run, once that has all it wants.
+// Plays episodes in one session until the run accepts no more experience; returns the number of accepted steps.
 async function playSession(environment, name) {
   const session = new Session();
   const open = {
@@ -78,36 +78,36 @@ async function playSession(environment, name) {
     action_space: CartPole.actionSpace,
     client: name,
   };
-  let answer = await session.ask({ open });
+  let answer = await session.request({ open });
   let number = 0;
   while (answer.kind !== "closed") {
     if (answer.kind === "action") {
       const { observation, reward, terminated, truncated } = environment.step(Number(answer.action.action.data.readBigInt64LE()));
       number += 1;
-      answer = await session.ask({ step: { number, reward, terminated, truncated, observation: float32(observation) } });
+      answer = await session.request({ step: { number, reward, terminated, truncated, observation: float32(observation) } });
     } else {
-      answer = await session.ask({ reset: { observation: float32(environment.reset()) } });
+      answer = await session.request({ reset: { observation: float32(environment.reset()) } });
     }
   }
   session.call.end();
   return answer.closed.steps;
 }
 
-// A connection that breaks costs the episode under way: a new session begins another one.
+// A broken connection loses the current episode: a new session begins a new episode.
 async function play(index) {
   const environment = new CartPole();
   let brokenSince;
-  let told = false;
+  let warned = false;
   for (;;) {
-    const begun = Date.now();
+    const start = Date.now();
     try {
       return await playSession(environment, `node ${process.pid}, environment ${index}`);
     } catch (error) {
-      if (!WORTH_ANOTHER_TRY.includes(error.code)) throw error;
-      if (brokenSince === undefined || Date.now() - begun > 5000) brokenSince = Date.now();
-      if (Date.now() - brokenSince > 1000 * SECONDS_OF_PATIENCE) throw error;
-      if (!told && index === 0) console.error(`${options.address}: ${error.message}; trying again for ${SECONDS_OF_PATIENCE} s`);
-      told = true;
+      if (!RETRYABLE_CODES.includes(error.code)) throw error;
+      if (brokenSince === undefined || Date.now() - start > 5000) brokenSince = Date.now();
+      if (Date.now() - brokenSince > 1000 * PATIENCE_SECONDS) throw error;
+      if (!warned && index === 0) console.error(`${options.address}: ${error.message}; trying again for ${PATIENCE_SECONDS} s`);
+      warned = true;
       await new Promise((resolve) => setTimeout(resolve, 500));
     }
   }
@@ -116,5 +116,5 @@ async function play(index) {
 const environments = Number(options.environments);
 if (!Number.isInteger(environments) || environments < 1) throw new Error(`--environments must be positive, got ${options.environments}`);
 const steps = await Promise.all(Array.from({ length: environments }, (_, index) => play(index)));
-console.log(JSON.stringify({ environments, steps: steps.reduce((sum, each) => sum + each, 0) }));
+console.log(JSON.stringify({ environments, steps: steps.reduce((sum, count) => sum + count, 0) }));
 client.close();

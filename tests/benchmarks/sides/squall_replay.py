@@ -8,9 +8,9 @@ from items import BATCH, CAPACITY, LANES, K, item_bytes
 from measure import arguments, quantile, report
 
 parsed = arguments("kind", "table")
-from services.supervision.ray_environment import settle  # noqa: E402
+from services.supervision.ray_environment import set_ray_defaults  # noqa: E402
 
-settle()
+set_ray_defaults()
 
 import ray  # noqa: E402
 from pushes import layout_of, pushes_of  # noqa: E402

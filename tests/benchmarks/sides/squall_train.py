@@ -18,7 +18,7 @@ parsed = arguments("case")
 os.environ.pop("SQUALL_STORE", None)
 
 from learner.checkpoints import make_algorithm  # noqa: E402  # after the number of threads is settled
-from services.store.base import SquallError  # noqa: E402
+from replay.errors import SquallError  # noqa: E402
 from services.store.sqlite import SQLiteRunStore  # noqa: E402
 
 RUN = "benchmark"

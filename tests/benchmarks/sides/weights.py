@@ -12,9 +12,9 @@ from typing import Any
 from measure import arguments, quantile, report
 
 parsed = arguments("way", "receivers")
-from services.supervision.ray_environment import settle  # noqa: E402
+from services.supervision.ray_environment import set_ray_defaults  # noqa: E402
 
-settle()
+set_ray_defaults()
 
 import ray  # noqa: E402
 import torch  # noqa: E402

@@ -1,4 +1,4 @@
-"""What all algorithms share: the k updates of a training step, checkpoints, the command line, tests, one lane."""
+"""Tests of the common parts of all algorithms: training steps, logging, checkpoints, arguments, tests, statistics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.learner.toys import (
     Chain,
     UpdateWatcher,
     box_batch,
-    copies,
+    clone_parameters,
     quiet_trainer,
     random_batch,
     same,
@@ -40,7 +40,7 @@ from tests.learner.toys import (
     toy,
 )
 
-# The Trainer: where a run stops, checkpoints and syncs its target.
+# The Trainer: at which update a run stops, writes checkpoints, and copies its target network.
 
 
 @pytest.mark.parametrize("k", [1, 32])
@@ -55,7 +55,7 @@ def test_max_steps_counts_updates(k: int) -> None:
 
 
 def count_optimizer_steps(module: DQN) -> list[int]:
-    """Return a list that grows by one whenever PyTorch's optimizer itself steps."""
+    """Return a list that grows by one per step of PyTorch's optimizer."""
     steps: list[int] = []
     configure = module.configure_optimizers
 
@@ -71,11 +71,11 @@ def count_optimizer_steps(module: DQN) -> list[int]:
 @pytest.mark.parametrize("k", [1, 32])
 def test_the_target_network_syncs_every_sync_rate_updates(k: int) -> None:
     module = small_dqn(updates_per_training_step=k, sync_rate=30, learning_rate=0.01)
-    online, target = [copies(module.q_network)], [copies(module.target_network)]
+    online, target = [clone_parameters(module.q_network)], [clone_parameters(module.target_network)]
 
     def look(trainer: pl.Trainer, module: DQN) -> None:
-        online.append(copies(module.q_network))
-        target.append(copies(module.target_network))
+        online.append(clone_parameters(module.q_network))
+        target.append(clone_parameters(module.target_network))
 
     quiet_trainer(UpdateWatcher(look), max_steps=100).fit(module)
     assert len(target) == 101
@@ -90,7 +90,7 @@ def test_a_callback_checkpoints_at_exact_updates(k: int, tmp_path: Path) -> None
     def look(trainer: pl.Trainer, module: DQN) -> None:
         if trainer.global_step % 40 == 0:
             trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
-            online[trainer.global_step] = copies(module)
+            online[trainer.global_step] = clone_parameters(module)
 
     quiet_trainer(UpdateWatcher(look), max_steps=100).fit(small_dqn(updates_per_training_step=k, learning_rate=0.01))
     assert {path.stem for path in tmp_path.iterdir()} == {"40", "80"}
@@ -101,7 +101,7 @@ def test_a_callback_checkpoints_at_exact_updates(k: int, tmp_path: Path) -> None
 
 
 def test_an_update_is_the_same_alone_and_among_k() -> None:
-    """`[B]`, `[1, B]` and `[k, B]` give the same parameters, bit for bit."""
+    """`[B]`, `[1, B]`, and `[k, B]` give bitwise the same parameters."""
     together = random_batch(4, 16)
     alone = together.split()
     with_one = [batch.map(lambda tensor: tensor[None]) for batch in alone]
@@ -111,7 +111,7 @@ def test_an_update_is_the_same_alone_and_among_k() -> None:
         trainer = quiet_trainer(max_steps=4)
         trainer.fit(module, Batches(batches))
         assert trainer.global_step == 4
-        ends.append(copies(module))
+        ends.append(clone_parameters(module))
     assert same(ends[0], ends[1])
     assert same(ends[0], ends[2])
 
@@ -135,15 +135,15 @@ def test_a_dataloader_is_an_epoch_of_k_batches_each(k: int, length: int) -> None
 def test_train_batch_generates_without_end() -> None:
     module = small_dqn(batches_per_epoch=2, updates_per_training_step=2)
     batches = module.train_batch()
-    drawn = [next(batches) for _ in range(5)]
-    assert {(type(batch), tuple(batch.observation.shape)) for batch in drawn} == {(TransitionBatch, (2, 8, 4))}
+    batches_made = [next(batches) for _ in range(5)]
+    assert {(type(batch), tuple(batch.observation.shape)) for batch in batches_made} == {(TransitionBatch, (2, 8, 4))}
 
 
 # What is logged.
 
 
 class Log(DummyLogger):
-    """Keeps what it is given."""
+    """Records the logged metrics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_logged_steps_are_environment_steps_and_returns_are_of_the_last_episodes
     first, last = log.rows[0][1], log.rows[-1][1]
     assert first["rollout/exploration_rate"] == pytest.approx(1.0, abs=1e-3)
     assert last["rollout/ep_rew_mean"] == 15.0
-    assert list(module.recent_returns) == [15.0] * (module.env_steps // 3), "each episode once"
+    assert list(module.recent_returns) == [15.0] * (module.env_steps // 3), "each episode is counted once"
 
 
 def test_between_what_its_logger_takes_a_trainer_is_told_at_an_epochs_ends() -> None:
@@ -173,7 +173,7 @@ def test_between_what_its_logger_takes_a_trainer_is_told_at_an_epochs_ends() -> 
     seen: list[tuple[int, float]] = []
 
     def look(trainer: Any, module: Any) -> None:
-        # Asked before this training step logs: what the last one that did was told.
+        # This is called before the present training step logs: these are the metrics that were logged last.
         seen.append((module.experience.env_steps, float(trainer.callback_metrics.get("step", -1.0))))
 
     trainer = quiet_trainer(UpdateWatcher(look), logger=log, log_every_n_steps=7, max_steps=28)
@@ -181,12 +181,12 @@ def test_between_what_its_logger_takes_a_trainer_is_told_at_an_epochs_ends() -> 
     steps = [env_steps for env_steps, _ in seen]
     assert [step for step, _ in log.rows] == [steps[6], steps[13], steps[20], steps[27]]
     assert len({row["train/loss"] for _, row in log.rows}) == 4
-    told = [-1.0, *(float(steps[max(due for due in (0, 6, 9, 10, 13, 19, 20) if due <= at)]) for at in range(27))]
-    assert [value for _, value in seen] == told
+    expected = [-1.0, *(float(steps[max(due for due in (0, 6, 9, 10, 13, 19, 20) if due <= at)]) for at in range(27))]
+    assert [value for _, value in seen] == expected
     assert trainer.callback_metrics["step"] == module.env_steps
 
 
-def test_who_monitors_a_figure_finds_it_at_the_end_of_an_epoch_that_was_resumed(tmp_path: Path) -> None:
+def test_a_monitored_metric_is_logged_at_the_end_of_an_epoch_that_was_resumed(tmp_path: Path) -> None:
     trainer = quiet_trainer(max_steps=5)
     trainer.fit(small_dqn("SquallTally-v0", warm_start_size=4, batches_per_epoch=10))
     trainer.save_checkpoint(tmp_path / "middle.ckpt")
@@ -198,7 +198,7 @@ def test_who_monitors_a_figure_finds_it_at_the_end_of_an_epoch_that_was_resumed(
     assert resumed.callback_metrics["step"] == module.env_steps
 
 
-def test_where_a_fit_is_stopped_the_last_figures_are_logged() -> None:
+def test_where_a_fit_is_stopped_the_last_metrics_are_logged() -> None:
     log = Log()
     module = small_dqn("SquallTally-v0", warm_start_size=4, batches_per_epoch=100)
 
@@ -226,7 +226,7 @@ def test_before_the_first_episode_the_return_is_the_lowest_there_is(floor: float
     quiet_trainer(logger=log, log_every_n_steps=1, max_steps=8).fit(module)
     means = [row["rollout/ep_rew_mean"] for _, row in log.rows]
     assert set(means) == {floor, 15.0}
-    assert means == sorted(means), "it is replaced by the first return, not averaged with it"
+    assert means == sorted(means), "the first return replaces the floor and is not averaged with it"
 
 
 # Checkpoints.
@@ -266,8 +266,8 @@ def test_a_checkpoint_loads_by_itself(env: str | EnvironmentSpec, tmp_path: Path
         DQN.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True),
         cast(DQN, load_algorithm(tmp_path / "a.ckpt")),
     ):
-        assert same(copies(loaded), copies(module))
-        assert not same(copies(loaded.q_network), copies(loaded.target_network))
+        assert same(clone_parameters(loaded), clone_parameters(module))
+        assert not same(clone_parameters(loaded.q_network), clone_parameters(loaded.target_network))
         assert dict(loaded.hparams) == dict(module.hparams)
         assert loaded.environment == module.environment
         assert (loaded.env_steps, loaded.run_progress) == (1234, {"best": 1.5})
@@ -288,7 +288,7 @@ def test_returns_come_back_once_and_no_more_than_are_kept(tmp_path: Path) -> Non
 
 
 class WithMomentum(DQN):
-    """A variant with an argument of its own."""
+    """A variant with its own argument."""
 
     def __init__(self, env: Any, *, momentum: float = 0.5, **options: Any) -> None:
         super().__init__(env, **options)
@@ -304,12 +304,12 @@ def test_a_variants_own_arguments_are_kept_too(tmp_path: Path) -> None:
 
 
 class StartWatcher(pl.Callback):
-    """Keeps what a fit starts from."""
+    """Records the state at the start of a fit."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.global_step = trainer.global_step
         self.optimizer = copy.deepcopy(trainer.optimizers[0].state_dict())
-        self.parameters = copies(pl_module)
+        self.parameters = clone_parameters(pl_module)
 
 
 class SaveAtBatchEnd(pl.Callback):
@@ -348,22 +348,24 @@ def test_a_resumed_fit_goes_on_and_stops_at_the_exact_update(when: str, k: int, 
     if when == "after the fit":
         trainer.save_checkpoint(path)
     saved = read_checkpoint(path)
-    begun = {"within a step": 40, "after a step": 40 if k == 1 else 64, "after an epoch": 64, "after the fit": 70}[when]
-    assert saved["global_step"] == begun
+    resumed_at = {"within a step": 40, "after a step": 40 if k == 1 else 64, "after an epoch": 64, "after the fit": 70}[
+        when
+    ]
+    assert saved["global_step"] == resumed_at
 
     module = small_dqn(**options)
     start, watcher = StartWatcher(), UpdateWatcher()
     trainer = quiet_trainer(start, watcher, max_steps=150)
     trainer.fit(module, ckpt_path=path, weights_only=True)
-    assert start.global_step == begun
+    assert start.global_step == resumed_at
     assert same(start.parameters, [saved["state_dict"][name] for name, _ in module.named_parameters()])
     moments = [state["exp_avg"] for state in start.optimizer["state"].values()]
     assert same(moments, [state["exp_avg"] for state in saved["optimizer_states"][0]["state"].values()])
-    assert {float(state["step"]) for state in start.optimizer["state"].values()} == {begun}
-    assert watcher.steps == list(range(begun + 1, 151))
+    assert {float(state["step"]) for state in start.optimizer["state"].values()} == {resumed_at}
+    assert watcher.steps == list(range(resumed_at + 1, 151))
     assert trainer.global_step == 150
-    # A step an update, but for the k that the limiter lets it run ahead.
-    assert module.env_steps >= saved["squall"]["env_steps"] + 150 - begun - k
+    # One step per update, except for the k updates that the limiter's tolerance allows.
+    assert module.env_steps >= saved["squall"]["env_steps"] + 150 - resumed_at - k
     assert module.experience is not None
     assert module.experience.env_steps == module.env_steps  # type: ignore[union-attr]
 
@@ -372,7 +374,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None
     contents: dict[str, Callable[[Path], Any]] = {
         "missing": lambda path: None,
         "empty": lambda path: path.write_bytes(b""),
-        "text": lambda path: path.write_text("weights, so to say"),
+        "text": lambda path: path.write_text("not a checkpoint"),
         "folder": lambda path: path.mkdir(),
         "other": lambda path: torch.save({"state_dict": {}}, path),
         "list": lambda path: torch.save([1, 2], path),
@@ -382,7 +384,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None
     for name, write in contents.items():
         path = tmp_path / f"{name}.ckpt"
         write(path)
-        with pytest.raises(ConfigurationError, match=rf"{name}\.ckpt is no checkpoint of Squall's"):
+        with pytest.raises(ConfigurationError, match=rf"{name}\.ckpt is not a Squall checkpoint"):
             load_algorithm(path)
 
 
@@ -397,7 +399,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path: Path) -> None:
         load_algorithm(tmp_path / "a.ckpt")
 
 
-# Presets aside, the ways to make one: the command line.
+# Construction from command line arguments.
 
 
 def test_arguments_come_back_out_of_a_mixed_namespace() -> None:
@@ -405,11 +407,11 @@ def test_arguments_come_back_out_of_a_mixed_namespace() -> None:
     parser.add_argument("--accelerator", default="cpu")
     assert DQN.add_model_specific_args(parser) is parser
     parser.add_argument("--max_epochs", type=int, default=3)
-    words = (
+    arguments = (
         "--env CartPole-v1 --accelerator gpu --gamma 0.5 --batch_size 9 --min_episode_reward -1.5 --optimizer sgd "
         "--max_grad_norm 3.5 --segment_length 7 --hidden_sizes 31 17 --clip_rewards --eps_ladder --seed 0"
     )
-    module = DQN.from_args(parser.parse_args(words.split()), learning_rate=0.25)
+    module = DQN.from_args(parser.parse_args(arguments.split()), learning_rate=0.25)
     changed = {
         "gamma": 0.5, "batch_size": 9, "min_episode_reward": -1.5, "optimizer": "sgd", "max_grad_norm": 3.5,
         "segment_length": 7, "hidden_sizes": [31, 17], "clip_rewards": True, "eps_ladder": True, "seed": 0,
@@ -428,7 +430,7 @@ def test_arguments_default_to_the_constructors() -> None:
         parser.parse_args([])
 
 
-# One lane, whole episodes, tests.
+# Single environments, whole episodes, tests.
 
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "FrozenLake-v1", "PongNoFrameskip-v4", "SquallTally-v0"])
@@ -460,7 +462,7 @@ def test_seed_zero_is_a_seed_for_the_first_episode_only() -> None:
 
 
 def right_goer(env: str = "SquallChain-v0", **options: Any) -> DQN:
-    """Make a DQN whose greedy action is 1."""
+    """Return a DQN whose greedy action is always 1."""
     module = small_dqn(env, **options)
     with torch.no_grad():
         for parameter in module.q_network.parameters():
@@ -495,7 +497,7 @@ def test_run_n_episodes_defaults_to_one_random_episode() -> None:
     module = right_goer("CartPole-v1")
     returns = module.run_n_episodes(module.make_environment("CartPole-v1", seed=0))
     assert len(returns) == 1
-    assert returns[0] > 11, "always to the right a pole falls within 10 steps"
+    assert returns[0] > 11, "with constant actions the pole falls within 10 steps"
 
 
 def test_run_n_episodes_is_seeded_by_the_algorithms_seed() -> None:
@@ -513,18 +515,18 @@ def test_a_test_is_ten_greedy_episodes() -> None:
     Chain.actions.clear()
     assert quiet_trainer().test(right_goer(), verbose=False) == [{"test/mean_reward": 1.0}]
     assert set(Chain.actions) == {1}
-    figures = right_goer("CartPole-v1").test_step
+    test_step = right_goer("CartPole-v1").test_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pl.LightningModule, "log", lambda *_, **__: None)
-        assert figures() == figures()
-        assert set(figures()) == {"test/mean_reward", "test/std_reward"}
+        assert test_step() == test_step()
+        assert set(test_step()) == {"test/mean_reward", "test/std_reward"}
 
 
 def test_a_test_by_itself_leaves_training_as_it_was() -> None:
     module = right_goer("SquallTally-v0")
-    before = copies(module)
+    before = clone_parameters(module)
     quiet_trainer().test(module, verbose=False)
-    assert same(before, copies(module))
+    assert same(before, clone_parameters(module))
     assert module.training
     quiet_trainer(max_steps=3).fit(module)
 
@@ -554,7 +556,7 @@ def test_one_training_step_changes_what_learns(cls: type[Algorithm], observes: s
 @pytest.mark.parametrize("cls", CONTINUOUS)
 def test_one_training_step_with_actions_in_a_box(cls: type[Algorithm], box: int) -> None:
     module = small(cls, toy(box=box), num_envs=2)
-    before = copies(module.policy)
+    before = clone_parameters(module.policy)
     seen: list[Any] = []
 
     class Keep(pl.Callback):
@@ -562,7 +564,7 @@ def test_one_training_step_with_actions_in_a_box(cls: type[Algorithm], box: int)
             seen.append(batch)
 
     quiet_trainer(Keep(), max_steps=1).fit(module)
-    assert not same(before, copies(module.policy))
+    assert not same(before, clone_parameters(module.policy))
     assert seen[0].action.shape[-1] == box
     assert seen[0].action.dtype == torch.float32
 
@@ -581,11 +583,11 @@ def test_arguments_of_every_algorithm_come_back_out_of_a_mixed_namespace(cls: ty
     assert cls.add_model_specific_args(parser) is parser
     env = "Pendulum-v1" if cls is SAC else "CartPole-v1"
     rate = next(name for name in ("lr", "learning_rate", "q_learning_rate") if name in cls.hyperparameter_types())
-    words = [
+    arguments = [
         "--env", env, "--devices", "2", "--gamma", "0.5", f"--{rate}", "0.25", "--seed", "0", "--normalize_rewards",
         "--optimizer_options", '{"eps": 0.001}', "--activation", "tanh", "--no-normalize_observations",
     ]  # fmt: skip
-    module = cls.from_args(parser.parse_args(words), num_envs=3)
+    module = cls.from_args(parser.parse_args(arguments), num_envs=3)
     changed = {
         "gamma": 0.5, rate: 0.25, "seed": 0, "normalize_rewards": True, "optimizer_options": {"eps": 0.001},
         "activation": "tanh", "num_envs": 3,
@@ -614,12 +616,12 @@ def test_a_checkpoint_of_every_algorithm_loads_by_itself(cls: type[Algorithm], t
     np.testing.assert_array_equal(*greedy)
 
 
-# The longest gradient, learning rates, the optimizer's options, the activation.
+# Gradient clipping, learning rates, the optimizer's options, the activation.
 
 
 @pytest.mark.parametrize("longest", [None, 0.01])
 def test_each_group_of_the_optimizer_is_clipped_by_itself(longest: float | None) -> None:
-    """With a learning rate of 1, SGD's step is the gradient it was given."""
+    """With a learning rate of 1, the step of SGD equals the clipped gradient."""
     rates = {"policy_learning_rate": 1.0, "q_learning_rate": 1.0}
     module = small_sac(optimizer="sgd", max_grad_norm=longest, init_alpha=5.0, sync_rate=99, **rates)
     parts = [list(module.policy.parameters()), list(module.critics.parameters()), [module.log_alpha]]
@@ -645,7 +647,7 @@ def test_each_group_of_the_optimizer_is_clipped_by_itself(longest: float | None)
     ],
 )
 def test_the_learning_rate_follows_the_environment_steps(schedule: str, factor: Callable[[int], float], k: int) -> None:
-    """All steps count that were taken before the update, the warm start's too."""
+    """The schedule counts all steps before the update, including the warm start."""
     module = small_dqn(
         "SquallTally-v0", learning_rate=0.1, learning_rate_schedule=schedule, learning_rate_last_frame=100,
         updates_per_training_step=k, num_envs=2,
@@ -667,7 +669,7 @@ def test_without_a_last_frame_the_learning_rate_is_constant() -> None:
 
 
 def test_a_resumed_fit_keeps_the_first_learning_rate(tmp_path: Path) -> None:
-    """Half-way down a resume must not begin a second descent from there."""
+    """A resumed schedule starts from the initial rate, not from the reduced rate in the checkpoint."""
     options = {"learning_rate": 0.1, "learning_rate_schedule": "linear", "learning_rate_last_frame": 200}
     trainer = quiet_trainer(max_steps=60)
     trainer.fit(small_dqn("SquallTally-v0", **options))
@@ -689,7 +691,7 @@ def test_a_resumed_fit_keeps_the_first_learning_rate(tmp_path: Path) -> None:
         ({"optimizer_options": {"epsilon": 1e-3}}, "^optimizer_options of adam: .*'epsilon'"),
         ({"optimizer_options": {"eps": -1.0}}, "^optimizer_options of adam: .*-1.0"),
         ({"optimizer_options": {"eps": "small"}}, "^optimizer_options of adam: "),
-        ({"optimizer_options": {"lr": 0.5}}, "^optimizer_options must not hold lr"),
+        ({"optimizer_options": {"lr": 0.5}}, "^optimizer_options must not contain lr"),
         ({"optimizer": "sgd", "optimizer_options": {"eps": 1e-3}}, "^optimizer_options of sgd: .*'eps'"),
         ({"activation": "gelu"}, "^activation must be one of relu, tanh, got 'gelu'$"),
         ({"learning_rate_schedule": "steps"}, "^learning_rate_schedule must be one of constant, .*, got 'steps'$"),
@@ -766,7 +768,7 @@ def test_without_normalisation_there_are_no_statistics(cls: type[Algorithm]) -> 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_rewards_are_divided_by_the_deviation_of_discounted_returns(normalize: bool) -> None:
-    """Three steps of 5 at gamma 1/2 make 5, 7.5 and 8.75; reported returns stay 15."""
+    """Three rewards of 5 at gamma 1/2 give 5, 7.5, and 8.75; reported returns remain 15."""
     module = small(Reinforce, toy(lengths=(3,), pays=5.0), gamma=0.5, normalize_rewards=normalize, num_batch_episodes=2)
     update, rewards = module.update, []
 
@@ -785,7 +787,7 @@ def test_rewards_are_divided_by_the_deviation_of_discounted_returns(normalize: b
 
 
 def test_a_resumed_fit_goes_on_with_the_deviation_it_had(tmp_path: Path) -> None:
-    """A new process has seen few returns: until it has seen as many, the old figure is the better one."""
+    """A new process has seen few returns: until it has seen as many, the old deviation is used."""
     options = {"gamma": 0.5, "normalize_rewards": True, "num_batch_episodes": 2}
     trainer = quiet_trainer(max_steps=4)
     trainer.fit(small(Reinforce, toy(lengths=(3,), pays=5.0), **options))

@@ -1,4 +1,4 @@
-"""DQN: the reference page's face, what it refuses, one step by the formula, and the values it learns."""
+"""Tests of DQN: the reference page's interface, invalid values, one update by the formula, and the learned values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from learner import DQN
 from learner.batches import TransitionBatch
 from learner.experience import LocalExperience
 from replay.errors import ConfigurationError
-from tests.learner.toys import CARTPOLE, Batches, copies, quiet_trainer, random_batch, same, small_dqn
+from tests.learner.toys import CARTPOLE, Batches, clone_parameters, quiet_trainer, random_batch, same, small_dqn
 
 # As on the reference page, in its order.
 REFERENCE = {
@@ -134,19 +134,19 @@ def trained(updates: int = 40, **options: Any) -> DQN:
 
 def test_one_seed_is_one_initialisation_and_zero_is_a_seed() -> None:
     torch.manual_seed(99)
-    first = copies(small_dqn(seed=0))
+    first = clone_parameters(small_dqn(seed=0))
     torch.manual_seed(100)
-    assert same(first, copies(small_dqn(seed=0)))
-    assert not same(first, copies(small_dqn(seed=1)))
+    assert same(first, clone_parameters(small_dqn(seed=0)))
+    assert not same(first, clone_parameters(small_dqn(seed=1)))
 
 
 def test_one_seed_is_one_training() -> None:
     first = trained(seed=0)
-    torch.rand(3), np.random.rand(3)  # whatever else happens in a process
+    torch.rand(3), np.random.rand(3)  # other users of the global generators
     again = trained(seed=0)
-    assert same(copies(first), copies(again))
+    assert same(clone_parameters(first), clone_parameters(again))
     assert (first.env_steps, list(first.recent_returns)) == (again.env_steps, list(again.recent_returns))
-    assert not same(copies(first), copies(trained(seed=1)))
+    assert not same(clone_parameters(first), clone_parameters(trained(seed=1)))
 
 
 @pytest.mark.parametrize("form", ["id", "specification", "plain"])
@@ -155,13 +155,13 @@ def test_an_environment_may_be_named_specified_or_plain(form: str) -> None:
     env = {"id": "CartPole-v1", "specification": specification, "plain": specification.plain()}[form]
     module = small_dqn(env, seed=5)
     assert module.environment == specification
-    assert same(copies(module), copies(small_dqn("CartPole-v1", seed=5)))
+    assert same(clone_parameters(module), clone_parameters(small_dqn("CartPole-v1", seed=5)))
     quiet_trainer(max_steps=2).fit(module)
 
 
 def test_the_target_network_begins_as_a_copy_that_nobody_trains() -> None:
     module = small_dqn()
-    assert same(copies(module.target_network), copies(module.q_network))
+    assert same(clone_parameters(module.target_network), clone_parameters(module.q_network))
     assert not any(parameter.requires_grad for parameter in module.target_network.parameters())
     optimized = [p for group in module.configure_optimizers().param_groups for p in group["params"]]
     assert {id(p) for p in optimized} == {id(p) for p in module.q_network.parameters()}
@@ -177,24 +177,24 @@ def test_forward_gives_the_value_of_every_action() -> None:
 
 def test_discrete_observations_train() -> None:
     module = small_dqn("FrozenLake-v1")
-    before = copies(module.q_network)
+    before = clone_parameters(module.q_network)
     quiet_trainer(max_steps=5).fit(module)
-    assert not same(before, copies(module.q_network))
+    assert not same(before, clone_parameters(module.q_network))
 
 
 def test_atari_trains() -> None:
     module = small_dqn("PongNoFrameskip-v4", batch_size=4, num_envs=2, updates_per_training_step=2)
-    before = copies(module.q_network)
+    before = clone_parameters(module.q_network)
     seen: list[TransitionBatch] = []
     quiet_trainer(Recorder(seen), max_steps=3).fit(module)
-    assert not same(before, copies(module.q_network))
+    assert not same(before, clone_parameters(module.q_network))
     assert [batch.observation.shape for batch in seen] == [(2, 4, 4, 84, 84)] * 2
     assert {batch.observation.dtype for batch in seen} == {torch.uint8}
     assert seen[0].observation.any()
 
 
 class Recorder(pl.Callback):
-    """Keeps every batch that a training step is given."""
+    """Records the batch of every training step."""
 
     def __init__(self, seen: list[TransitionBatch]) -> None:
         self.seen = seen
@@ -232,14 +232,14 @@ def test_hyperparameters_reach_rollout_and_replay() -> None:
 
 
 def gradients(network: nn.Module, target: nn.Module, batch: TransitionBatch) -> list[Tensor]:
-    """Mnih et al. 2015, algorithm 1, written out: of the mean over the batch of the Huber loss of y - Q(s, a)."""
+    """Return the gradient of the mean Huber loss of y - Q(s, a), as in algorithm 1 of Mnih et al. 2015."""
     losses = []
     for j in range(len(batch.reward)):
         with torch.no_grad():
             y = batch.reward[j] + batch.discount[j] * target(batch.next_observation[j : j + 1]).max()
         error = y - network(batch.observation[j : j + 1])[0, batch.action[j]]
         losses.append(error.square() / 2 if error.abs() <= 1 else error.abs() - 0.5)
-    assert {bool(loss > 0.5) for loss in losses} == {True, False}, "both branches should be looked at"
+    assert {bool(loss > 0.5) for loss in losses} == {True, False}, "the batch must cover both branches"
     return list(torch.autograd.grad(torch.stack(losses).mean(), list(network.parameters())))
 
 
@@ -247,19 +247,19 @@ def one_update(batch: TransitionBatch | None, **options: Any) -> tuple[list[Tens
     """Return parameters before, the gradient, and parameters after one update by a Trainer."""
     module = small_dqn("SquallTally-v0" if batch is None else CARTPOLE, optimizer="sgd", learning_rate=0.1, **options)
     with torch.no_grad():
-        # A target network of its own, or the wrong one would not show; and errors around Huber's corner.
+        # With different networks, a use of the wrong one is detected. The bias gives errors below and above 1.
         for parameter in module.target_network.parameters():
             parameter.mul_(-1.5)
         module.q_network.head.bias.copy_(torch.tensor([4.2, 3.0]))  # type: ignore[union-attr, operator]
     network, target = copy.deepcopy(module.q_network), copy.deepcopy(module.target_network)
-    before = copies(module.q_network)
+    before = clone_parameters(module.q_network)
     seen: list[TransitionBatch] = []
     trainer = quiet_trainer(Recorder(seen), max_steps=1)
     trainer.fit(module, None if batch is None else Batches([batch]))
     assert trainer.global_step == 1
     assert len(seen) == 1
-    assert same(copies(target), copies(module.target_network))
-    return before, gradients(network, target, seen[0].split()[0]), copies(module.q_network)
+    assert same(clone_parameters(target), clone_parameters(module.target_network))
+    return before, gradients(network, target, seen[0].split()[0]), clone_parameters(module.q_network)
 
 
 def assert_close(ones: list[Tensor], others: list[Tensor]) -> None:
@@ -289,7 +289,7 @@ def test_a_gradient_longer_than_the_longest_is_scaled(longest: float, clips: boo
 
 
 def test_the_target_network_makes_the_targets_until_the_next_update() -> None:
-    """With a sync after every update, the second update bootstraps from the network after the first."""
+    """With a sync after every update, the second update bootstraps from the network after the first update."""
     batches = [random_batch(64, seed=1), random_batch(64, seed=2)]
     module = small_dqn(optimizer="sgd", learning_rate=0.1, sync_rate=1)
     network = copy.deepcopy(module.q_network)
@@ -299,15 +299,15 @@ def test_the_target_network_makes_the_targets_until_the_next_update() -> None:
         with torch.no_grad():
             for parameter, grad in zip(network.parameters(), grads, strict=True):
                 parameter -= 0.1 * grad
-    assert_close(copies(module.q_network), copies(network))
+    assert_close(clone_parameters(module.q_network), clone_parameters(network))
 
 
-# What it learns.
+# Learned values.
 
 
 @pytest.fixture
 def chain_values() -> dict[str, list[list[float]]]:
-    """Optimal values of the chain, gamma 0.8: v(s) = 0.8^(3-s) v(3), and v(3) = 1 or 1 + 0.8 v(0)."""
+    """Return the chain's optimal values for gamma 0.8: v(s) = 0.8^(3-s) v(3), with v(3) = 1 or v(3) = 1 + 0.8 v(0)."""
     ends = {"SquallChain-v0": 1.0, "SquallTruncatedChain-v0": 1.0 / (1.0 - 0.8**4)}
     return {
         name: [[0.8 * 0.8 ** (3 - max(s - 1, 0)) * last, 0.8 ** (3 - s) * last] for s in range(4)]
@@ -317,7 +317,7 @@ def chain_values() -> dict[str, list[list[float]]]:
 
 @pytest.mark.parametrize("env", ["SquallChain-v0", "SquallTruncatedChain-v0"])
 def test_it_learns_the_values_of_a_chain(env: str, chain_values: dict[str, list[list[float]]]) -> None:
-    """The two chains differ in how an episode ends alone: a truncated one bootstraps from its final observation."""
+    """The two chains differ only in the end of an episode: a truncated one bootstraps from its final observation."""
     module = DQN(
         env, gamma=0.8, eps_end=1.0, eps_last_frame=1, learning_rate=0.005, sync_rate=20, batch_size=32, seed=0,
         warm_start_size=500, replay_size=5_000, updates_per_training_step=8, num_envs=4,
@@ -335,7 +335,7 @@ def test_the_two_chains_are_worth_telling_apart(chain_values: dict[str, list[lis
 
 
 def test_n_step_targets_are_used() -> None:
-    """With as many steps as an episode has, the targets are returns: no bootstrapping, no target network."""
+    """If n is the length of an episode, targets are returns, without bootstrapping from the target network."""
     module = DQN(
         "SquallTally-v0", gamma=0.5, n_steps=3, eps_end=1.0, learning_rate=0.01, sync_rate=10_000, batch_size=32,
         warm_start_size=200, replay_size=1_000, updates_per_training_step=8, num_envs=4, segment_length=8,

@@ -1,4 +1,4 @@
-"""REINFORCE, VPG and A2C: the reference page's face, one update by a slow twin, whole episodes, by-hand numbers."""
+"""Tests of REINFORCE, VPG, and A2C: the reference page's interface, slow twins of an update, whole episodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.learner.toys import (
     CARTPOLE,
     Batches,
     UpdateWatcher,
-    copies,
+    clone_parameters,
     make_trajectory,
     quiet_trainer,
     same,
@@ -34,7 +34,7 @@ from tests.learner.toys import (
 
 ON_POLICY: list[type[OnPolicyAlgorithm]] = [Reinforce, VanillaPolicyGradient, AdvantageActorCritic]
 
-# The reference page's face.
+# The reference page's interface.
 
 _EMPTY = inspect.Parameter.empty
 SIGNATURES: dict[type, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def test_the_constructor_is_the_reference_pages(cls: type[OnPolicyAlgorithm]) ->
     parameters = inspect.signature(cls).parameters.values()
     positional = [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     expected = list(SIGNATURES[cls].items())
-    # The page's VPG has no num_batch_episodes; it may follow what the page has.
+    # The page's VPG has no num_batch_episodes; here the argument follows the page's arguments.
     extra = [("num_batch_episodes", 4)] if cls is VanillaPolicyGradient else []
     assert positional == expected + extra
 
@@ -83,12 +83,12 @@ def test_the_constructor_is_the_reference_pages(cls: type[OnPolicyAlgorithm]) ->
 @pytest.mark.parametrize("cls", ON_POLICY)
 def test_the_methods_are_the_reference_pages(cls: type[OnPolicyAlgorithm]) -> None:
     module = cls(CARTPOLE)
-    found = {name: list(inspect.signature(getattr(module, name)).parameters) for name in METHODS[cls]}
-    assert found == METHODS[cls]
+    actual = {name: list(inspect.signature(getattr(module, name)).parameters) for name in METHODS[cls]}
+    assert actual == METHODS[cls]
 
 
 @pytest.mark.parametrize(
-    ("cls", "inert"),
+    ("cls", "unused"),
     [
         (Reinforce, {"batch_size": 9, "n_steps": 3, "entropy_beta": 0.5}),
         (VanillaPolicyGradient, {"batch_size": 9, "n_steps": 3}),
@@ -96,17 +96,18 @@ def test_the_methods_are_the_reference_pages(cls: type[OnPolicyAlgorithm]) -> No
     ],
 )
 def test_what_does_nothing_warns_when_it_is_changed_and_only_then(
-    cls: type[OnPolicyAlgorithm], inert: dict[str, Any]
+    cls: type[OnPolicyAlgorithm], unused: dict[str, Any]
 ) -> None:
-    for name, value in inert.items():
-        with pytest.warns(UserWarning, match=f"^{name} do nothing in {cls.__name__}: a batch is whole episodes") as met:
+    for name, value in unused.items():
+        message = f"^{name} have no effect in {cls.__name__}: a batch is whole episodes"
+        with pytest.warns(UserWarning, match=message) as warned:
             cls(CARTPOLE, **{name: value})
-        assert [warning.filename for warning in met] == [__file__], "the warning points at the caller"
+        assert [warning.filename for warning in warned] == [__file__], "the warning points at the caller"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cls(CARTPOLE)
-        defaults = {name: SIGNATURES[cls][name] for name in inert}
-        others = {name: 8 * value for name, value in SIGNATURES[cls].items() if name not in {"env", "gamma", *inert}}
+        defaults = {name: SIGNATURES[cls][name] for name in unused}
+        others = {name: 8 * value for name, value in SIGNATURES[cls].items() if name not in {"env", "gamma", *unused}}
         cls(CARTPOLE, **{**defaults, **others, "gamma": 0.5})
 
 
@@ -154,10 +155,10 @@ def test_zero_is_a_seed(cls: type[OnPolicyAlgorithm]) -> None:
     def trained(seed: int) -> list[Tensor]:
         module = small(cls, toy(lengths=(1, 4)), seed=seed, num_envs=2)
         quiet_trainer(max_steps=4).fit(module)
-        return copies(module)
+        return clone_parameters(module)
 
     first = trained(0)
-    torch.rand(3)  # whatever else happens in a process
+    torch.rand(3)  # other users of the global generator
     assert same(first, trained(0))
     assert not same(first, trained(1))
 
@@ -166,18 +167,18 @@ def test_zero_is_a_seed(cls: type[OnPolicyAlgorithm]) -> None:
 
 
 def batch_of(trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
-    """Make a batch with garbage wherever there is no step."""
+    """Return a batch with garbage in the rows that are not steps."""
     batch = TrajectoryBatch.of(trajectories)
     observation = batch.observation.clone()
     if all(trajectory.episodic for trajectory in trajectories):
         for u, trajectory in enumerate(trajectories):
             observation[u, len(trajectory.action) :] = 1e6
-    nothing = ~batch.valid
+    invalid = ~batch.valid
     garbage = {"action": 1, "reward": -1e6, "discount": 7.0, "log_probability": float("nan")}
     filled = {}
     for name, value in garbage.items():
         filled[name] = getattr(batch, name).clone()
-        filled[name][nothing] = value
+        filled[name][invalid] = value
     return batch._replace(observation=observation, **filled)
 
 
@@ -192,7 +193,7 @@ EPISODES = [
 def policy_gradient_twin(
     module: Any, episodes: Sequence[Trajectory], *, baseline: bool, entropy_beta: float
 ) -> list[Tensor]:
-    """The gradient of -E[log pi(a|s) (G - b)] - beta H, step by step, as it is written in the papers."""
+    """Return the gradient of -E[log pi(a|s) (G - b)] - beta H, computed one step at a time."""
     gamma = 0.9
     terms, returns, entropies = [], [], []
     for episode in episodes:
@@ -211,11 +212,11 @@ def policy_gradient_twin(
 
 def sgd_update(module: Any, batch: TrajectoryBatch) -> tuple[list[Tensor], list[Tensor]]:
     """Return parameters before and after one update by a Trainer."""
-    before = copies(module)
+    before = clone_parameters(module)
     trainer = quiet_trainer(max_steps=1)
     trainer.fit(module, Batches([batch]))
     assert trainer.global_step == 1
-    return before, copies(module)
+    return before, clone_parameters(module)
 
 
 def assert_stepped(before: list[Tensor], gradient: list[Tensor], after: list[Tensor]) -> None:
@@ -241,12 +242,12 @@ def test_what_stands_in_padding_never_matters() -> None:
     for batch in (TrajectoryBatch.of(EPISODES), batch_of(EPISODES)):
         module = small(Reinforce, CARTPOLE, lr=0.1, seed=0)
         quiet_trainer(max_steps=1).fit(module, Batches([batch]))
-        ends.append(copies(module))
+        ends.append(clone_parameters(module))
     assert same(*ends)
 
 
 def test_a_truncated_episode_is_not_bootstrapped() -> None:
-    """How an episode ended and what was seen last change nothing."""
+    """The kind of an episode's end and the final observation have no effect."""
     ends = []
     for end in ("terminated", "truncated"):
         episode = make_trajectory(3, ends=end)
@@ -255,7 +256,7 @@ def test_a_truncated_episode_is_not_bootstrapped() -> None:
         quiet_trainer(max_steps=1).fit(
             module, Batches([TrajectoryBatch.of([replace(episode, observation=last.astype(np.float32))])])
         )
-        ends.append(copies(module))
+        ends.append(clone_parameters(module))
     assert same(*ends)
 
 
@@ -286,7 +287,7 @@ def test_calc_qvals_by_hand(rewards: Any) -> None:
 
 @dataclass
 class Experienced:
-    """One experience, as the reference page has it."""
+    """One experience, with the reference page's attribute."""
 
     reward: float
 
@@ -314,15 +315,15 @@ def test_a_batch_is_so_many_whole_episodes(cls: type[Reinforce], num_envs: int) 
             length = int(observation[0, 1])
             lengths.add(length)
             assert valid.tolist() == [t < length for t in range(len(valid))]
-            assert observation[:length, 0].tolist() == list(range(length)), "from the reset on"
-            assert observation[length, 0] == length, "up to its final observation"
+            assert observation[:length, 0].tolist() == list(range(length)), "from the reset"
+            assert observation[length, 0] == length, "to the final observation"
             assert discount[:length].tolist() == pytest.approx([0.99] * (length - 1) + [0.0])
     assert lengths == {1, 2, 5}
 
 
 @pytest.mark.parametrize(("num_envs", "batches"), [(1, 50), (3, 50), (8, 50)])
 def test_short_episodes_are_not_favoured(num_envs: int, batches: int) -> None:
-    """200 episodes of 1 or 50 steps, as likely: their mean is 25.5 with a deviation of 1.7."""
+    """200 episodes of 1 or 50 steps, equally likely: the mean length is 25.5 with a standard deviation of 1.7."""
     module = small(Reinforce, toy(lengths=(1, 50)), num_envs=num_envs, num_batch_episodes=4, seed=1)
     generator = module.train_batch()
     lengths = torch.cat([next(generator).valid.sum(1) for _ in range(batches)]).float()
@@ -344,7 +345,7 @@ def test_without_entropy_and_with_returns_of_mean_0_it_is_reinforce() -> None:
     def updated(cls: type[Reinforce], batch: TrajectoryBatch, **options: Any) -> list[Tensor]:
         module = small(cls, CARTPOLE, optimizer="sgd", lr=0.1, gamma=0.0, seed=0, **options)
         quiet_trainer(max_steps=1).fit(module, Batches([batch]))
-        return copies(module)
+        return clone_parameters(module)
 
     plain = updated(Reinforce, centred)
     assert same(plain, updated(VanillaPolicyGradient, centred, entropy_beta=0.0))
@@ -355,7 +356,7 @@ def test_without_entropy_and_with_returns_of_mean_0_it_is_reinforce() -> None:
 
 
 def test_the_baseline_by_hand() -> None:
-    """Returns of the two episodes are 3, 4, 4 and 1; their mean is 3."""
+    """The returns of the two episodes are 3, 4, 4, and 1, with a mean of 3."""
     episodes = [
         replace(make_trajectory(3), reward=np.array([1, 2, 4], np.float32)),
         replace(make_trajectory(1), reward=np.array([1], np.float32)),
@@ -385,7 +386,7 @@ def test_the_entropy_bonus_is_subtracted_with_its_weight() -> None:
 
 
 def unroll(seed: int, ends: dict[int, str], rows: int = 5, gamma: float = 0.9) -> Trajectory:
-    """Make a trajectory of fixed length in which the step in row t ends an episode, for each t in `ends`."""
+    """Return a trajectory of fixed length in which the step in row t ends an episode, for each t in `ends`."""
     made = make_trajectory(rows, seed=seed, gamma=gamma)
     discount, valid = np.full(rows, gamma, np.float32), np.ones(rows, np.bool_)
     for row, how in ends.items():
@@ -412,7 +413,7 @@ def small_a2c(**options: Any) -> AdvantageActorCritic:
 
 
 def actor_critic_twin(module: AdvantageActorCritic, trajectories: Sequence[Trajectory]) -> list[Tensor]:
-    """Mnih et al. 2016, algorithm S3, for each trajectory, with episodes that end on the way."""
+    """Return the gradient of algorithm S3 of Mnih et al. 2016, for trajectories in which episodes end."""
     hparams = module.hparams
     actor, critic, entropy = [], [], []
     for it in trajectories:
@@ -420,7 +421,7 @@ def actor_critic_twin(module: AdvantageActorCritic, trajectories: Sequence[Traje
         for t in range(len(it.reward)):
             if not it.valid[t]:
                 continue
-            # Forwards from t: rewards until the episode or the trajectory is cut, then what is there is worth.
+            # Forwards from t: the rewards up to the end of the episode or trajectory, then the value to bootstrap from.
             target, weight, s = 0.0, 1.0, t
             while True:
                 target += weight * float(it.reward[s])
@@ -452,22 +453,22 @@ def test_an_actor_critic_update_is_theta_minus_lr_times_grad(betas: tuple[float,
 
 
 class LossSpy:
-    """Keeps what an A2C's loss is given."""
+    """Records the arguments of an A2C's loss."""
 
     def __init__(self, module: AdvantageActorCritic) -> None:
-        self.given: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
         self._loss: Callable[..., Tensor] = module.loss
         module.loss = self  # type: ignore[assignment]
 
     def __call__(self, *arguments: Tensor) -> Tensor:
-        self.given.append(arguments)  # type: ignore[arg-type]
+        self.calls.append(arguments)  # type: ignore[arg-type]
         return self._loss(*arguments)
 
 
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
-        # Every observation is worth 10, gamma is 1/2, the step in row 2 ends the episode, row 3 is a reset.
+        # Every observation has the value 10, gamma is 1/2, the step in row 2 ends the episode, row 3 is a reset.
         ("truncated", [4.0, 6.0, 8.0, 9.0]),
         ("terminated", [2.75, 3.5, 3.0, 9.0]),
     ],
@@ -482,14 +483,14 @@ def test_returns_bootstrap_at_truncation_inside_an_unroll_and_not_at_termination
     spy = LossSpy(module)
     trajectory = replace(unroll(0, {2: end}, gamma=0.5), reward=np.array([1, 2, 3, 100, 4], np.float32))
     sgd_update(module, TrajectoryBatch.of([trajectory]))
-    ((states, actions, returns),) = spy.given
+    ((states, actions, returns),) = spy.calls
     assert returns.tolist() == expected
     assert states.shape == (4, 4)
     assert actions.shape == (4,)
 
 
 def test_compute_returns_by_hand() -> None:
-    """The trap of the numbers: a `done` after the second step keeps the 10 behind it out of the first two."""
+    """The `done` of the second step excludes the last value, 10, from the first two returns."""
     module = small_a2c(gamma=0.5)
     rewards, dones = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 0])
     assert module.compute_returns(rewards, dones, torch.tensor(10.0)).tolist() == [2.0, 2.0, 9.0]
@@ -521,7 +522,7 @@ def head_gradients(**betas: float) -> dict[str, Tensor]:
 
 
 def test_each_beta_does_its_own_part() -> None:
-    """The critic's head learns from its own loss alone, in proportion; the actor's from all but that."""
+    """The critic's head has gradients of the critic's loss only, the actor's head of all other terms."""
     actor_alone = head_gradients(critic_beta=0.0, entropy_beta=0.0)
     assert not actor_alone["critic.weight"].any(), "the advantage must not train the critic"
     assert actor_alone["policy.head.weight"].any()
@@ -540,7 +541,7 @@ def test_each_beta_does_its_own_part() -> None:
 def test_more_entropy_is_a_smaller_loss() -> None:
     module = small_a2c(critic_beta=0.0, entropy_beta=1.0)
     states, actions = torch.randn(6, 4), torch.zeros(6, dtype=torch.int64)
-    value = module(states)[1].detach()  # no advantage: only the bonus is left
+    value = module(states)[1].detach()  # with an advantage of 0 only the bonus remains
     losses = []
     for scale in (0.0, 30.0):
         with torch.no_grad():
@@ -559,7 +560,7 @@ def test_a_batch_is_batch_size_rows() -> None:
     assert not batch.valid.all()
 
 
-# Acting and learning.
+# The learner's policy and the acting policy.
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -568,7 +569,7 @@ def test_a_batch_is_batch_size_rows() -> None:
 def test_actions_are_as_probable_to_the_learner_as_they_were_when_taken(
     cls: type[OnPolicyAlgorithm], box: int, normalize: bool
 ) -> None:
-    """Before each update the learner is the very policy that acted."""
+    """Before each update the learner's policy equals the policy that acted."""
     module = small(cls, toy(box=box, lengths=(2, 6)), lr=0.1, num_envs=2, normalize_observations=normalize)
     update, compared = module.update, []
 
@@ -586,7 +587,7 @@ def test_actions_are_as_probable_to_the_learner_as_they_were_when_taken(
     module.update = compare  # type: ignore[method-assign]
     quiet_trainer(max_steps=4).fit(module)
     assert len(compared) == 4
-    assert min(compared) > 1e-3, "weights one update old would be noticed"
+    assert min(compared) > 1e-3, "weights that are one update old give other probabilities"
 
 
 @pytest.mark.parametrize("cls", ON_POLICY)
@@ -597,21 +598,21 @@ def test_every_update_is_counted_and_told(cls: type[OnPolicyAlgorithm]) -> None:
 
 
 def test_an_update_knows_nothing_of_the_batch_before() -> None:
-    """The baseline is of the second batch alone."""
+    """The baseline is the mean of the second batch only."""
     first, second = batch_of(EPISODES[:2]), batch_of(EPISODES[2:])
     module = small(VanillaPolicyGradient, CARTPOLE, optimizer="sgd", lr=0.1, gamma=0.9, seed=0)
     quiet_trainer(max_steps=1).fit(module, Batches([first]))
     gradient = policy_gradient_twin(copy.deepcopy(module), EPISODES[2:], baseline=True, entropy_beta=0.01)
-    before = copies(module)
+    before = clone_parameters(module)
     quiet_trainer(max_steps=1).fit(module, Batches([second]))
-    assert_stepped(before, gradient, copies(module))
+    assert_stepped(before, gradient, clone_parameters(module))
 
 
-# What attacks found.
+# Regressions.
 
 
 def test_a_batch_without_a_single_step_is_survived() -> None:
-    """All lanes of Pendulum are truncated at step 200, and the row after that is no step in any of them."""
+    """All lanes of Pendulum are truncated at step 200, and the next row is not a step in any lane."""
     module = AdvantageActorCritic("Pendulum-v1", unroll_length=1, batch_size=4, num_envs=4, hidden_sizes=[4])
     trainer = quiet_trainer(max_steps=203)
     trainer.fit(module)

@@ -1,4 +1,4 @@
-"""SAC: the reference page's face, whose parameters each loss reaches, targets, temperature, counted updates."""
+"""Tests of SAC: the reference page's interface, gradients of each loss, targets, temperature, counted updates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.learner.toys import (
     Batches,
     UpdateWatcher,
     box_batch,
-    copies,
+    clone_parameters,
     quiet_trainer,
     same,
     small_sac,
@@ -80,7 +80,7 @@ def test_the_methods_are_the_reference_pages() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("eps_start", 0.5), ("eps_end", 0.1), ("eps_last_frame", 7)])
 def test_what_does_nothing_warns_when_it_is_changed_and_only_then(name: str, value: float) -> None:
-    with pytest.warns(UserWarning, match=f"^{name} do nothing in SAC: the policy explores by itself"):
+    with pytest.warns(UserWarning, match=f"^{name} have no effect in SAC: the policy explores by itself"):
         SAC(PENDULUM, **{name: value})  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -151,11 +151,11 @@ def test_a_training_step_of_k_batches_is_k_counted_updates() -> None:
         trainer = quiet_trainer(max_epochs=1)
         trainer.fit(module, Batches(batches))
         assert trainer.global_step == 4
-        ends.append(copies(module))
+        ends.append(clone_parameters(module))
     assert same(*ends)
 
 
-# Whose parameters each loss reaches.
+# Which parameters each loss has gradients for.
 
 
 def test_each_loss_reaches_its_own_parameters_alone() -> None:
@@ -193,7 +193,7 @@ def test_one_backward_of_the_sum_is_that_of_each_alone() -> None:
     assert all(parameter.grad is None for parameter in module.target_critics.parameters())
 
 
-# One update, against a twin that is written with PyTorch's distributions.
+# One update, against a slow twin written with PyTorch's distributions.
 
 
 def distribution(module: SAC, observation: Tensor) -> TransformedDistribution:
@@ -202,8 +202,8 @@ def distribution(module: SAC, observation: Tensor) -> TransformedDistribution:
     return TransformedDistribution(Independent(Normal(mean, deviation), 1), [TanhTransform()])
 
 
-def draw(module: SAC, observation: Tensor) -> tuple[Tensor, Tensor]:
-    """SampleIndices with the noise that the module would draw next."""
+def sample_action(module: SAC, observation: Tensor) -> tuple[Tensor, Tensor]:
+    """Return actions and their log-densities, with the random noise that the module would sample next."""
     base = distribution(module, observation).base_dist.base_dist
     raw = base.mean + base.stddev * torch.randn_like(base.mean)
     unit = raw.tanh()
@@ -212,12 +212,12 @@ def draw(module: SAC, observation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def twin_losses(module: SAC, batch: TransitionBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations 5, 7 and 18 of Haarnoja et al. 2018, for each transition by itself."""
+    """Return the losses of equations 5, 7, and 18 of Haarnoja et al. 2018, computed one transition at a time."""
     alpha = module.log_alpha.exp().item()
     with torch.no_grad():
-        next_unit, next_log = draw(module, batch.next_observation)
+        next_unit, next_log = sample_action(module, batch.next_observation)
         q_t = module.target_critics(batch.next_observation, next_unit)
-    unit, log = draw(module, batch.observation)
+    unit, log = sample_action(module, batch.observation)
     q_tm1 = module.critics(batch.observation, batch.action / 2.0)
     frozen = copy.deepcopy(module.critics).requires_grad_(False)
     q = frozen(batch.observation, unit)
@@ -232,14 +232,14 @@ def twin_losses(module: SAC, batch: TransitionBatch) -> tuple[Tensor, Tensor, Te
 
 
 def test_an_update_is_theta_minus_lr_times_grad() -> None:
-    """The deviations from the twin would show a density of the wrong sign, a mean of critics or one target for two."""
+    """The twin would reveal a density of the wrong sign, a mean of the critics, or one shared target network."""
     rates = {"policy_learning_rate": 0.1, "q_learning_rate": 0.05}
     module = small_sac(optimizer="sgd", init_alpha=0.7, target_alpha=0.25, **rates)
     with torch.no_grad():
         for parameter in module.target_critics.parameters():
             parameter.mul_(-1.5)
     twin = copy.deepcopy(module)
-    old_target = copies(module.target_critics)
+    old_target = clone_parameters(module.target_critics)
     batch = box_batch(32)
     torch.manual_seed(7)
     actor, critics, temperature = twin_losses(twin, batch)
@@ -260,7 +260,9 @@ def test_an_update_is_theta_minus_lr_times_grad() -> None:
         gradients = torch.autograd.grad(loss, learned)
         for theta, gradient, after in zip(learned, gradients, moved, strict=True):
             torch.testing.assert_close(after, theta - rate * gradient, rtol=1e-4, atol=1e-5)
-    for old, online, new in zip(old_target, copies(module.critics), copies(module.target_critics), strict=True):
+    for old, online, new in zip(
+        old_target, clone_parameters(module.critics), clone_parameters(module.target_critics), strict=True
+    ):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * online)
 
 
@@ -270,7 +272,7 @@ def critic_loss_of(module: SAC, batch: TransitionBatch) -> Tensor:
 
 
 def test_the_next_states_density_lowers_the_target() -> None:
-    """A rarer next action, of a lower density, is worth more: with q at 0 and V at 0 the target is -alpha log pi."""
+    """A lower density of the next action raises the target: with Q = 0 the target is -discount * alpha * log pi."""
     module = small_sac(init_alpha=2.0)
     with torch.no_grad():
         for critics in (module.critics, module.target_critics):
@@ -278,13 +280,13 @@ def test_the_next_states_density_lowers_the_target() -> None:
                 parameter.zero_()
     batch = box_batch(1)._replace(reward=torch.zeros(1), discount=torch.tensor([0.5]))
     for density in (-3.0, 3.0):
-        module._draw = lambda o, d=density: (torch.zeros(1, 1), torch.full((1,), d))  # type: ignore[method-assign, misc]
+        module._sample_action = lambda o, d=density: (torch.zeros(1, 1), torch.full((1,), d))  # type: ignore[method-assign, misc]
         torch.testing.assert_close(module.separate_losses(batch)[1], torch.tensor(2 * 0.5 * (0.5 * 2.0 * density) ** 2))
-    # The sign: a critic that says 3 is right if the density is -3 and far off if it is +3.
+    # The sign: a critic with the value 3 is right if the log-density is -3, and wrong by 6 if it is 3.
     with torch.no_grad():
         module.critics.layers[-1].bias.fill_(3.0)  # type: ignore[operator, union-attr]
     for density, expected in ((-3.0, 0.0), (3.0, 36.0)):
-        module._draw = lambda o, d=density: (torch.zeros(1, 1), torch.full((1,), d))  # type: ignore[method-assign, misc]
+        module._sample_action = lambda o, d=density: (torch.zeros(1, 1), torch.full((1,), d))  # type: ignore[method-assign, misc]
         torch.testing.assert_close(module.separate_losses(batch)[1], torch.tensor(expected))
 
 
@@ -302,24 +304,24 @@ def test_a_discount_of_0_drops_everything_of_the_next_state() -> None:
 def test_soft_update_target_is_the_pages_weighted_sum() -> None:
     module = small_sac(target_alpha=0.25)
     online, target = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    before, w_q = copies(target), copies(online)
+    before, w_q = clone_parameters(target), clone_parameters(online)
     module.soft_update_target(online, target)
-    for old, q, new in zip(before, w_q, copies(target), strict=True):
+    for old, q, new in zip(before, w_q, clone_parameters(target), strict=True):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * q)
-    assert same(w_q, copies(online))
+    assert same(w_q, clone_parameters(online))
 
 
 @pytest.mark.parametrize(("k", "sync_rate"), [(1, 1), (1, 7), (32, 7)])
 def test_the_targets_move_by_target_alpha_every_sync_rate_updates(k: int, sync_rate: int) -> None:
     module = small_sac(updates_per_training_step=k, sync_rate=sync_rate, target_alpha=0.3, q_learning_rate=0.01)
-    before = [copies(module.target_critics)]
+    before = [clone_parameters(module.target_critics)]
 
     def look(trainer: pl.Trainer, module: SAC) -> None:
-        after = copies(module.target_critics)
+        after = clone_parameters(module.target_critics)
         if trainer.global_step % sync_rate:
             assert same(after, before[-1])
         else:
-            for old, online, new in zip(before[-1], copies(module.critics), after, strict=True):
+            for old, online, new in zip(before[-1], clone_parameters(module.critics), after, strict=True):
                 torch.testing.assert_close(new, 0.7 * old + 0.3 * online)
             assert not same(after, before[-1])
         before.append(after)
@@ -330,7 +332,7 @@ def test_the_targets_move_by_target_alpha_every_sync_rate_updates(k: int, sync_r
 
 def test_the_targets_begin_as_copies_that_nobody_optimizes() -> None:
     module = small_sac()
-    assert same(copies(module.critics), copies(module.target_critics))
+    assert same(clone_parameters(module.critics), clone_parameters(module.target_critics))
     groups = module.configure_optimizers().param_groups
     assert [group["lr"] for group in groups] == [3e-4, 3e-4, 3e-4]
     optimized = {id(p) for group in groups for p in group["params"]}
@@ -373,7 +375,7 @@ def test_the_target_is_minus_one_nat_a_dimension(box: int, given: float | None, 
 
 
 def test_the_entropy_comes_to_its_target() -> None:
-    """A bandit that pays -10 a^2: without the temperature's help the policy would sharpen far below -1 nat."""
+    """In a bandit that pays -10 a^2, a policy without the entropy bonus would fall far below -1 nat."""
     rng = torch.Generator().manual_seed(0)
     action = torch.rand(400, 64, 1, generator=rng) * 4 - 2
     bandit = box_batch(400, 64)._replace(
@@ -386,7 +388,7 @@ def test_the_entropy_comes_to_its_target() -> None:
     module = small_sac(seed=0, init_alpha=0.5, target_entropy=-1.0, hidden_sizes=[32], **rates)
     quiet_trainer(max_steps=400).fit(module, Batches(bandit.split()))
     with torch.no_grad():
-        _, density = draw(module, torch.zeros(2_000, 3))
+        _, density = sample_action(module, torch.zeros(2_000, 3))
     assert -density.mean().item() == pytest.approx(-1.0, abs=0.3)
     assert module.policy.act(np.zeros((1, 3), np.float32), step=0, greedy=True).action[0, 0] == pytest.approx(
         0.0, abs=0.3
@@ -400,7 +402,7 @@ def test_the_first_steps_are_drawn_uniformly_and_tests_are_not() -> None:
     module = small_sac(toy(box=6), warm_start_size=16)
     policy = module.policy
     with torch.no_grad():
-        policy.head.bias.copy_(torch.tensor([20.0] * 6 + [-20.0] * 6))  # means, and deviations: all at the upper end
+        policy.head.bias.copy_(torch.tensor([20.0] * 6 + [-20.0] * 6))  # means at the upper bound, minimal deviations
     observation = np.zeros((500, 4), np.float32)
     early = policy.act(observation, step=15).action
     assert early.min() < -1.9
@@ -417,11 +419,11 @@ def trained(seed: int, **options: Any) -> SAC:
 
 def test_one_seed_is_one_training_and_zero_is_a_seed() -> None:
     first = trained(0)
-    torch.rand(3), np.random.rand(3)  # whatever else happens in a process
+    torch.rand(3), np.random.rand(3)  # other users of the global generators
     again = trained(0)
-    assert same(copies(first), copies(again))
+    assert same(clone_parameters(first), clone_parameters(again))
     assert first.env_steps == again.env_steps
-    assert not same(copies(first), copies(trained(1)))
+    assert not same(clone_parameters(first), clone_parameters(trained(1)))
 
 
 def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
@@ -430,7 +432,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     trainer.fit(module, Batches([box_batch(16, seed=n) for n in range(5)]))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = cast(SAC, load_algorithm(tmp_path / "a.ckpt"))
-    assert same(copies(loaded), copies(module))
+    assert same(clone_parameters(loaded), clone_parameters(module))
     assert loaded.log_alpha.item() == module.log_alpha.item() != 0.0
     assert loaded.target_entropy == -0.5
     observation = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
@@ -448,8 +450,8 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     again = quiet_trainer(Start(), max_steps=7)
     again.fit(other, Batches([box_batch(16, seed=9)]), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert again.global_step == 7
-    (found,) = seen
-    assert found["param_groups"] == saved["param_groups"]
-    assert found["state"].keys() == saved["state"].keys()
+    (restored,) = seen
+    assert restored["param_groups"] == saved["param_groups"]
+    assert restored["state"].keys() == saved["state"].keys()
     for key, state in saved["state"].items():
-        assert same(list(found["state"][key].values()), list(state.values()))
+        assert same(list(restored["state"][key].values()), list(state.values()))

@@ -1,4 +1,4 @@
-"""DQN's variants: each contains its paper's idea, all compose, all learn."""
+"""Tests of DQN's variants: each has its paper's idea, all combine, all learn."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_noise_is_drawn_anew_in_training_and_absent_in_evaluation(noise: str) ->
     layer, features = NoisyLinear(16, 4, noise), torch.randn(3, 16)
     first, second = layer(features), layer(features)
     assert not torch.equal(first, second)
-    # One draw for the whole batch: equal rows give equal outputs.
+    # The noise is the same for the whole batch: equal rows give equal outputs.
     alike = layer(torch.ones(2, 16))
     assert torch.equal(alike[0], alike[1])
     layer.eval()
@@ -46,15 +46,15 @@ def test_noise_is_drawn_anew_in_training_and_absent_in_evaluation(noise: str) ->
 
 @pytest.mark.parametrize(("noise", "variance"), [("factorised", (2 / np.pi) * 0.5**2 / 16), ("independent", 0.017**2)])
 def test_noise_has_the_spread_of_the_paper(noise: str, variance: float) -> None:
-    """A weight's noise has variance sigma^2 E[f(e)^2]^2, where E|e| = sqrt(2 / pi), or sigma^2."""
+    """The variance is sigma^2 E[f(e)^2]^2 with E|e| = sqrt(2 / pi), or sigma^2 for independent noise."""
     torch.manual_seed(0)
     layer = NoisyLinear(16, 4, noise)
     one = torch.zeros(1, 16)
     one[0, 3] = 1.0
     with torch.no_grad():
         layer.bias_sigma.zero_()
-        drawn = torch.stack([layer(one)[0] for _ in range(20_000)])
-    assert drawn.var(0).numpy() == pytest.approx([variance] * 4, rel=0.1)
+        samples = torch.stack([layer(one)[0] for _ in range(20_000)])
+    assert samples.var(0).numpy() == pytest.approx([variance] * 4, rel=0.1)
     bound = 16**-0.5 if noise == "factorised" else (3 / 16) ** 0.5
     assert layer.weight.abs().max() <= bound
 
@@ -85,7 +85,7 @@ def test_a_noisy_policy_explores_by_its_noise_and_evaluates_without_it() -> None
 
 
 def test_epsilon_does_nothing_in_a_noisy_dqn_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="eps_start, eps_end do nothing in NoisyDQN"):
+    with pytest.warns(UserWarning, match="eps_start, eps_end have no effect in NoisyDQN"):
         NoisyDQN(CARTPOLE, eps_start=0.5, eps_end=0.1, **SMALL)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -122,19 +122,19 @@ def test_double_dqn_selects_online_and_evaluates_with_the_target() -> None:
     assert not torch.allclose(error, q_learning(*rest, target))
 
 
-# Values found ahead.
+# Precomputed target values.
 
 
 def changed_target(module: DQN) -> DQN:
     with torch.no_grad():
         for parameter in module.target_network.parameters():
             parameter.add_(torch.randn_like(parameter))
-    module.trainer = quiet_trainer()  # who is asked for the precision
+    module.trainer = quiet_trainer()  # sets the precision
     return module
 
 
 @pytest.mark.parametrize("kind", [DQN, DoubleDQN, DuelingDQN, PERDQN, NStepDQN])
-def test_values_found_ahead_are_those_an_update_would_find(kind: type[DQN]) -> None:
+def test_precomputed_values_are_those_an_update_would_compute(kind: type[DQN]) -> None:
     module, batch = changed_target(kind(CARTPOLE, **SMALL)), random_batch(3, 16)
     ahead = module.precompute_targets(batch)
     assert ahead.target_values_ahead is not None
@@ -146,7 +146,7 @@ def test_values_found_ahead_are_those_an_update_would_find(kind: type[DQN]) -> N
         assert torch.equal(module.td_error(with_values), module.td_error(without))
 
 
-def test_values_are_found_ahead_in_the_precision_of_the_updates() -> None:
+def test_values_are_precomputed_in_the_precision_of_the_updates() -> None:
     module, batch = changed_target(DQN(CARTPOLE, **SMALL)), random_batch(2, 16)
     exact = module.precompute_targets(batch).target_values_ahead
     module.trainer = quiet_trainer(precision="bf16-mixed")
@@ -160,7 +160,7 @@ def test_values_are_found_ahead_in_the_precision_of_the_updates() -> None:
 
 
 @pytest.mark.parametrize("kind", [DQN, DoubleDQN])
-def test_values_found_ahead_are_used_until_the_target_network_is_copied_again(kind: type[DQN]) -> None:
+def test_precomputed_values_are_used_until_the_target_network_is_copied_again(kind: type[DQN]) -> None:
     module = changed_target(kind(CARTPOLE, **SMALL))
     [batch] = module.precompute_targets(random_batch(1, 16)).split()
     truth = module.td_error(batch)
@@ -172,15 +172,15 @@ def test_values_found_ahead_are_used_until_the_target_network_is_copied_again(ki
 
 
 def test_a_copy_is_counted_once_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted before, a look-ahead in the midst of it would pass for one of the new network."""
+    """If the counter increased first, values computed during the copy would count as values of the new network."""
     module, counts = DQN(CARTPOLE, **{**SMALL, "sync_rate": 2}), []
-    copy = module.target_network.load_state_dict
+    load_state_dict = module.target_network.load_state_dict
 
     def watched(state: Any) -> Any:
         counts.append(module._target_syncs)
-        done = copy(state)
+        result = load_state_dict(state)
         counts.append(module._target_syncs)
-        return done
+        return result
 
     monkeypatch.setattr(module.target_network, "load_state_dict", watched)
     quiet_trainer(max_steps=5).fit(module, Batches([random_batch(5, 8)]))
@@ -195,18 +195,18 @@ def test_a_copy_is_counted_once_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> 
         (DQN, {"sync_rate": 31, "updates_per_training_step": 8}),
     ],
 )  # fmt: skip
-def test_nothing_is_found_ahead_where_the_target_network_would_soon_be_another(
+def test_nothing_is_precomputed_where_the_target_network_would_soon_be_another(
     kind: type[DQN], options: dict[str, Any]
 ) -> None:
     batch = random_batch(2, 8)
     assert kind(CARTPOLE, **SMALL, **options).precompute_targets(batch) is batch
 
 
-# Prioritized.
+# Prioritized replay.
 
 
-class Ledger:
-    """An experience that remembers the priorities it is sent."""
+class PriorityRecorder:
+    """An experience that records the priorities it receives."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
@@ -219,14 +219,14 @@ def test_priorities_are_absolute_errors_and_the_loss_is_weighted() -> None:
     module = PERDQN(CARTPOLE, beta_start=0.4, beta_last_frame=100, **SMALL)
     module.env_steps = 50
     assert module.beta == pytest.approx(0.7)
-    module.experience = ledger = Ledger()  # type: ignore[assignment]
+    module.experience = recorder = PriorityRecorder()  # type: ignore[assignment]
     batch = random_batch(16)._replace(ids=torch.arange(16), probability=torch.rand(16) / 100 + 1e-3)
     error = module.td_error(batch).detach()
     loss = module.loss(batch)
     weights = importance_weights(batch.probability, batch.size, 0.7)
     torch.testing.assert_close(loss, (weights * huber(error)).mean())
     quiet_trainer(max_epochs=1).fit(module, Batches([batch]))
-    ((ids, priorities),) = ledger.sent
+    ((ids, priorities),) = recorder.sent
     assert ids.tolist() == list(range(16))
     np.testing.assert_allclose(priorities, error.abs().numpy() + 1e-6, rtol=1e-6)
 
@@ -252,7 +252,7 @@ def test_a_prioritized_run_changes_the_tables_priorities() -> None:
     assert table.stale_updates == 0
 
 
-# All of them.
+# All variants.
 
 
 def test_the_registry_names_every_variant() -> None:
@@ -285,7 +285,7 @@ def test_a_checkpoint_of_every_variant_loads(cls: type[DQN], tmp_path: Path) -> 
     module = cls(CARTPOLE, gamma=0.9, **own, **SMALL)
     trainer = quiet_trainer(max_steps=1)
     batch = random_batch(1, 8)
-    module.experience = Ledger()  # type: ignore[assignment]
+    module.experience = PriorityRecorder()  # type: ignore[assignment]
     trainer.fit(module, Batches([batch]))
     trainer.save_checkpoint(tmp_path / "it.ckpt")
     loaded = cls.load_from_checkpoint(tmp_path / "it.ckpt", weights_only=True)
@@ -307,7 +307,7 @@ def test_workers_build_the_same_network_from_the_spec(cls: type[DQN]) -> None:
 
 @pytest.mark.parametrize("cls", VALUE_BASED)
 def test_every_variant_learns_the_chain(cls: type[DQN]) -> None:
-    """The way to the right is optimal everywhere; gamma 0.8 makes it worth 0.8 a state."""
+    """The action to the right is optimal in every state. Its value falls by a factor of 0.8 per state from the last."""
     module = cls(
         "SquallChain-v0", gamma=0.8, learning_rate=0.005, sync_rate=20, batch_size=32, seed=0, n_steps=1,
         warm_start_size=500, replay_size=5_000, updates_per_training_step=8, num_envs=4, segment_length=8,

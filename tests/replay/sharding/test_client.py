@@ -1,4 +1,4 @@
-"""A replay in shards across real processes: pushes take turns, one shard's death stops nobody, ids find their shard."""
+"""A sharded replay in separate processes: pushes alternate between shards, and one shard may die."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from replay.sharding.shard import ReplayShardActor
 from replay.table import shards_of
 from replay.types import EpisodeResult
 from tests.replay.naive import make_segment
-from tests.replay.sharding.test_router_and_shards import LAYOUT, PRIORITIZED
+from tests.replay.sharding.local_replay import LAYOUT, PRIORITIZED
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 SPEC = replace(PRIORITIZED, samples_per_insert=float("inf"))
 
 
 class Group:
-    """A desk and two shards, under names of their own."""
+    """A router and two shards, under unique names."""
 
     def __init__(self, test: str) -> None:
         self.name = f"{test}-{os.getpid()}"
@@ -42,12 +42,12 @@ class Group:
         self.client = ShardedReplayClient(RemoteActor(self.name), shards, deadline_seconds=60.0)
 
     def start_router(self, incarnation: int = 0) -> None:
-        self._start("desk", ReplayRouterActor, self.name, shards=2, incarnation=incarnation)
+        self._start("router", ReplayRouterActor, self.name, shards=2, incarnation=incarnation)
 
     def start_shard(self, shard: int, incarnation: int = 0) -> None:
         router = ShardReporter(RemoteActor(self.name))
         name = f"{self.name}-{shard}"
-        options = {"shard": shard, "shards": 2, "desk": router, "incarnation": incarnation}
+        options = {"shard": shard, "shards": 2, "router": router, "incarnation": incarnation}
         self._start(str(shard), ReplayShardActor, name, **options)
 
     def _start(self, key: str, actor: Any, name: str, **options: Any) -> None:
@@ -62,10 +62,10 @@ class Group:
 
     def stats(self, *parts: str) -> ReplayStats:
         shards = [ray.get(self.handles[part].stats.remote(), timeout=60) for part in parts]
-        return add_up(ray.get(self.handles["desk"].stats.remote(), timeout=60), shards)
+        return add_up(ray.get(self.handles["router"].stats.remote(), timeout=60), shards)
 
     def until(self, condition: Callable[[ReplayStats], bool]) -> ReplayStats:
-        """Return the stats of the whole once `condition` holds: what shards tell the desk takes its time."""
+        """Wait until the replay's statistics satisfy `condition`, and return them; reports arrive with a delay."""
         end = time.monotonic() + 30.0
         while not condition(stats := self.stats("0", "1")):
             assert time.monotonic() < end, stats
@@ -81,9 +81,9 @@ class Group:
 
 @pytest.fixture
 def group(request: pytest.FixtureRequest) -> Iterator[Group]:
-    made = Group(request.node.name)
-    yield made
-    for handle in made.handles.values():
+    group = Group(request.node.name)
+    yield group
+    for handle in group.handles.values():
         ray.kill(handle)
 
 
@@ -110,31 +110,31 @@ def test_one_shard_may_die_and_the_others_go_on(group: Group) -> None:
     assert after.batch.size == 40
     group.start_shard(1, incarnation=1)
     end = time.monotonic() + 30.0
-    while ray.get(group.handles["desk"].reserve.remote(5, 0, 0, 1)).shards != (0, 1):
+    while ray.get(group.handles["router"].reserve.remote(5, 0, 0, 1)).shards != (0, 1):
         group.stats("1")
         assert time.monotonic() < end
     assert [group.push(sequence) for sequence in range(8, 12)] == [True] * 4
     stats = group.until(lambda s: s.counters.env_steps == 96)
-    # The first is full: it holds 48.
+    # The first shard is full, with 48 transitions.
     assert (stats.size, stats.counters.samples) == (48 + 16, 32)
-    # Ids of the dead one name nobody in its successor; push 0, in the first, was evicted.
+    # Ids of the dead shard are stale in its successor; push 0, in the first shard, was evicted.
     group.client.update_priorities(reply.batch.ids, np.full((4, 4), 2.0))
     group.until(lambda s: s.stale_updates == int(((shards == 1) | (values == 0)).sum()))
 
 
-def test_a_recreated_desk_hears_from_the_shards_and_a_push_that_does_not_fit_comes_back_as_itself(group: Group) -> None:
+def test_a_recreated_router_gets_reports_and_a_layout_mismatch_keeps_its_type(group: Group) -> None:
     for sequence in range(4):
         group.push(sequence)
     wrong = Push(1, 0, 0, (make_segment(replace(LAYOUT, frame_shape=(2,)), 8),))
     with pytest.raises(LayoutMismatch, match=r"frames must have shape \(9, 1\)"):
         group.client.insert(wrong)
-    ray.kill(group.handles["desk"])
+    ray.kill(group.handles["router"])
     late = Push(0, 0, 4, (make_segment(LAYOUT, 8, value=4),), (EpisodeResult(3.0, 8),))
-    assert ray.get(group.handles["0"].insert.remote(late))  # which tells nobody of it
+    assert ray.get(group.handles["0"].insert.remote(late))  # the shard reports the push, but no router runs
     group.start_router(incarnation=1)
     end = time.monotonic() + 30.0
-    while ray.get(group.handles["desk"].sample.remote(1, 1)).plan is None:
-        group.stats("0", "1")  # as the coordinator asks, again and again
+    while ray.get(group.handles["router"].sample.remote(1, 1)).plan is None:
+        group.stats("0", "1")  # as the coordinator does periodically
         assert time.monotonic() < end
     reply = group.client.sample(1, 4)
     assert reply is not None
@@ -142,4 +142,4 @@ def test_a_recreated_desk_hears_from_the_shards_and_a_push_that_does_not_fit_com
     assert reply.batch.size == 40
     assert group.push(5)
     group.until(lambda s: s.counters.env_steps == 48)
-    assert ray.get(group.handles["desk"].drain_episodes.remote()) == (EpisodeResult(3.0, 8),)
+    assert ray.get(group.handles["router"].drain_episodes.remote()) == (EpisodeResult(3.0, 8),)

@@ -1,4 +1,4 @@
-"""`squall doctor` on this machine, for real, and on machines where one thing is wrong."""
+"""`squall doctor`: the checks of this machine, and of simulated machines with one problem."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import psutil
 import pytest
 
 from services.cli import machine_checks
-from services.cli.machine_checks import OK, PROBLEM, WARNING, Finding, look
+from services.cli.machine_checks import OK, PROBLEM, WARNING, Finding, check_machine
 from tests.services.running import ROOT, environment, squall
 
 
 def finding(check: str) -> Finding:
-    return next(found for found in look().findings if found.check == check)
+    return next(found for found in check_machine().findings if found.check == check)
 
 
 def test_a_healthy_machine() -> None:
-    machine = look()
+    machine = check_machine()
     assert {found.check for found in machine.findings} == {
-        "rooms", "packages", "processors", "memory", "shared memory", "gpu", "atari", "loopback",
+        "installation", "packages", "processors", "memory", "shared memory", "gpu", "atari", "loopback",
     }  # fmt: skip
     assert [found for found in machine.findings if found.verdict == PROBLEM] == []
     assert all(bool(found.advice) == (found.verdict != OK) for found in machine.findings)
@@ -64,16 +64,16 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("no such luck")
 
     monkeypatch.setattr(machine_checks, "_gpu", broken)
-    assert any(found.verdict == PROBLEM and "no such luck" in found.found for found in look().findings)
+    assert any(found.verdict == PROBLEM and "no such luck" in found.found for found in check_machine().findings)
 
 
 def test_a_folder_that_hides_a_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "replay").mkdir()
     shutil.copy(ROOT / "replay" / "__init__.py", tmp_path / "replay")
     code = (
-        "import importlib.util, services.doctor as d, sys;"
+        "import importlib.util, services.cli.machine_checks as checks, sys;"
         f"sys.modules.pop('replay'); sys.path.insert(0, {str(tmp_path)!r});"
-        "importlib.invalidate_caches(); print(d._rooms())"
+        "importlib.invalidate_caches(); print(checks._installation())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=True, timeout=60
@@ -82,9 +82,9 @@ def test_a_folder_that_hides_a_package_is_named(tmp_path: Path) -> None:
     assert f"'replay' comes from {tmp_path}" in done.stdout
 
 
-@pytest.mark.parametrize(("off", "verdict"), [(0.0, OK), (1.5, OK), (-30.0, PROBLEM), (30.0, PROBLEM)])
-def test_clocks(off: float, verdict: str) -> None:
-    assert machine_checks._clock("there", off, 0.0).verdict == verdict
+@pytest.mark.parametrize(("offset", "verdict"), [(0.0, OK), (1.5, OK), (-30.0, PROBLEM), (30.0, PROBLEM)])
+def test_clocks(offset: float, verdict: str) -> None:
+    assert machine_checks._check_clock("there", offset, 0.0).verdict == verdict
 
 
 @pytest.mark.ray
@@ -95,7 +95,7 @@ def test_the_command_looks_from_inside_a_worker_and_leaves_nothing(tmp_path: Pat
     findings = json.loads(done.stdout)
     assert done.returncode == int(any(found["verdict"] == PROBLEM for found in findings)), done.stderr
     workers = [found for found in findings if found["place"].startswith("worker on ")]
-    assert {"rooms", "packages", "atari", "clock"} <= {found["check"] for found in workers}
+    assert {"installation", "packages", "atari", "clock"} <= {found["check"] for found in workers}
     assert not [found for found in workers if found["check"] == "versions"]
     assert next(found for found in findings if found["check"] == "ray")["verdict"] == OK
     assert not (tmp_path / "runs").exists()

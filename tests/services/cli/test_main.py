@@ -1,4 +1,4 @@
-"""The command line: bad input gives one clear line and a non-zero exit before anything starts."""
+"""The command line: bad input prints one clear line and exits with a non-zero status before anything starts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from services.cli.main import main
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SQUALL_HOME", str(tmp_path / "runs"))
     return tmp_path / "runs"
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that must be refused; return its one line."""
+    """Run a command that must be refused; return its one line of output."""
     before = ray.is_initialized()
     status = main(arguments)
     out, err = capfd.readouterr()
@@ -73,8 +73,8 @@ SMALL_REPLAY = ("--set", "replay_size=500", "--set", "warm_start_size=100")
             ["dqn", "CartPole-v1", "--replay-shards", "4", "--envs-per-actor", "16", *SMALL_REPLAY],
             "a replay of 500 transitions has shards of 125 with replay_shards 4, and each must hold one push of 256",
         ),
-        (["a2c", "CartPole-v1", "--replay-shards", "2"], "a2c keeps no replay that could be divided: replay_shards"),
-        (["dqn", "CartPole-v1", "--learner-gpus", "2"], "one GPU: learner_gpus must be auto, 0 or 1, got 2"),
+        (["a2c", "CartPole-v1", "--replay-shards", "2"], "a2c has no replay to shard: replay_shards must be 1"),
+        (["dqn", "CartPole-v1", "--learner-gpus", "2"], "one GPU: learner_gpus must be auto, 0, or 1, got 2"),
         (
             ["dqn", "CartPole-v1", "--cpus-per-actor", "-1"],
             "cpus_per_actor: input should be greater than or equal to 0",
@@ -106,31 +106,31 @@ SMALL_REPLAY = ("--set", "replay_size=500", "--set", "warm_start_size=100")
     ],
 )
 def test_bad_input_is_one_clear_line(
-    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str], home: Path
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str], runs_folder: Path
 ) -> None:
     assert words in refused(capfd, "train", *arguments)
-    assert not list(home.glob("*/config.yaml"))
+    assert not list(runs_folder.glob("*/config.yaml"))
 
 
-def test_a_port_in_use_is_refused_before_anything_starts(capfd: pytest.CaptureFixture[str], home: Path) -> None:
+def test_a_port_in_use_is_refused_before_anything_starts(capfd: pytest.CaptureFixture[str], runs_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         words = refused(capfd, "train", "dqn", "CartPole-v1", "--serve", address)
     assert f"cannot listen on {address}: Address already in use" in words
-    assert not list(home.glob("*/config.yaml"))
+    assert not list(runs_folder.glob("*/config.yaml"))
 
 
-def test_a_run_that_does_not_exist(capfd: pytest.CaptureFixture[str], home: Path) -> None:
+def test_a_run_that_does_not_exist(capfd: pytest.CaptureFixture[str], runs_folder: Path) -> None:
     for command in ("status", "stop", "evaluate"):
         assert "nosuch" in refused(capfd, command, "nosuch")
-    assert not home.exists()
+    assert not runs_folder.exists()
 
 
 def test_a_number_of_workers_that_cannot_be_is_refused_before_the_run_is_looked_for(
-    capfd: pytest.CaptureFixture[str], home: Path
+    capfd: pytest.CaptureFixture[str], runs_folder: Path
 ) -> None:
     assert "actors must not be negative, got -3" in refused(capfd, "scale", "nosuch", "--actors", "-3")
-    assert not home.exists()
+    assert not runs_folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_an_option_that_a_command_does_not_know_is_answered_with_that_commands_u
     assert f"squall {command[0]}: error: unrecognized arguments: --typo" in words
 
 
-def test_a_name_in_use(capfd: pytest.CaptureFixture[str], home: Path) -> None:
-    (home / "mine").mkdir(parents=True)
-    (home / "mine" / "config.yaml").write_text("{}")
+def test_a_name_in_use(capfd: pytest.CaptureFixture[str], runs_folder: Path) -> None:
+    (runs_folder / "mine").mkdir(parents=True)
+    (runs_folder / "mine" / "config.yaml").write_text("{}")
     assert "mine" in refused(capfd, "train", "dqn", "CartPole-v1", "--name", "mine")
 
 
@@ -176,7 +176,7 @@ def test_show_config_resolves_preset_file_and_flags(tmp_path: Path, capfd: pytes
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a checkpoint of CartPole, and one of an environment that cannot be rendered."""
+    """Return a folder with two checkpoints: of CartPole, and of an environment that cannot be rendered."""
     folder = tmp_path_factory.mktemp("checkpoints")
     if "SquallUnseen-v0" not in gym.registry:
         gym.register("SquallUnseen-v0", Unseen, max_episode_steps=5)
@@ -190,7 +190,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Unseen(gym.Env[int, int]):
-    """Has another render mode than a video needs, and counts its steps."""
+    """An environment that cannot be rendered to a video, and that counts its steps."""
 
     metadata = {"render_modes": ["ansi"]}  # noqa: RUF012
     observation_space = gym.spaces.Discrete(5)
@@ -212,14 +212,14 @@ def test_evaluate_records_the_episodes_it_scores(
     assert main(command) == 0
     plain = json.loads(capfd.readouterr().out)
     assert main([*command, "--video", str(tmp_path / "play.mp4")]) == 0
-    figures = json.loads(capfd.readouterr().out)
-    assert figures == plain | {
+    recorded = json.loads(capfd.readouterr().out)
+    assert recorded == plain | {
         "video": str(tmp_path / "play.mp4"), "frames": round(3 * plain["length_mean"]) + 3, "frames_left_out": 0,
     }  # fmt: skip
     with av.open(tmp_path / "play.mp4") as container:
-        assert sum(1 for _ in container.decode(video=0)) == figures["frames"]
+        assert sum(1 for _ in container.decode(video=0)) == recorded["frames"]
 
-    monkeypatch.setattr(video, "MOST_FRAMES", 12)
+    monkeypatch.setattr(video, "MAX_FRAMES", 12)
     assert main([*command, "--video", str(tmp_path / "play.mp4")]) == 0
     out, err = capfd.readouterr()
     assert json.loads(out)["frames"] == 12
@@ -229,7 +229,7 @@ def test_evaluate_records_the_episodes_it_scores(
 @pytest.mark.parametrize(
     ("environment", "name", "words"),
     [
-        ("CartPole-v1", "play.gif", "a video is an .mp4 file, got "),
+        ("CartPole-v1", "play.gif", "the path of a video must end in .mp4, got "),
         ("CartPole-v1", "nowhere/play.mp4", "nowhere/play.mp4: No such file or directory"),
         (
             "SquallUnseen-v0",
@@ -256,18 +256,18 @@ def test_a_missing_video_library_is_named(
     assert "pip install av" in words
 
 
-def test_an_unknown_kind_of_store(capfd: pytest.CaptureFixture[str], home: Path) -> None:
+def test_an_unknown_kind_of_store(capfd: pytest.CaptureFixture[str], runs_folder: Path) -> None:
     assert "a store is sqlite:///relative/file.db" in refused(capfd, "runs", "--store", "postgres://me:hunter2@host/0")
-    assert not home.exists()
+    assert not runs_folder.exists()
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
 def test_a_store_that_is_not_there(
-    by_variable: bool, capfd: pytest.CaptureFixture[str], home: Path, monkeypatch: pytest.MonkeyPatch
+    by_variable: bool, capfd: pytest.CaptureFixture[str], runs_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        place = f"127.0.0.1:{probe.getsockname()[1]}"
-    url = f"redis://:hunter2@{place}/0"
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    url = f"redis://:hunter2@{address}/0"
     monkeypatch.setenv("SQUALL_STORE", url if by_variable else "redis://elsewhere.invalid")
     flag = [] if by_variable else ["--store", url]
     for command in ("runs", "status x", "stop x", "plot x", "evaluate x", "train dqn CartPole-v1", "train --resume x"):
@@ -275,6 +275,6 @@ def test_a_store_that_is_not_there(
         out, err = capfd.readouterr()
         assert out == ""
         assert err.count("\n") == 1
-        assert f"run store redis://***@{place}/0: " in err
+        assert f"run store redis://***@{address}/0: " in err
         assert "refused" in err
-    assert not home.exists()
+    assert not runs_folder.exists()

@@ -1,4 +1,4 @@
-"""Learning curves: the arithmetic by hand numbers, the command through the real command line."""
+"""Learning curves: arithmetic on hand-picked numbers, images, and the command through the real command line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_moving_average_looks_back_and_starts_short() -> None:
 def test_seeds_are_interpolated_where_all_of_them_have_points() -> None:
     curve = aggregate("dqn", {0: series((0, 0), (10, 10), (20, 30)), 7: series((5, 1), (15, 5), (40, 1000))})
     assert curve.steps.tolist() == [5, 10, 15, 20]
-    # seed 0 there: 5, 10, 20, 30; seed 7 there: 1, 3, 5, 5 + 995 / 5
+    # values at these steps: seed 0: 5, 10, 20, 30; seed 7: 1, 3, 5, 5 + 995 / 5
     np.testing.assert_allclose(curve.mean, [3, 6.5, 12.5, 117])
     np.testing.assert_allclose(curve.low, [1, 3, 5, 30])
     np.testing.assert_allclose(curve.high, [5, 10, 20, 204])
@@ -77,7 +77,7 @@ def test_steps_done_again_after_a_resume_replace_the_first_ones() -> None:
     assert as_series([]).steps.shape == (0,)
 
 
-# Pictures
+# Images
 
 
 def curve(label: str = "dqn", seeds: int = 2) -> Curve:
@@ -114,19 +114,19 @@ def test_no_band_is_explained_where_there_is_none() -> None:
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SQUALL_HOME", str(tmp_path / "runs"))
     return tmp_path / "runs"
 
 
-def fill(home: Path, name: str, values: dict[str, list[tuple[int, float]]], **changes: Any) -> None:
-    """Register an ended run with these metrics; `changes` are its record's or its configuration's."""
+def fill(runs_folder: Path, name: str, values: dict[str, list[tuple[int, float]]], **changes: Any) -> None:
+    """Register an ended run with these metrics; `changes` override values of its record or its configuration."""
     fields = {key: changes.pop(key) for key in ("algorithm", "environment", "seed") if key in changes}
     config = {"actors": changes.pop("actors", 2), "hyperparameters": {"gamma": 0.99, **changes}}
     record = RunRecord(
         name, 1.0, "dqn", "CartPole-v1", 0, "elsewhere", 1, 1.0, "finished", 1.0, "steps", config
     )  # fmt: skip
-    with SQLiteRunStore(home / "squall.db") as store:
+    with SQLiteRunStore(runs_folder / "squall.db") as store:
         store.register(replace(record, **fields))
         for metric, points in values.items():
             for step, value in points:
@@ -144,12 +144,14 @@ def plotted(capfd: pytest.CaptureFixture[str], *arguments: str) -> list[tuple[st
     return [(c["label"], c["seeds"], c["points"]) for c in json.loads(out)["curves"]]
 
 
-def test_seeds_of_a_run_are_one_curve(home: Path, tmp_path: Path) -> None:
-    fill(home, "a", RISING)
-    fill(home, "b", RISING, seed=1)
-    fill(home, "c", RISING, algorithm="a2c")
+def test_seeds_of_a_run_are_one_curve(runs_folder: Path, tmp_path: Path) -> None:
+    fill(runs_folder, "a", RISING)
+    fill(runs_folder, "b", RISING, seed=1)
+    fill(runs_folder, "c", RISING, algorithm="a2c")
     file = tmp_path / "curves.png"
-    done = squall(home, "plot", "a", "b", "c", "-o", str(file), "--metric", "train/loss", "--smooth", "2", "--json")
+    done = squall(
+        runs_folder, "plot", "a", "b", "c", "-o", str(file), "--metric", "train/loss", "--smooth", "2", "--json"
+    )
     assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
     assert json.loads(done.stdout) == {
         "output": str(file),
@@ -163,20 +165,24 @@ def test_seeds_of_a_run_are_one_curve(home: Path, tmp_path: Path) -> None:
     assert file.read_bytes().startswith(PNG)
 
 
-def test_a_label_says_in_what_the_runs_differ(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_label_says_in_what_the_runs_differ(
+    runs_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     output = str(tmp_path / "curves.png")
-    fill(home, "two", RISING)
-    fill(home, "eight", RISING, actors=8)
-    fill(home, "short", RISING, gamma=0.9, seed=1)
-    fill(home, "pong", RISING, environment="PongNoFrameskip-v4")
+    fill(runs_folder, "two", RISING)
+    fill(runs_folder, "eight", RISING, actors=8)
+    fill(runs_folder, "short", RISING, gamma=0.9, seed=1)
+    fill(runs_folder, "pong", RISING, environment="PongNoFrameskip-v4")
     assert plotted(capfd, "two", "eight", "-o", output) == [("dqn, actors=2", [0], 2), ("dqn, actors=8", [0], 2)]
     labels = [label for label, _, _ in plotted(capfd, "two", "short", "pong", "-o", output)]
     assert labels == ["dqn, CartPole-v1, gamma=0.99", "dqn, CartPole-v1, gamma=0.9", "dqn, PongNoFrameskip-v4"]
     assert plotted(capfd, "mine=two", "mine=short", "eight", "-o", output) == [("mine", [0, 1], 2), ("dqn", [0], 2)]
 
 
-def test_points_that_are_not_finite_are_reported(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fill(home, "a", {"eval/mean_reward": [(0, 1.0), (10, math.nan), (20, 2.0)]})
+def test_points_that_are_not_finite_are_reported(
+    runs_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fill(runs_folder, "a", {"eval/mean_reward": [(0, 1.0), (10, math.nan), (20, 2.0)]})
     assert main(["plot", "a", "-o", str(tmp_path / "curves.svg")]) == 0
     out, err = capfd.readouterr()
     assert (out.split(), err) == (
@@ -192,18 +198,18 @@ def test_points_that_are_not_finite_are_reported(home: Path, tmp_path: Path, cap
         (["run-1", "--metric", "eval/x"], "run 'run-1' has no metric 'eval/x'; it has eval/mean_reward, train/loss"),
         (["new"], "run 'new' has no metric 'eval/mean_reward'; it has no metrics yet"),
         (["run-1", "run-1"], "run 'run-1' is named twice"),
-        (["run-1", "run-2"], "runs 'run-1' and 'run-2' are both dqn with seed 0; to have a curve each, label them"),
+        (["run-1", "run-2"], "runs 'run-1' and 'run-2' are both dqn with seed 0; to draw a curve for each, label them"),
         (["x=run-1", "x=a2c"], "runs 'run-1' and 'a2c' are both x with seed 0"),
         (["run-1", "late"], "dqn: no step is covered by all seeds"),
         (["run-1", "--smooth", "0"], "smooth must be at least 1 point, got 0"),
-        (["run-1", "-o", "curves.gif"], "a picture's name ends in .png, .pdf, .svg, got curves.gif"),
-        (["run-1", "-o", "curves"], "a picture's name ends in .png, .pdf, .svg, got curves"),
+        (["run-1", "-o", "curves.gif"], "an image file's name must end in .png, .pdf, .svg, got curves.gif"),
+        (["run-1", "-o", "curves"], "an image file's name must end in .png, .pdf, .svg, got curves"),
         (["run-1", "-o", "nowhere/curves.png"], "cannot write nowhere/curves.png: there is no folder nowhere"),
         (["run-1", "-o", "folder.png"], "cannot write folder.png: it is a folder"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_nothing_is_drawn(
-    home: Path,
+    runs_folder: Path,
     tmp_path: Path,
     arguments: list[str],
     words: str,
@@ -213,9 +219,9 @@ def test_bad_input_is_one_clear_line_and_nothing_is_drawn(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     for name, changes in {"run-1": {}, "run-2": {}, "a2c": {"algorithm": "a2c"}}.items():
-        fill(home, name, RISING, **changes)
-    fill(home, "new", {}, seed=1)
-    fill(home, "late", {"eval/mean_reward": [(2000, 1.0)]}, seed=2)
+        fill(runs_folder, name, RISING, **changes)
+    fill(runs_folder, "new", {}, seed=1)
+    fill(runs_folder, "late", {"eval/mean_reward": [(2000, 1.0)]}, seed=2)
     assert main(["plot", *arguments]) == 2
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)

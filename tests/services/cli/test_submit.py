@@ -1,3 +1,7 @@
+"""`squall submit`: exit statuses, the log, the env file, bad input, and hidden packages."""
+
+from __future__ import annotations
+
 import os
 import shutil
 import socket
@@ -11,7 +15,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from replay.errors import ConfigurationError
-from services.cli.job_server import _exit_status, _Log, read_env_file
+from services.cli.job_server import _exit_status, _LogStream, read_env_file
 from tests.services.running import ROOT, environment, squall
 
 
@@ -35,15 +39,15 @@ def test_the_exit_status_is_the_commands(status: JobStatus, code: int | None, ex
 
 def test_a_log_that_is_sent_again_is_passed_on_once() -> None:
     written: list[str] = []
-    log = _Log(written.append)
-    log.begin()
-    log.take("one\n")
-    log.take("two\n")
-    log.begin()
-    log.take("one\ntw")
-    log.take("o\nthree\n")
-    log.begin()
-    log.take("one\n")
+    log = _LogStream(written.append)
+    log.restart()
+    log.receive("one\n")
+    log.receive("two\n")
+    log.restart()
+    log.receive("one\ntw")
+    log.receive("o\nthree\n")
+    log.restart()
+    log.receive("one\n")
     assert "".join(written) == "one\ntwo\nthree\n"
 
 
@@ -64,8 +68,8 @@ def test_an_env_file_is_read_as_docker_compose_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "name what to run"),
-        (["--", "submit", "--", "runs"], "name what to run"),
+        ([], "name the command to run"),
+        (["--", "submit", "--", "runs"], "name the command to run"),
         (["--", "train", "dqn", "CartPole-v1", "--actrs", "4"], "--actrs"),
         (["--address", "ftp://head", "--", "runs"], "'ftp://head'"),
         (["--address", "http://head:99999", "--", "runs"], "'http://head:99999'"),
@@ -103,7 +107,7 @@ def test_without_the_extra_its_installation_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hides", "room"),
+    ("hides", "package"),
     [
         ("replay.py", "replay"),
         ("actors/__init__.py", "actors"),
@@ -111,7 +115,7 @@ def test_without_the_extra_its_installation_is_named(tmp_path: Path) -> None:
         ("services.py", "services"),
     ],
 )
-def test_the_command_names_a_folder_that_hides_a_package(tmp_path: Path, hides: str, room: str) -> None:
+def test_the_command_names_a_folder_that_hides_a_package(tmp_path: Path, hides: str, package: str) -> None:
     command = tmp_path / "bin" / "squall"
     command.parent.mkdir()
     shutil.copy(ROOT / "services" / "squall", command)
@@ -133,6 +137,6 @@ def test_the_command_names_a_folder_that_hides_a_package(tmp_path: Path, hides: 
     (submitted / hides).write_text("raise RuntimeError('never run')\n")
     done = run()
     assert done.returncode == 2
-    assert f"'{room}'" in done.stderr
+    assert f"'{package}'" in done.stderr
     assert str(submitted / hides) in done.stderr or str(submitted) in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Arrays and spaces on the wire: what goes in comes out, and nothing else gets in."""
+"""Conversion of arrays and spaces to messages and back, and rejection of invalid messages."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SHAPES = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)
 @given(hnp.arrays(st.sampled_from([dtype.name for dtype in DTYPES.values()]), SHAPES))
 def test_an_array_comes_back_as_it_was(array: Array) -> None:
     message = pb.Array.FromString(encode_array(array).SerializeToString())
-    back = decode_array(message, "it", dtype=array.dtype.name, shape=array.shape)
-    assert (back.dtype, back.shape) == (array.dtype, array.shape)
-    assert back.tobytes() == array.tobytes()
+    decoded = decode_array(message, "it", dtype=array.dtype.name, shape=array.shape)
+    assert (decoded.dtype, decoded.shape) == (array.dtype, array.shape)
+    assert decoded.tobytes() == array.tobytes()
 
 
 def test_bytes_are_little_endian_and_in_c_order() -> None:

@@ -1,4 +1,4 @@
-"""RunControl over gRPC, on both stores, with a run that answers like a coordinator."""
+"""The RunControl service on both stores, with a stand-in for the coordinator of a run."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def client(store: RunStore) -> Iterator[SquallClient]:
 
 
 class Coordinator:
-    """Answers the commands of a run until the block ends."""
+    """A stand-in for a coordinator, which answers the commands of a run until its `with` block ends."""
 
     def __init__(self, store: RunStore, run: str, **answers: dict[str, Any]) -> None:
         self._store, self._run, self._answers = store, run, answers
-        self.heard: list[tuple[str, dict[str, Any]]] = []
-        self._over = threading.Event()
+        self.received: list[tuple[str, dict[str, Any]]] = []
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._answer)
 
     def _answer(self) -> None:
-        while not self._over.wait(0.01):
+        while not self._stopping.wait(0.01):
             for command in self._store.pending_commands(self._run):
-                self.heard.append((command.kind, command.arguments))
+                self.received.append((command.kind, command.arguments))
                 self._store.acknowledge(self._run, command.id, self._answers[command.kind])
 
     def __enter__(self) -> Coordinator:
@@ -64,7 +64,7 @@ class Coordinator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopping.set()
         self._thread.join()
 
 
@@ -127,7 +127,7 @@ def test_commands_reach_the_run_and_its_answers_come_back(client: SquallClient, 
         written = client.checkpoint("mine")
         assert (written.checkpoint, written.weights_version) == ("/there/last.ckpt", 9)
         client.stop("mine")
-    assert coordinator.heard == [("scale", {"actors": 5}), ("checkpoint", {}), ("stop", {})]
+    assert coordinator.received == [("scale", {"actors": 5}), ("checkpoint", {}), ("stop", {})]
     with (
         Coordinator(store, "mine", scale={"error": "actors must be positive"}),
         pytest.raises(CommandRefused, match="run 'mine' refused 'scale': actors must be positive"),
@@ -138,55 +138,55 @@ def test_commands_reach_the_run_and_its_answers_come_back(client: SquallClient, 
 def test_a_run_that_does_not_answer_ends_the_wait(
     client: SquallClient, store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register(store, "mute")
-    monkeypatch.setattr(control.control, "COMMAND_SECONDS", 0.3)
-    with pytest.raises(StoreTimeout, match="for run 'mute' to answer 'stop'"):
-        client.stop("mute")
+    register(store, "silent")
+    monkeypatch.setattr(control.remote_control, "COMMAND_SECONDS", 0.3)
+    with pytest.raises(StoreTimeout, match="for run 'silent' to answer 'stop'"):
+        client.stop("silent")
 
 
 def test_commands_that_wait_keep_nobody_from_asking(
     client: SquallClient, store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register(store, "mute")
-    monkeypatch.setattr(control, "_COMMANDS_AT_ONCE", 2)
+    register(store, "silent")
+    monkeypatch.setattr(control, "_MAX_COMMANDS", 2)
     with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(client.stop, "mute") for _ in range(2)]
+        waiting = [pool.submit(client.stop, "silent") for _ in range(2)]
         deadline = time.monotonic() + 20.0
-        while len(store.pending_commands("mute")) < 2:
-            assert time.monotonic() < deadline, "the commands did not come"
+        while len(store.pending_commands("silent")) < 2:
+            assert time.monotonic() < deadline, "the commands did not arrive"
             time.sleep(0.01)
-        assert client.status("mute").run.state == "running"
-        with pytest.raises(Overloaded, match="2 commands wait for their runs already"):
-            client.stop("mute")
-        with Coordinator(store, "mute", stop={"ok": True}):
-            for each in waiting:
-                each.result()
+        assert client.status("silent").run.state == "running"
+        with pytest.raises(Overloaded, match="2 commands are waiting for their runs already"):
+            client.stop("silent")
+        with Coordinator(store, "silent", stop={"ok": True}):
+            for call in waiting:
+                call.result()
 
 
 def test_a_command_whose_caller_has_gone_counts_until_its_thread_is_free(
     client: SquallClient, store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register(store, "mute")
-    monkeypatch.setattr(control, "_COMMANDS_AT_ONCE", 1)
-    call = client._control.Stop.future(pb.StopRequest(run="mute"), timeout=30)
+    register(store, "silent")
+    monkeypatch.setattr(control, "_MAX_COMMANDS", 1)
+    call = client._control.Stop.future(pb.StopRequest(run="silent"), timeout=30)
     deadline = time.monotonic() + 20.0
-    while not store.pending_commands("mute"):
-        assert time.monotonic() < deadline, "the command did not come"
+    while not store.pending_commands("silent"):
+        assert time.monotonic() < deadline, "the command did not arrive"
         time.sleep(0.01)
     call.cancel()
     for _ in range(10):
-        with pytest.raises(Overloaded, match="1 commands wait"):
-            client.stop("mute")
-    with Coordinator(store, "mute", stop={"ok": True}):
+        with pytest.raises(Overloaded, match="1 commands are waiting"):
+            client.stop("silent")
+    with Coordinator(store, "silent", stop={"ok": True}):
         while True:
             try:
-                return client.stop("mute")
+                return client.stop("silent")
             except Overloaded:
-                assert time.monotonic() < deadline, "the thread is not given back"
+                assert time.monotonic() < deadline, "the thread is still in use"
 
 
 def test_watches_are_limited(client: SquallClient, store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "_WATCHES_AT_ONCE", 1)
+    monkeypatch.setattr(control, "_MAX_WATCHES", 1)
     register(store, "mine", snapshot=SNAPSHOT)
     first = client.watch("mine")
     assert next(first).run.name == "mine"
@@ -199,19 +199,19 @@ def test_watches_are_limited(client: SquallClient, store: RunStore, monkeypatch:
             next(client.watch("mine"))
             return
         except Overloaded:
-            assert time.monotonic() < deadline, "the place is not given back"
+            assert time.monotonic() < deadline, "the first watch still counts"
 
 
 def test_a_run_is_watched_to_its_end(client: SquallClient, store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control.control, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(control.remote_control, "POLL_SECONDS", 0.05)
     register(store, "mine", snapshot=SNAPSHOT)
     store.add_event("mine", "note", "before", time.time())
-    told = client.watch("mine")
-    first = next(told)
+    updates = client.watch("mine")
+    first = next(updates)
     assert (first.env_steps, [event.text for event in first.events]) == (500, ["before"])
     store.add_event("mine", "note", "meanwhile", time.time())
     store.update_state("mine", "finished", "steps")
-    rest = list(told)
+    rest = list(updates)
     assert rest[-1].run.state == "finished"
     assert [event.text for status in rest for event in status.events] == ["meanwhile"]
 

@@ -1,4 +1,4 @@
-"""The endpoint of a live run, without Ray: it says where it is to be found, and explores as far as the run is."""
+"""The endpoint of a live run, without Ray: its address, its report, and its token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import ray
 from replay.errors import ConfigurationError
 from services.client.run_client import SquallClient
 from services.config import resolve
-from services.rpc.auth import TOKEN, ServerConfig, split_address
+from services.rpc.auth import TOKEN_VARIABLE, ServerConfig, split_address
 from services.rpc.endpoint import Endpoint, reachable
 from services.rpc.policy import PolicyService
 from services.supervision import topology
@@ -24,19 +24,19 @@ from tests.services.serving import policy_service
 
 
 @dataclass(frozen=True)
-class Ready:
-    """Offers a policy that has its weights already."""
+class ReadyPolicySpec:
+    """The description of a service whose policy already has its weights."""
 
-    made: list[PolicyService]
+    built: list[PolicyService]
 
     def build(self, incarnation: int) -> PolicyService:
-        self.made.append(policy_service(f"run-{incarnation}"))
-        return self.made[0]
+        self.built.append(policy_service(f"run-{incarnation}"))
+        return self.built[0]
 
 
 def test_an_endpoint_serves_and_says_where() -> None:
-    offer = Ready([])
-    with closing(Endpoint([offer], incarnation=3)) as endpoint:
+    spec = ReadyPolicySpec([])
+    with closing(Endpoint([spec], incarnation=3)) as endpoint:
         endpoint.listen(ServerConfig())
         report = endpoint.report()
         assert report.services == ("squall.v1.Policy",)
@@ -45,51 +45,51 @@ def test_an_endpoint_serves_and_says_where() -> None:
         with SquallClient(report.address) as client:
             assert client.act(np.zeros((1, 4), np.float32), "run-3").weights_version == 7
         endpoint.note_progress(1234)
-        assert offer.made[0].served.step == 1234
+        assert spec.built[0].served.step == 1234
 
 
-def server_config(**options: Any) -> closing[Endpoint]:
-    endpoint = Endpoint([Ready([])])
+def listening_endpoint(**options: Any) -> closing[Endpoint]:
+    endpoint = Endpoint([ReadyPolicySpec([])])
     endpoint.listen(ServerConfig(), **options)
     return closing(endpoint)
 
 
 def test_a_recreated_endpoint_listens_where_it_did_if_it_can() -> None:
-    with server_config() as endpoint:
+    with listening_endpoint() as endpoint:
         before = endpoint.report().address
         port = split_address(before)[1]
-        with server_config(port_before=port) as other:
+        with listening_endpoint(previous_port=port) as other:
             assert other.report().address != before, "its port is taken"
-    with server_config(port_before=port) as again:
+    with listening_endpoint(previous_port=port) as again:
         assert again.report().address == before
 
 
 def test_an_endpoint_that_cannot_listen_says_so_when_it_is_asked_how_it_goes() -> None:
-    with server_config() as endpoint, closing(Endpoint([Ready([])])) as other:
-        for ask in (lambda: other.listen(ServerConfig(endpoint.report().address)), other.report):
+    with listening_endpoint() as endpoint, closing(Endpoint([ReadyPolicySpec([])])) as other:
+        for call in (lambda: other.listen(ServerConfig(endpoint.report().address)), other.report):
             with pytest.raises(ConfigurationError, match="cannot listen on"):
-                ask()
+                call()
 
 
 def test_a_token_is_not_among_what_the_cluster_keeps_of_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    token = "0123456789abcdef-never-to-be-kept"
-    monkeypatch.setenv(TOKEN, token)
-    kept: list[Any] = []
-    told: list[Any] = []
-    actor = SimpleNamespace(listen=SimpleNamespace(remote=lambda *words, **options: told.extend(words)))
+    token = "0123456789abcdef-secret-token"
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    stored: list[Any] = []
+    configs: list[Any] = []
+    actor = SimpleNamespace(listen=SimpleNamespace(remote=lambda *arguments, **options: configs.extend(arguments)))
 
-    def make(*arguments: Any, **options: Any) -> Any:
-        kept.append((arguments, options))
+    def create(*arguments: Any, **options: Any) -> Any:
+        stored.append((arguments, options))
         return actor
 
-    monkeypatch.setattr(topology, "EndpointActor", SimpleNamespace(options=lambda **_: SimpleNamespace(remote=make)))
+    monkeypatch.setattr(topology, "EndpointActor", SimpleNamespace(options=lambda **_: SimpleNamespace(remote=create)))
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.1.2.3")
     context = SimpleNamespace(get_node_id=lambda: "ab" * 28)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     config, _ = resolve("dqn", "CartPole-v1", overrides={"serve": "auto"})
     topology.plan(config, "mine", Path("checkpoints")).start_endpoint(0)
-    assert token.encode() not in pickle.dumps(kept)
-    assert [server_config.token for server_config in told] == [token]
+    assert token.encode() not in pickle.dumps(stored)
+    assert [config.token for config in configs] == [token]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])

@@ -1,4 +1,4 @@
-"""The gateway: one port that finds a run's endpoint in the store, for calls of both kinds."""
+"""The gateway: one port that looks up a run's endpoint in the store and forwards Policy and Experience calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from replay.errors import ConfigurationError, DeadlineExceeded
 from services.client.run_client import SquallClient
 from services.errors import NotReady, OutOfOrder, RunIsNotLive, ServesNothing, UnknownRun
-from services.rpc import server, squall_pb2_grpc
+from services.rpc import interceptors, squall_pb2_grpc
 from services.rpc import squall_pb2 as pb
 from services.rpc.endpoint import EndpointReport
 from services.rpc.gateway import gateway_services
@@ -77,7 +77,7 @@ def test_what_cannot_be_reached_is_said_with_its_reason(client: SquallClient, st
         ("soon", "running", {"endpoints": []}),
         ("other", "running", snapshot_of("squall.v1.Experience", address="127.0.0.1:1")),
         ("far", "running", snapshot_of(policy, address="127.0.0.1:1", node="elsewhere")),
-        ("gone", "running", snapshot_of(policy, address="127.0.0.1:1")),
+        ("dead", "running", snapshot_of(policy, address="127.0.0.1:1")),
     ):
         register(store, name, state, snapshot)
     for run, kind, words in (
@@ -86,11 +86,11 @@ def test_what_cannot_be_reached_is_said_with_its_reason(client: SquallClient, st
         ("ended", RunIsNotLive, "run 'ended' is finished; `squall serve ended`"),
         ("silent", ServesNothing, "started without --serve"),
         ("older", ServesNothing, "started without --serve"),
-        ("early", NotReady, "run 'early' is starting, and its endpoint is not up"),
-        ("soon", NotReady, "not up"),
+        ("early", NotReady, "run 'early' is starting, and its endpoint is not ready"),
+        ("soon", NotReady, "not ready"),
         ("other", ServesNothing, "run 'other' does not serve Policy"),
-        ("far", ServesNothing, "serves Policy to its own machine elsewhere alone"),
-        ("gone", NotReady, "the endpoint of run 'gone' at 127.0.0.1:1 does not answer"),
+        ("far", ServesNothing, "serves Policy to its own machine elsewhere only"),
+        ("dead", NotReady, "the endpoint of run 'dead' at 127.0.0.1:1 does not answer"),
     ):
         with pytest.raises(kind, match=re.escape(words)):
             client.act(OBSERVATION, run)
@@ -110,12 +110,12 @@ def test_an_endpoint_that_came_back_elsewhere_is_found(client: SquallClient, sto
 def test_an_endpoint_that_wants_another_token_is_said_so(client: SquallClient, store: RunStore) -> None:
     with serving(policy_service(), token="another-token-than-that") as address:
         register(store, "mine", snapshot=snapshot_of("squall.v1.Policy", address=address))
-        with pytest.raises(ServesNothing, match="wants another token than this gateway's"):
+        with pytest.raises(ServesNothing, match="has another token than this gateway"):
             client.act(OBSERVATION, "mine")
 
 
 class Echo(squall_pb2_grpc.ExperienceServicer, Service):
-    """Answers Open with its client's name, each Step with its number, refuses Step 3, and breaks off at Step 4."""
+    """A service that echoes the client's name and the step numbers; Step 3 raises an error, Step 4 aborts the call."""
 
     name = "squall.v1.Experience"
 
@@ -129,7 +129,7 @@ class Echo(squall_pb2_grpc.ExperienceServicer, Service):
         try:
             async for request in requests:
                 if request.step.number == 3:
-                    raise ConfigurationError("step 3 is one too many")
+                    raise ConfigurationError("step 3 is refused")
                 if request.step.number == 4:
                     await context.abort(grpc.StatusCode.INTERNAL, "Internal error from Core")
                 if request.HasField("open"):
@@ -153,7 +153,7 @@ def test_a_session_is_passed_on_message_by_message(client: SquallClient, store: 
         answers = list(stub.Play(iter([opening, step(1), step(2)]), timeout=30))
         assert answers[0].opened.session == "a simulator"
         assert [answer.action.number for answer in answers[1:]] == [2, 3]
-        with pytest.raises(ConfigurationError, match="step 3 is one too many"), client.errors():
+        with pytest.raises(ConfigurationError, match="step 3 is refused"), client.errors():
             list(stub.Play(iter([opening, step(3)]), timeout=30))
         with pytest.raises(NotReady, match=r"the endpoint of run 'mine' at .* does not answer"), client.errors():
             list(stub.Play(iter([opening, step(4)]), timeout=30))
@@ -163,23 +163,23 @@ def test_a_session_is_passed_on_message_by_message(client: SquallClient, store: 
             list(stub.Play(iter([]), timeout=30))
         with pytest.raises(UnknownRun), client.errors():
             list(stub.Play(iter([pb.PlayRequest(open=pb.Open(run="yours"))]), timeout=30))
-        # One who leaves without a word ends the session at the other end too.
+        # A cancelled call ends the session at the endpoint too.
         call = stub.Play(_then_wait(opening), timeout=30)
         assert next(call).opened.session == "a simulator"
         assert echo.ended == 3
         call.cancel()
         deadline = time.monotonic() + 30
         while echo.ended < 4:
-            assert time.monotonic() < deadline, "the session goes on"
+            assert time.monotonic() < deadline, "the session continues"
             time.sleep(0.01)
 
 
 def test_a_session_that_is_never_opened_is_ended(client: SquallClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "FIRST_MESSAGE_SECONDS", 0.2)
-    over = threading.Event()
+    monkeypatch.setattr(interceptors, "FIRST_MESSAGE_SECONDS", 0.2)
+    stop = threading.Event()
     with pytest.raises(DeadlineExceeded, match=r"waited 0\.2 s for the call's first message"), client.errors():
-        list(squall_pb2_grpc.ExperienceStub(client.channel).Play(iter(over.wait, True), timeout=30))
-    over.set()
+        list(squall_pb2_grpc.ExperienceStub(client.channel).Play(iter(stop.wait, True), timeout=30))
+    stop.set()
 
 
 def _then_wait(first: pb.PlayRequest) -> Iterator[pb.PlayRequest]:

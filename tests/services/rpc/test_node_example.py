@@ -1,4 +1,4 @@
-"""The Node.js example: the same dynamics as Gymnasium's, and a run that learns from it alone."""
+"""The Node.js example: its dynamics are those of Gymnasium, and a run learns from its experience alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.actors.test_rollout import make_spec
-from tests.services.rpc.test_experience import CARTPOLE, station
+from tests.services.rpc.experience_run import CARTPOLE, serve_run
 from tests.services.running import Run
 
 EXAMPLE = Path(__file__).parents[3] / "deploy" / "examples" / "node"
@@ -23,22 +23,22 @@ PROTO = Path(__file__).parents[3] / "services" / "rpc" / "squall.proto"
 COMPARE = """
     import { readFileSync } from "node:fs";
     const { CartPole } = await import(process.argv[2]);
-    const game = new CartPole();
+    const environment = new CartPole();
     const play = ({ first, actions }) => {
-      game.reset();
-      game.state = first;
-      return actions.map((action) => game.step(action));
+      environment.reset();
+      environment.state = first;
+      return actions.map((action) => environment.step(action));
     };
     console.log(JSON.stringify(JSON.parse(readFileSync(0)).map(play)));
 """
 
-needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no node on this machine")
-needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="there is no npm on this machine")
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is missing")
+needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="npm is missing")
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the example with what it depends on."""
+    """Return a copy of the example with its dependencies installed."""
     folder = tmp_path_factory.mktemp("node") / "example"
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("node_modules"))
     home = {"HOME": str(folder), "npm_config_cache": str(folder / "cache")}
@@ -57,7 +57,7 @@ def test_the_dynamics_are_those_of_gymnasium(tmp_path: Path) -> None:
     for seed in range(5):
         env.reset(seed=seed)
         actions: list[int] = []
-        states = [[float(x) for x in env.unwrapped.state]]  # type: ignore[attr-defined]  # before it is rounded
+        states = [[float(x) for x in env.unwrapped.state]]  # type: ignore[attr-defined]  # before rounding to float32
         ended = False
         while not ended:
             actions.append(int(rng.integers(2)))
@@ -86,16 +86,16 @@ def test_the_dynamics_are_those_of_gymnasium(tmp_path: Path) -> None:
 @needs_npm
 def test_it_plays_until_the_run_has_its_steps(example: Path) -> None:
     spec = make_spec(CARTPOLE, "epsilon_greedy", lanes=1)
-    with station(spec, most_steps=3_000) as here:
+    with serve_run(spec, max_steps=3_000) as run:
         done = subprocess.run(
-            ["node", "play.js", "--address", here.address, "--environments", "5", "--proto", str(PROTO)],
+            ["node", "play.js", "--address", run.address, "--environments", "5", "--proto", str(PROTO)],
             cwd=example, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        here.settle()
-        assert json.loads(done.stdout) == {"environments": 5, "steps": here.env_steps}
-        assert here.env_steps >= 3_000
-        assert here.service.opened == 5
+        run.wait_until_drained()
+        assert json.loads(done.stdout) == {"environments": 5, "steps": run.env_steps}
+        assert run.env_steps >= 3_000
+        assert run.service.opened == 5
 
 
 @pytest.fixture
@@ -124,13 +124,13 @@ def test_a_run_without_actors_learns_from_it(run: Run, example: Path) -> None:
         try:
             seen = run.wait_for(lambda s: s["env_steps"] > 0, 60)
             assert not [process for process in seen["processes"] if process["role"] == "worker"]
-            word = next(process["last_word"] for process in seen["processes"] if process["role"] == "endpoint")
-            assert "8 sessions" in word
+            message = next(process["last_word"] for process in seen["processes"] if process["role"] == "endpoint")
+            assert "8 sessions" in message
             summary = run.finish(600)
         finally:
             player.kill()
             player.wait(10)
     assert summary["actors"] == 0
-    # Chance plays 22. How well DQN learns is told elsewhere; the best of a few evaluations plays worse, asked again.
+    # A random policy reaches 22. The best of a few evaluations overestimates the policy, so the final score is lower.
     assert summary["eval_return_mean"] >= 200, f"{summary}\n{(example / 'play.err').read_text()}"
     assert run.leftovers() == []

@@ -1,4 +1,4 @@
-"""Policy over gRPC: right answers, in batches, whoever else asks at the same time; and what is refused."""
+"""The Policy service: correct answers in shared batches, and the requests that it refuses."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from services.errors import NotReady, Overloaded, UnknownRun
 from services.rpc import squall_pb2 as pb
 from services.rpc import squall_pb2_grpc
 from services.rpc.codec import decode_array, encode_array
-from services.rpc.policy import MOST_ROWS, Batcher, PolicyService, ServedPolicy
+from services.rpc.policy import MAX_BATCH_SIZE, Batcher, PolicyService, ServedPolicy
 from tests.services.running import SQUALL, environment
 from tests.services.serving import CARTPOLE, CORRIDOR, PENDULUM, make_policy, policy_service, serving
 
 
 class Gate:
-    """Holds the first pass of a service's policy until it is opened, so that others gather behind it."""
+    """A gate that delays the first pass of a service's policy, so that other requests queue behind it."""
 
     def __init__(self, service: PolicyService) -> None:
         self._opened = threading.Event()
@@ -43,7 +43,7 @@ class Gate:
         service._executor.submit(self._opened.wait, 60)
 
     def open_when(self, requests: int) -> None:
-        """Open once so many requests have come; give up after a minute."""
+        """Open the gate once `requests` requests have arrived, or after a minute."""
 
         def wait() -> None:
             for _ in range(6_000):
@@ -81,7 +81,7 @@ def test_a_thousand_at_once_get_their_own_answers_in_a_few_passes() -> None:
     assert 0 < actions.sum() < 1000
     assert {answer.weights_version for answer in answers} == {7}
     assert service.batcher.requests == 1000
-    # The first request is a pass of its own; the rest gathered behind it.
+    # The first request is a pass of its own; the others have queued behind it.
     assert service.batcher.passes <= 3
 
 
@@ -90,7 +90,7 @@ def make_policy_like(service: PolicyService) -> ServedPolicy:
 
 
 def test_without_batches_each_request_is_a_pass() -> None:
-    service = policy_service(most_rows=1)
+    service = policy_service(max_batch_size=1)
     gate = Gate(service)
     request = pb.ActRequest(observations=encode_array(np.zeros((1, 4), np.float32)))
     with serving(service) as address:
@@ -126,11 +126,15 @@ def test_exploring_is_random_and_greedy_is_not() -> None:
 )
 def test_a_policy_describes_itself(environment: EnvironmentSpec, observations: Any, actions: Any) -> None:
     with serving(policy_service(environment=environment)) as address, SquallClient(address) as client:
-        told = client.describe()
-        assert (told.algorithm, told.environment, told.weights_version) == ("dqn", environment.id, 7)
-        assert (told.observation_space, told.action_space) == (observations, actions)
-        sample = np.stack([np.asarray(told.observation_space.sample()) for _ in range(3)])
-        assert all(told.action_space.contains(action) for action in client.act(sample).actions)
+        description = client.describe()
+        assert (description.algorithm, description.environment, description.weights_version) == (
+            "dqn",
+            environment.id,
+            7,
+        )
+        assert (description.observation_space, description.action_space) == (observations, actions)
+        sample = np.stack([np.asarray(description.observation_space.sample()) for _ in range(3)])
+        assert all(description.action_space.contains(action) for action in client.act(sample).actions)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_a_policy_describes_itself(environment: EnvironmentSpec, observations: A
         (np.zeros((2, 4), np.float64), "must be float32 of shape [B, 4], got float64 of shape [2, 4]"),
         (np.zeros(4, np.float32), "got float32 of shape [4]"),
         (np.zeros((0, 4), np.float32), "a request has 1 to 1024 observations, got 0"),
-        (np.zeros((MOST_ROWS + 1, 4), np.float32), "a request has 1 to 1024 observations, got 1025"),
+        (np.zeros((MAX_BATCH_SIZE + 1, 4), np.float32), "a request has 1 to 1024 observations, got 1025"),
         (np.full((1, 4), np.nan, np.float32), "observations must be finite"),
         (np.full((1, 4), -np.inf, np.float32), "observations must be finite"),
     ],
@@ -162,7 +166,7 @@ def test_an_observation_that_is_no_state_is_refused() -> None:
 
 def test_another_run_is_unknown_and_a_policy_without_weights_is_not_ready() -> None:
     with serving(policy_service()) as address, SquallClient(address) as client:
-        with pytest.raises(UnknownRun, match="'mine' alone, not of 'yours'"):
+        with pytest.raises(UnknownRun, match="'mine' only, not of 'yours'"):
             client.describe("yours")
         with pytest.raises(UnknownRun):
             client.act(np.zeros((1, 4), np.float32), "yours")
@@ -172,11 +176,11 @@ def test_another_run_is_unknown_and_a_policy_without_weights_is_not_ready() -> N
 
 
 def test_weights_of_another_network_are_not_passed_for_the_newest() -> None:
-    class Stranger:
+    class WeightsOfAnotherNetwork:
         def poll(self) -> Any:
-            raise LayoutMismatch("not of this network")
+            raise LayoutMismatch("weights of another network")
 
-    served = ServedPolicy(make_policy().policy, "dqn", version=3, weights=Stranger())  # type: ignore[arg-type]
+    served = ServedPolicy(make_policy().policy, "dqn", version=3, weights=WeightsOfAnotherNetwork())  # type: ignore[arg-type]
     with serving(PolicyService(served, "mine")) as address, SquallClient(address) as client:
         for _ in range(1000):
             try:
@@ -184,21 +188,21 @@ def test_weights_of_another_network_are_not_passed_for_the_newest() -> None:
             except LayoutMismatch:
                 break
         else:
-            pytest.fail("the policy went on with old weights")
+            pytest.fail("the policy continued with stale weights")
 
 
-# The batcher by itself: what a pass is given is seen, and when it ends is decided here.
+# The batcher alone, with passes that record their input and end on command.
 
 
 class Passes:
-    """A forward pass that doubles its input, and waits before that until it may."""
+    """A forward pass that waits until `permits` is released, records its input, and doubles it."""
 
     def __init__(self) -> None:
-        self.may = threading.Semaphore(0)
+        self.permits = threading.Semaphore(0)
         self.seen: list[tuple[list[float], bool]] = []
 
     def __call__(self, observations: Array, explore: bool) -> tuple[Array, int]:
-        self.may.acquire(timeout=30)
+        self.permits.acquire(timeout=30)
         self.seen.append((observations.tolist(), explore))
         if 13.0 in observations:
             raise ValueError("thirteen")
@@ -206,7 +210,7 @@ class Passes:
 
 
 def batched(play: Callable[[Batcher, Passes], Awaitable[None]], **options: int) -> Passes:
-    """Run `play` with a batcher on an event loop, and return what its passes saw."""
+    """Run `play` with a batcher on an event loop, and return the passes."""
     passes = Passes()
 
     async def run() -> None:
@@ -227,7 +231,7 @@ def test_those_that_come_during_a_pass_are_the_next_one() -> None:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         rest = [ask(batcher, 2), ask(batcher, 3, 4), ask(batcher, 5, explore=True), ask(batcher, 6)]
-        passes.may.release(3)
+        passes.permits.release(3)
         assert [(await task)[0].tolist() for task in [first, *rest]] == [[2], [4], [6, 8], [10], [12]]
 
     seen = batched(play).seen
@@ -237,10 +241,10 @@ def test_those_that_come_during_a_pass_are_the_next_one() -> None:
 def test_a_pass_is_bounded_and_a_larger_request_is_one_by_itself() -> None:
     async def play(batcher: Batcher, passes: Passes) -> None:
         tasks = [ask(batcher, 1, 2), ask(batcher, 3), ask(batcher, 4, 5, 6, 7, 8), ask(batcher, 9)]
-        passes.may.release(4)
+        passes.permits.release(4)
         assert [(await task)[0].tolist() for task in tasks] == [[2, 4], [6], [8, 10, 12, 14, 16], [18]]
 
-    assert [rows for rows, _ in batched(play, most_rows=3).seen] == [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    assert [rows for rows, _ in batched(play, max_batch_size=3).seen] == [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
 
 
 def test_more_than_may_wait_are_turned_away_and_no_one_else() -> None:
@@ -250,14 +254,14 @@ def test_more_than_may_wait_are_turned_away_and_no_one_else() -> None:
         await asyncio.sleep(0)
         waiting = [ask(batcher, 1), ask(batcher, 2)]
         late = ask(batcher, 3)
-        with pytest.raises(Overloaded, match="2 observations wait for the policy, and 2 may"):
+        with pytest.raises(Overloaded, match="2 of at most 2 observations are waiting for the policy"):
             await late
-        passes.may.release(2)
+        passes.permits.release(2)
         assert [(await task)[0].tolist() for task in [first, *waiting]] == [[0], [2], [4]]
-        passes.may.release()
+        passes.permits.release()
         assert (await ask(batcher, 4))[0].tolist() == [8]
 
-    batched(play, most_waiting=2)
+    batched(play, max_waiting=2)
 
 
 def test_a_caller_that_has_gone_costs_nothing_and_a_failure_reaches_those_it_concerns() -> None:
@@ -265,21 +269,21 @@ def test_a_caller_that_has_gone_costs_nothing_and_a_failure_reaches_those_it_con
         first = ask(batcher, 1)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        gone, unlucky, neighbour = ask(batcher, 2), ask(batcher, 13), ask(batcher, 3)
+        cancelled, failing, same_batch = ask(batcher, 2), ask(batcher, 13), ask(batcher, 3)
         await asyncio.sleep(0)
-        gone.cancel()
-        passes.may.release(2)
+        cancelled.cancel()
+        passes.permits.release(2)
         assert (await first)[0].tolist() == [2]
-        for task in (unlucky, neighbour):
+        for task in (failing, same_batch):
             with pytest.raises(ValueError, match="thirteen"):
                 await task
-        passes.may.release()
+        passes.permits.release()
         assert (await ask(batcher, 5))[0].tolist() == [10]
 
     assert [rows for rows, _ in batched(play).seen] == [[1], [13, 3], [5]]
 
 
-# A checkpoint.
+# The policy of a checkpoint.
 
 
 @pytest.fixture(scope="module")

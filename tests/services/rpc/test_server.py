@@ -1,4 +1,4 @@
-"""The server itself: who is let in, what an error becomes, what is done with bytes that make no sense."""
+"""The gRPC server: access control, errors as status codes, and messages that are not valid."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from replay.errors import ConfigurationError, SquallError
 from services.client.run_client import SquallClient
 from services.errors import Unauthenticated
-from services.rpc import server, squall_pb2_grpc
+from services.rpc import auth, interceptors, server, squall_pb2_grpc
 from services.rpc import squall_pb2 as pb
 from services.rpc.auth import ServerConfig, read_token
 from services.rpc.control import RunControlService
 from services.rpc.errors import CLASSES, from_status, to_status
 from services.rpc.gateway import gateway_services
-from services.rpc.interceptors import MOST_BYTES
+from services.rpc.interceptors import MAX_MESSAGE_BYTES
 from services.rpc.server import ServerThread, Service
 from services.store.base import RunStore
 from services.store.sqlite import SQLiteRunStore
@@ -54,13 +54,13 @@ def store(tmp_path: Path) -> Iterator[RunStore]:
 
 @pytest.fixture
 def address(store: RunStore) -> Iterator[str]:
-    """Serve a policy and the control of an empty store, to everybody."""
+    """Serve a policy and the control of an empty store, without a token."""
     with serving(policy_service(), RunControlService(store)) as address:
         yield address
 
 
 def outcome(address: str, method: str, payload: bytes, *, metadata: Any = (), streams: bool = False) -> Any:
-    """Call a method with raw bytes; return the status code and text, `OK` if it answered."""
+    """Call a method with raw bytes; return the status code and its text."""
     with grpc.insecure_channel(address, options=UNLIMITED) as channel:
         try:
             if streams:
@@ -75,15 +75,21 @@ def outcome(address: str, method: str, payload: bytes, *, metadata: Any = (), st
 
 @contextmanager
 def mute(address: str, method: str, *, window: int | None = None) -> Iterator[Any]:
-    """Begin a call that sends no message; with a `window` answers that are larger wait until they are read."""
+    """Start a call that sends no message.
+
+    Args:
+        address: address of the server.
+        method: full name of the method.
+        window: flow-control window in bytes; larger answers wait until they are read.
+    """
     options = () if window is None else (("grpc.http2.lookahead_bytes", window), ("grpc.http2.bdp_probe", 0))
-    over = threading.Event()
+    stop = threading.Event()
     with grpc.insecure_channel(address, options=options) as channel:
-        call: Any = channel.stream_stream(method)(iter(over.wait, True), timeout=60)
+        call: Any = channel.stream_stream(method)(iter(stop.wait, True), timeout=60)
         try:
             yield call
         finally:
-            over.set()
+            stop.set()
             call.cancel()
 
 
@@ -140,7 +146,9 @@ def test_without_the_token_nothing_is_learnt(store: RunStore, shown: str | None)
             for method in METHODS
             for streams in (False, True)
         }
-        assert answers == {(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token: authorization: Bearer TOKEN")}
+        assert answers == {
+            (grpc.StatusCode.UNAUTHENTICATED, "this server requires a token: authorization: Bearer TOKEN")
+        }
         with SquallClient(address, token="wrong-" + TOKEN_FOR_TESTS) as client, pytest.raises(Unauthenticated):
             client.list_runs()
         with SquallClient(address, token=TOKEN_FOR_TESTS) as client:
@@ -160,25 +168,25 @@ def test_a_probe_without_the_token_is_answered_before_its_message_comes(store: R
 def test_probes_without_the_token_are_limited_and_shut_nobody_out(
     store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "MOST_PROBES", 1)
-    monkeypatch.setattr(server, "MOST_CALLS", 2)
+    monkeypatch.setattr(auth, "MAX_PROBES", 1)
+    monkeypatch.setattr(server, "MAX_CALLS", 2)
     known = (("authorization", f"Bearer {TOKEN_FOR_TESTS}"),)
     with serving(RunControlService(store), token=TOKEN_FOR_TESTS) as address:
         with mute(address, HEALTH_CHECK, window=1) as held:
-            held.initial_metadata()  # it has the place, before the other one asks
+            held.initial_metadata()  # the first probe is running before the second one starts
             with mute(address, HEALTH_CHECK, window=1) as more:
                 assert more.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert outcome(address, HEALTH_CHECK, b"", metadata=known) == (grpc.StatusCode.OK, "")
         deadline = time.monotonic() + 30
         while outcome(address, HEALTH_CHECK, b"")[0] is not grpc.StatusCode.OK:
-            assert time.monotonic() < deadline, "the place is not given back"
+            assert time.monotonic() < deadline, "the first probe still counts"
 
 
 @pytest.mark.parametrize("method", [METHODS[0], "/squall.v1.RunControl/Watch", HEALTH_CHECK, METHODS[-4]])
 def test_a_call_that_never_sends_its_message_is_ended(
     address: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "FIRST_MESSAGE_SECONDS", 0.2)
+    monkeypatch.setattr(interceptors, "FIRST_MESSAGE_SECONDS", 0.2)
     with mute(address, method) as call:
         assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert call.details() == "waited 0.2 s for the call's first message"
@@ -192,7 +200,7 @@ def test_a_call_that_ends_without_its_message_is_answered(address: str) -> None:
 
 
 class Flood(squall_pb2_grpc.ExperienceServicer, Service):
-    """Answers a session without end."""
+    """A service that sends answers without end."""
 
     name = "squall.v1.Experience"
 
@@ -211,7 +219,7 @@ class Flood(squall_pb2_grpc.ExperienceServicer, Service):
 
 
 def test_a_caller_that_takes_no_answers_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(interceptors, "IDLE_SECONDS", 0.2)
     flood = Flood()
     with serving(flood) as address, mute(address, "/squall.v1.Experience/Play", window=1) as call:
         call.initial_metadata()
@@ -244,7 +252,7 @@ def test_the_standard_probe_and_reflection_answer(address: str) -> None:
 
 def test_tls(store: RunStore, tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl to make a certificate with")
+        pytest.skip("openssl is missing")
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
     subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
@@ -256,7 +264,7 @@ def test_tls(store: RunStore, tmp_path: Path) -> None:
             client.list_runs()
     with pytest.raises(ConfigurationError, match="both a certificate and its key"):
         ServerConfig(tls_cert=cert)
-    with pytest.raises(ConfigurationError, match="cannot read what TLS needs"):
+    with pytest.raises(ConfigurationError, match="cannot read a TLS file"):
         ServerThread([], ServerConfig(tls_cert=cert, tls_key=tmp_path / "missing"))
 
 
@@ -264,7 +272,7 @@ def test_tls(store: RunStore, tmp_path: Path) -> None:
 
 
 class Raising(squall_pb2_grpc.PolicyServicer, Service):
-    """Raises what it is told to, from a call of either kind."""
+    """A service that raises a given error."""
 
     name = "squall.v1.Policy"
     error: Exception
@@ -325,16 +333,16 @@ def test_every_error_has_one_code_and_one_name() -> None:
     assert len(CLASSES) > 20
 
 
-# Bytes that make no sense.
+# Invalid messages.
 
 
 def test_random_and_truncated_bytes_are_an_error_each_and_the_server_goes_on(address: str) -> None:
     rng = np.random.default_rng(4)
-    whole = pb.ActRequest(
+    valid = pb.ActRequest(
         run="mine", observations=pb.Array(dtype=pb.DTYPE_FLOAT32, shape=[1, 4], data=bytes(16)), explore=True
     ).SerializeToString()
     payloads = [rng.bytes(int(size)) for size in rng.integers(1, 300, 40)]
-    payloads += [whole[:size] for size in range(1, len(whole) - 2)]
+    payloads += [valid[:size] for size in range(1, len(valid) - 2)]
     codes = {outcome(address, "/squall.v1.Policy/Act", payload)[0] for payload in payloads}
     assert codes == {grpc.StatusCode.INVALID_ARGUMENT}
     for method in METHODS[:-4]:
@@ -344,19 +352,19 @@ def test_random_and_truncated_bytes_are_an_error_each_and_the_server_goes_on(add
                 grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED,
                 grpc.StatusCode.OK,
             ), (method, text)  # fmt: skip
-    assert outcome(address, "/squall.v1.Policy/Act", whole)[0] is grpc.StatusCode.OK
+    assert outcome(address, "/squall.v1.Policy/Act", valid)[0] is grpc.StatusCode.OK
 
 
 def test_bytes_that_are_no_message_are_named(address: str) -> None:
     code, text = outcome(address, "/squall.v1.Policy/Act", b"\xff\xff\xff")
-    assert (code, text) == (grpc.StatusCode.INVALID_ARGUMENT, "3 bytes came that are no ActRequest")
+    assert (code, text) == (grpc.StatusCode.INVALID_ARGUMENT, "received 3 bytes that are no ActRequest")
 
 
 def test_a_message_of_100_mb_is_refused_and_the_server_goes_on(address: str) -> None:
     large = bytes(100_000_000)
     code, text = outcome(address, "/squall.v1.Policy/Act", large)
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert str(MOST_BYTES) in text
+    assert str(MAX_MESSAGE_BYTES) in text
     with SquallClient(address) as client:
         assert client.act(np.zeros((1, 4), np.float32)).weights_version == 7
 

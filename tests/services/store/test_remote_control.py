@@ -1,4 +1,4 @@
-"""What a run's visitors meet when the store goes away: a real Redis server, killed while a run is followed."""
+"""Following a run while its store is unavailable: a real Redis server is killed."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def register(store: RunStore) -> None:
 def test_a_store_that_comes_back_is_waited_for(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server, RedisRunStore(server.url) as store:
         register(store)
-        news = remote_control.follow(store, "followed", every=0.05)
-        assert next(news).status["state"] == "running"
+        updates = remote_control.follow(store, "followed", every=0.05)
+        assert next(updates).status["state"] == "running"
         server.stop(signal.SIGKILL)
         server.start()
-        store.add_event("followed", "note", "back again", time.time())
-        seen = next(event for told in news for event in told.events)
-        assert seen.text == "back again"
+        store.add_event("followed", "note", "after the outage", time.time())
+        event = next(event for update in updates for event in update.events)
+        assert event.text == "after the outage"
 
 
 def test_a_store_that_stays_away_ends_the_following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_control, "AWAY_SECONDS", 0.5)
+    monkeypatch.setattr(remote_control, "MAX_OUTAGE_SECONDS", 0.5)
     with RedisServer(tmp_path) as server, RedisRunStore(server.url) as store:
         register(store)
-        news = remote_control.follow(store, "followed", every=0.05)
-        next(news)
+        updates = remote_control.follow(store, "followed", every=0.05)
+        next(updates)
         server.stop(signal.SIGKILL)
         with pytest.raises(StoreUnavailable):
-            next(news)
+            next(updates)

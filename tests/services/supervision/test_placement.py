@@ -1,4 +1,4 @@
-"""Where processes go, by clusters written down, and that what a cluster lacks is refused."""
+"""Placement of processes on example clusters, and errors for resources that a cluster lacks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import ray
 
 from replay.errors import ConfigurationError
 from services.config import resolve
-from services.supervision.placement import UNPLACED, Placement, cluster_cpus, no_room, place, spread, too_many
+from services.supervision.placement import (
+    UNPLACED,
+    Placement,
+    cluster_cpus,
+    memory_shortage,
+    place,
+    resource_shortage,
+    spread,
+)
 from services.supervision.topology import plan
 
 
@@ -43,9 +51,9 @@ def test_replay_and_learner_sit_together_on_the_head_or_where_the_gpu_is() -> No
     assert place([ONE, HEAD, WITH_GPU], learner_gpus=0, cpus_per_actor=0.0) == Placement("a", 0)
     both = [WITH_GPU, node("a", gpus=1.0, head=True)]
     assert place(both, learner_gpus=1, cpus_per_actor=0.0) == Placement("a", 1)
-    there = "ab" * 28  # as Ray writes a node's id
-    strategy = Placement(there, 0).beside_the_learner()["scheduling_strategy"]
-    assert (strategy.node_id, strategy.soft) == (there, True)
+    node_id = "ab" * 28  # as Ray writes a node's id
+    strategy = Placement(node_id, 0).beside_the_learner()["scheduling_strategy"]
+    assert (strategy.node_id, strategy.soft) == (node_id, True)
 
 
 def test_workers_are_spread_in_proportion_to_cpus() -> None:
@@ -64,29 +72,29 @@ def test_workers_are_spread_in_proportion_to_cpus() -> None:
 
 def test_a_worker_is_placed_where_one_after_the_other_would_put_it() -> None:
     cluster = [node("a", 8.0, head=True), node("b", 3.0), node("c", 64.0), node("d", 3.0), node("e", 1.0)]
-    cpus = {told["NodeID"]: told["Resources"]["CPU"] for told in cluster}
-    for home in ("a", "e", None):
-        busy = {name: 2.0 if name == home else 0.0 for name in cpus}
+    cpus = {node["NodeID"]: node["Resources"]["CPU"] for node in cluster}
+    for learner_node in ("a", "e", None):
+        busy = {name: 2.0 if name == learner_node else 0.0 for name in cpus}
         for worker in range(500):
             chosen = min(sorted(cpus), key=lambda name: (busy[name] + 1.0) / cpus[name])
             busy[chosen] += 1.0
-            assert spread(worker, cluster, home) == chosen, worker
+            assert spread(worker, cluster, learner_node) == chosen, worker
 
 
 def test_a_far_worker_is_placed_as_fast_as_a_near_one() -> None:
-    # One step for each worker before it would take hours.
+    # A loop over all workers of lower index would take hours.
     assert spread(10**9, [HEAD, ONE, TWO], "a") in ("a", "b", "c")
 
 
 def test_what_the_cluster_lacks_is_refused() -> None:
     gpu = (
-        "learner_gpus is 1, and none of the cluster's 2 nodes has a GPU; add a node with one, or take --learner-gpus 0"
+        "learner_gpus is 1, but none of the cluster's 2 nodes has a GPU; add a node with a GPU, or use --learner-gpus 0"
     )
     with pytest.raises(ConfigurationError, match=re.escape(gpu)):
         place([HEAD, ONE], learner_gpus=1, cpus_per_actor=0.0)
-    with pytest.raises(ConfigurationError, match="cpus_per_actor is 5, and the cluster's largest node has 4 CPUs"):
+    with pytest.raises(ConfigurationError, match="cpus_per_actor is 5, but the cluster's largest node has 4 CPUs"):
         place([HEAD, ONE], learner_gpus=0, cpus_per_actor=5.0)
-    # Where nodes may join, it waits for them.
+    # Where nodes may join, the run waits for them.
     empty = [node("a", 0.0, head=True)]
     assert place(empty, learner_gpus=None, cpus_per_actor=1.0, may_grow=True) == Placement(None, 0, 1.0)
 
@@ -94,34 +102,34 @@ def test_what_the_cluster_lacks_is_refused() -> None:
 def test_memory_bounds_workers_that_take_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     resources = {"CPU": 8.0, "memory": 4.0 * 2**30}
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
-    assert too_many(13, 0.0) is None
-    words = "14 actors need about 4.1 GiB of memory, 300 MiB each, and the cluster has 4.0 GiB: 13 actors"
-    assert too_many(14, 0.0) == words
-    assert too_many(10_000, 1.0) is None, "they wait for CPUs"
+    assert memory_shortage(13, 0.0) is None
+    text = "14 actors need about 4.1 GiB of memory, 300 MiB each, and the cluster has 4.0 GiB: 13 actors"
+    assert memory_shortage(14, 0.0) == text
+    assert memory_shortage(10_000, 1.0) is None, "workers that reserve CPUs wait for them"
     del resources["memory"]
-    assert too_many(10_000, 0.0) is None, "nobody knows"
+    assert memory_shortage(10_000, 0.0) is None, "the memory is unknown"
 
 
-def test_who_waits_for_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_shortage_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
     monkeypatch.setattr(ray, "available_resources", lambda: {"GPU": 0.5})
-    assert no_room(1, "GPU") == "waits for room: it wants 1 GPU, and 0.5 of the cluster's 2 are free"
-    assert no_room(0, "GPU") is None
+    assert resource_shortage(1, "GPU") == "waiting for resources: needs 1 GPU, but 0.5 of the cluster's 2 are free"
+    assert resource_shortage(0, "GPU") is None
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_real_cluster_tells_its_room() -> None:
+def test_the_resources_of_a_real_cluster() -> None:
     nodes = ray.nodes()
     assert place(nodes, learner_gpus=0, cpus_per_actor=2.0) == Placement(None, 0, 2.0)
-    assert any("node:__internal_head__" in told["Resources"] for told in nodes)
+    assert any("node:__internal_head__" in node["Resources"] for node in nodes)
     assert cluster_cpus() == 2
-    assert no_room(0.0) is None
-    assert no_room(3.0) == "waits for room: it wants 3 CPU, and 2 of the cluster's 2 are free"
+    assert resource_shortage(0.0) is None
+    assert resource_shortage(3.0) == "waiting for resources: needs 3 CPU, but 2 of the cluster's 2 are free"
 
 
 def test_the_learner_has_the_threads_it_is_given_or_those_that_workers_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     for threads, actors, expected in (("auto", 6, 2), ("auto", 8, 1), ("auto", 1, 4), (7, 8, 7)):
         config, _ = resolve("dqn", "CartPole-v1", overrides={"learner_threads": threads, "actors": actors})
-        assert plan(config, "mine", Path())._threads_of_the_learner == expected
+        assert plan(config, "mine", Path())._learner_thread_count == expected

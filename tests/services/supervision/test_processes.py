@@ -1,4 +1,4 @@
-"""Supervised processes, with real Ray actors: deaths, silence, names still taken, crash loops."""
+"""Supervised processes, with real Ray actors: exits, missing reports, taken names, and crash loops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
 class Odd:
-    """Answers, or falls silent, or fails in its loop, as it is told."""
+    """An actor that reports, stops reporting, or fails in its loop, on request."""
 
     def __init__(self, silent: bool = False, broken: bool = False) -> None:
         if broken:
@@ -70,33 +70,33 @@ def start(kept: list[Process], **options: Any) -> Process:
 
 
 def poll_until(process: Process, done: Any, seconds: float = 40.0) -> ProcessExit | None:
-    """Ask and poll, as the coordinator does, until `done()` or a death."""
+    """Request reports and poll, as the coordinator does, until `done()` or an exit."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        process.ask_for_report()
-        death = process.poll()
-        if death is not None or done():
-            return death
+        process.request_report()
+        reason = process.poll()
+        if reason is not None or done():
+            return reason
         time.sleep(0.05)
     raise AssertionError("nothing happened")
 
 
-def test_a_killed_process_is_told_and_comes_back_as_another_incarnation(started: list[Process]) -> None:
+def test_a_killed_process_is_noticed_and_comes_back_as_another_incarnation(started: list[Process]) -> None:
     process = start(started, first_incarnation=1_000)
     assert process.state == "starting"
     poll_until(process, lambda: process.report is not None)
     pid = process.pid()
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    death = poll_until(process, lambda: False)
-    assert death is not None
-    assert "killed" in death.line
-    assert "memory" not in death.line
+    reason = poll_until(process, lambda: False)
+    assert reason is not None
+    assert "killed" in reason.line
+    assert "memory" not in reason.line
     process.restart()
     poll_until(process, lambda: process.report is not None)
     assert (process.incarnation, process.restarts) == (1_001, 1)
     assert process.pid() != pid
-    assert process.describe()["last_death"] == death.line
+    assert process.describe()["last_death"] == reason.line
 
 
 def test_a_process_that_falls_silent_counts_as_dead(started: list[Process], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,52 +104,52 @@ def test_a_process_that_falls_silent_counts_as_dead(started: list[Process], monk
     poll_until(process, lambda: process.report is not None)
     monkeypatch.setattr(processes, "SILENCE_SECONDS", 1.0)
     process.handle.fall_silent.remote()
-    death = poll_until(process, lambda: False)
-    assert death is not None
-    assert death.line == "gave no answer for 1 s"
+    reason = poll_until(process, lambda: False)
+    assert reason is not None
+    assert reason.line == "sent no report for 1 s"
     assert process.handle is None
 
 
 def test_an_error_in_the_loop_is_the_reason(started: list[Process]) -> None:
     process = start(started, run=lambda handle: handle.run.remote(True))
-    death = poll_until(process, lambda: False)
-    assert death is not None
-    assert death.line == "ValueError: the loop met 7 where 6 was right"
-    assert "in run\n" in death.details, "where it happened"
-    assert "\x1b" not in death.details
+    reason = poll_until(process, lambda: False)
+    assert reason is not None
+    assert reason.line == "ValueError: the loop met 7 where 6 was right"
+    assert "in run\n" in reason.details, "the traceback is kept"
+    assert "\x1b" not in reason.details
 
 
-def test_what_ray_says_of_a_death_is_the_reason(started: list[Process]) -> None:
+def test_rays_reason_for_an_exit_is_kept(started: list[Process]) -> None:
     process = start(started, run=lambda handle: handle.leave.remote(3))
-    death = poll_until(process, lambda: False)
-    assert death is not None
-    assert "exit code 3" in death.line
+    reason = poll_until(process, lambda: False)
+    assert reason is not None
+    assert "exit code 3" in reason.line
     process = start(started)
     poll_until(process, lambda: process.report is not None)
     ray.kill(process.handle)
-    death = poll_until(process, lambda: False)
-    assert death is not None
-    assert "ray.kill" in death.line
+    reason = poll_until(process, lambda: False)
+    assert reason is not None
+    assert "ray.kill" in reason.line
 
 
-def test_a_death_that_ray_knows_no_reason_of_was_abrupt() -> None:
-    death = describe_exit(ActorDiedError())
-    assert death.line == "the process ended abruptly (killed, or crashed in native code)"
-    assert "died unexpectedly" in death.details
+def test_an_exit_without_a_reason_was_abrupt() -> None:
+    reason = describe_exit(ActorDiedError())
+    assert reason.line == "the process ended abruptly (killed, or crashed in native code)"
+    assert "died unexpectedly" in reason.details
 
 
-def test_a_report_asked_for_anew_is_none_that_was_on_its_way(started: list[Process]) -> None:
+def test_a_fresh_report_is_not_the_pending_one(started: list[Process]) -> None:
     process = start(started)
     poll_until(process, lambda: process.report is not None)
-    for anew, grown in ((False, 0), (True, 2)):
-        while process._reporting is not None:  # none is on its way
+    for fresh, grown in ((False, 0), (True, 2)):
+        while process._reporting is not None:  # until no request is pending
             process.poll()
             time.sleep(0.01)
-        process.ask_for_report()
-        ray.wait([process._reporting], timeout=30.0)  # the actor has two threads: its calls keep no order
+        process.request_report()
+        ray.wait([process._reporting], timeout=30.0)  # the actor has two threads, so calls may overtake each other
         ray.get(process.handle.grow.remote(), timeout=30.0)
         before = process.report
-        process.ask_for_report(anew=anew)
+        process.request_report(fresh=fresh)
         end = time.monotonic() + 30.0
         while process.report is before:
             assert time.monotonic() < end
@@ -158,18 +158,18 @@ def test_a_report_asked_for_anew_is_none_that_was_on_its_way(started: list[Proce
         assert process.report["grown"] == grown
 
 
-def test_the_loops_end_is_no_death(started: list[Process]) -> None:
+def test_the_end_of_the_loop_is_not_a_failure(started: list[Process]) -> None:
     process = start(started, run=lambda handle: handle.run.remote(False))
     assert poll_until(process, lambda: process.done) is None
     assert (process.result, process.state) == ("done", "done")
 
 
-def test_five_deaths_before_any_work_are_a_crash_loop(started: list[Process]) -> None:
+def test_five_failed_starts_are_a_crash_loop(started: list[Process]) -> None:
     process = start(started, start=lambda incarnation: OddActor.remote(broken=True))
     for _ in range(processes.MAX_FAILED_STARTS - 1):
-        death = poll_until(process, lambda: False)
-        assert death is not None
-        assert "no such device" in death.line + death.details
+        reason = poll_until(process, lambda: False)
+        assert reason is not None
+        assert "no such device" in reason.line + reason.details
         process.restart()
     poll_until(process, lambda: False)
     with pytest.raises(CrashLoop, match="odd died 5 times in a row before it got to work"):
@@ -183,7 +183,7 @@ def test_a_name_still_taken_is_tried_again(started: list[Process]) -> None:
     first = start(started, start=named)
     poll_until(first, lambda: first.report is not None)
     second = start(started, start=named)
-    assert second.handle is None, "the name is taken, which is no error yet"
+    assert second.handle is None, "a taken name is not an error yet"
     assert second.poll() is None
     first.kill()
     assert poll_until(second, lambda: second.report is not None) is None

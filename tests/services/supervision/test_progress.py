@@ -1,4 +1,4 @@
-"""What of a run's progress survives a resume."""
+"""Progress of a run that survives a resume."""
 
 from __future__ import annotations
 

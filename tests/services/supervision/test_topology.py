@@ -1,4 +1,4 @@
-"""The topology: two programs of one run name in one Ray cluster are strangers."""
+"""The topology: actor names of runs that share a cluster, early checks, and priorities of processes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def names(of: Topology) -> list[str]:
 
 def test_every_driver_has_names_of_its_own() -> None:
     one, other = topology(), topology()
-    assert not set(names(one)) & set(names(other)), "each may be a driver's, of the same run"
-    assert names(one) == names(one) == names(replace(one, actors=7)), "for as long as the driver lives"
+    assert not set(names(one)) & set(names(other)), "two drivers of the same run have different names"
+    assert names(one) == names(one) == names(replace(one, actors=7)), "the names do not change while the driver lives"
     assert all(name.startswith("mine-") for name in names(one)), "for people"
     clients = pickle.loads(pickle.dumps(one._replay_client()))
-    assert [clients._actor.name, clients._shards[1].name] == names(one)[1:], "who is told a name finds that very actor"
+    assert [clients._actor.name, clients._shards[1].name] == names(one)[1:], "a pickled client reaches the same actors"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_two_runs_of_one_name_do_not_meet_in_a_cluster() -> None:
 
 
 def niceness(handle: Any) -> dict[int, int]:
-    """Return the niceness of each thread of an actor's process that there still is, of which Ray has some."""
+    """Return the niceness of each live thread of an actor's process, which includes Ray's threads."""
     pid, found = ray.get(handle.__ray_call__.remote(lambda _: os.getpid()), timeout=120.0), {}
     for thread in map(int, os.listdir(f"/proc/{pid}/task")):
         try:
@@ -89,7 +89,7 @@ BESIDE: dict[str, Callable[[], Any]] = {
     "weights": lambda: topology().start_weight_store(),
     "replay": lambda: topology(replay_shards=1).start_replay(0, Counters(), 1.0, 0),
     "queue": lambda: topology("a2c", replay_shards=1).start_replay(0, Counters(), 1.0, 0),
-    "desk": lambda: topology().start_router(0, Counters(), 1.0, ()),
+    "router": lambda: topology().start_router(0, Counters(), 1.0, ()),
     "shard": lambda: topology().start_shard(0, 0, with_others=False),
     "worker": lambda: topology().start_worker(0, 0, 1),
     "on-policy worker": lambda: topology("a2c", replay_shards=1).start_worker(0, 0, 1),
@@ -105,11 +105,11 @@ def test_what_runs_beside_the_learner_gives_way(start: Callable[[], Any]) -> Non
     handle = start()
     try:
         wanted = max(15, os.getpriority(os.PRIO_PROCESS, 0))
-        end = time.monotonic() + 20.0  # an actor may do two calls at once, and this is one of them
+        end = time.monotonic() + 20.0  # this call and the one that lowers the priority may run at the same time
         while set(niceness(handle).values()) != {wanted}:
             assert time.monotonic() < end, niceness(handle)
             time.sleep(0.05)
-        # A thread that comes later, as a worker's that sends.
+        # A thread that starts later, such as a worker's push thread.
         ray.get(handle.__ray_call__.remote(lambda _: threading.Thread(target=time.sleep, args=(5.0,)).start()))
         assert set(niceness(handle).values()) == {wanted}
     finally:
@@ -123,7 +123,7 @@ def test_the_learner_does_not_give_way() -> None:
     handle = topology().start_learner()
     try:
         niceness(handle)
-        time.sleep(0.5)  # an actor may do two calls at once: one that made it nice has ended by now
+        time.sleep(0.5)  # a call that lowers the priority would have ended by now
         assert set(niceness(handle).values()) == {os.getpriority(os.PRIO_PROCESS, 0)}
     finally:
         ray.kill(handle)
