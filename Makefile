@@ -6,9 +6,13 @@ USER   := .venv/.squall-installed
 DEV    := .venv/.squall-dev-installed
 DOCS   := .venv/.squall-docs-installed
 comma  := ,
+JOBS   ?= logical
+
+# Exit status 5: ARGS may select tests of one of the two runs alone.
+pytest = $(BIN)/python -m pytest $(1) -m "$(2)" $(ARGS) || [ $$? = 5 ]
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint check docs test-cluster proto bench results results-quick clean
+.PHONY: help setup train test test-long lint check docs test-cluster proto bench results results-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,16 +22,20 @@ setup: $(USER) ## install Squall into .venv, with pinned dependencies
 train: $(USER) ## train DQN on CartPole-v1; SEED=1, ARGS="--actors 4"
 	$(BIN)/squall train dqn CartPole-v1 $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-test: $(DEV) ## run all tests; FAST=1 skips the slow ones; ARGS="-k replay"
-	$(BIN)/python -m pytest $(if $(filter 1,$(FAST)),-m "not slow") $(ARGS)
+test: $(DEV) ## run the tests; FAST=1 skips the slow ones; ARGS="-k replay"
+	$(call pytest,-n $(JOBS) --dist loadfile,not slow and not ray and not long)
+	$(call pytest,,not long and $(if $(filter 1,$(FAST)),ray and not slow,(slow or ray)))
+
+test-long: $(DEV) ## run the tests that `make test` leaves out: they take long and rarely fail
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(DEV) ## check format, lint, and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint ## run lint, then the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+check: lint ## lint, then run the fast tests
+	@$(MAKE) --no-print-directory test FAST=1
 
 docs: $(DOCS) ## build the documentation into site/; a broken link or a page outside the navigation is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

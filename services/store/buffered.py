@@ -57,7 +57,7 @@ class BufferedWriter:
         Args:
             store: the store to write to.
             name: name of the run.
-            owner: the coordinator that registered or adopted the run; with None the writer writes whoever owns the run.
+            owner: the coordinator that registered or adopted the run; with None, writes do not check the owner.
             capacity: maximum number of waiting writes.
             patience_seconds: timeout of a connection attempt, and of each answer; a distant store with TLS needs 1 s.
             retry_seconds: pause after a failed write.
@@ -74,7 +74,7 @@ class BufferedWriter:
         self._retry_at = -math.inf
         self._lock = threading.Lock()
         self._acknowledged: set[int] = set()
-        # In the order of delivery: answers that somebody waits for first, bulk data last.
+        # In the order of delivery: answers to waiting clients first, bulk data last.
         self._queues: dict[str, deque[Callable[[], object]]] = {
             "acknowledgement": deque(),
             "snapshot": deque(maxlen=1),

@@ -57,7 +57,7 @@ class RunRecord:
         pid: the coordinator's process id on that machine.
         pid_started: creation time of that process in Unix seconds, as psutil reports it.
         state: `starting`, `running`, `stopping`, `finished`, or `failed`; for readers also `lost`.
-        heartbeat: Unix seconds of the coordinator's last sign of life.
+        heartbeat: Unix seconds of the coordinator's last heartbeat.
         stopped_because: reason why the run stopped, is stopping, or is lost; None while it continues.
         config: the resolved configuration.
     """

@@ -101,7 +101,7 @@ def test_compiled_updates_are_those_of_the_same_program_uncompiled(kind: type[DQ
         np.testing.assert_allclose(priorities, same_priorities, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [DQN, NonDistributionalRainbow, SAC])
+@pytest.mark.parametrize("kind", [DQN, pytest.param(NonDistributionalRainbow, marks=pytest.mark.long), SAC])
 def test_it_is_compiled_once(kind: type[OffPolicyAlgorithm]) -> None:
     """Counters in the batch, beta, and an evaluation between two updates do not cause a recompilation."""
     box = kind is SAC
@@ -145,7 +145,7 @@ def test_a_compiled_gradient_of_soft_actor_critic_is_the_uncompiled_one() -> Non
     assert not results["loss"].requires_grad
 
 
-@pytest.mark.parametrize("observes", ["image", "discrete"])
+@pytest.mark.parametrize("observes", [pytest.param("image", marks=pytest.mark.long), "discrete"])
 def test_gradients_lie_in_memory_as_their_parameters(observes: str) -> None:
     """A fused optimizer reads both in memory order, which would differ for channels-last images."""
     environment = toy(observes=observes)
@@ -199,6 +199,7 @@ def test_noise_is_drawn_anew_by_every_compiled_update(kind: type[DQN]) -> None:
     assert len(set(losses)) == 4
 
 
+@pytest.mark.long
 def test_bfloat16_compiled_is_bfloat16_uncompiled() -> None:
     batches = [random_batch(8, seed=seed) for seed in range(2)]
     options = {"learning_rate": 0.1, "optimizer": "sgd", "hidden_sizes": [64]}
@@ -227,6 +228,7 @@ def test_a_copy_compiles_for_itself() -> None:
     assert all(torch.equal(one, other) for one, other in zip(original, clone_parameters(module), strict=True))
 
 
+@pytest.mark.long
 def test_it_compiles_anew_for_another_fit_in_another_thread() -> None:
     """PyTorch's compiler settings are local to a thread."""
     module = small(DQN, CARTPOLE, compile_updates=True)

@@ -200,7 +200,7 @@ def test_no_batch_is_torn_while_another_process_writes(started: Callable[..., Re
         ]
         client = ShardedReplayClient(router, replay_shards)
     writer = _Writer.remote()
-    writing = writer.run.remote(client, 1_500)
+    writing = writer.run.remote(client, 600)
     seen: list[Array] = []
     while not ray.wait([writing], timeout=0)[0] or len(seen) < 50:
         reply = client.sample(2, 32)
@@ -208,7 +208,7 @@ def test_no_batch_is_torn_while_another_process_writes(started: Callable[..., Re
         assert reply.batch is not None
         assert_numbered(reply.batch, 4, 1)
         seen.append(reply.batch.ids)
-    assert ray.get(writing) == 1_500
+    assert ray.get(writing) == 600
     assert max(ids.max() for ids in seen) > min(ids.min() for ids in seen) + 256, "the ring wrapped around"
     shared = client._shared_frames if shards == 1 else client._shard_frames[0]  # type: ignore[attr-defined]
     assert shared._reader is not None, "the client read the frames from shared memory"

@@ -1,4 +1,4 @@
-"""Real runs that are stopped: by `squall stop`, SIGINT, and SIGTERM."""
+"""Real runs that are stopped: by SIGINT and SIGTERM."""
 
 from __future__ import annotations
 
@@ -7,24 +7,11 @@ import signal
 import time
 
 import pytest
-import torch
 
 from services.store.sqlite import SQLiteRunStore
-from tests.services.running import LONG, Start, squall
+from tests.services.running import LONG, Start
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-def test_stop_ends_a_run_in_order(start: Start) -> None:
-    run = start("stopped", *LONG)
-    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
-    assert squall(run.home, "stop", "stopped").returncode == 0
-    summary = run.finish(15)
-    assert summary["stopped_because"] == "stopped"
-    saved = torch.load(run.home / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == summary["updates"]
-    assert run.status()["state"] == "finished"
-    assert run.leftovers(2) == []
 
 
 def test_interrupt_stops_in_order_within_ten_seconds(start: Start) -> None:

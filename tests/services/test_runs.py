@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from subprocess import PIPE, Popen
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
 
-from services.store.remote_control import command
-from services.store.sqlite import SQLiteRunStore
-from tests.services.running import LONG, ON_POLICY, SMALL, Start, squall
+from tests.services.running import LONG, ON_POLICY, SMALL, SQUALL, Run, Start, environment, squall
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -20,9 +20,30 @@ AT_ITS_RETURN = (
 )  # fmt: skip
 
 
-def test_a_run_ends_by_itself_and_says_how_it_went(start: Start, tmp_path: Path) -> None:
-    run = start("small", *SMALL, "--steps", "4000", "--actors", "3")
-    status = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+class Finished(NamedTuple):
+    """A run that has ended, with what others saw of it while it was running."""
+
+    run: Run
+    status: dict[str, Any]
+    summary: dict[str, Any]
+    watched: tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def finished(start_for_module: Start) -> Finished:
+    run = start_for_module("small", *SMALL, "--steps", "4000", "--actors", "3")
+    status = run.wait_for(lambda s: s["state"] == "running")
+    with Popen(
+        [*SQUALL, "watch", "small", "--json"], env=environment(run.home), stdout=PIPE, stderr=PIPE, text=True
+    ) as watch:
+        status = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+        summary = run.finish(240)
+        out, err = watch.communicate(timeout=60)
+    return Finished(run, status, summary, (watch.returncode, out, err))
+
+
+def test_a_run_ends_by_itself_and_says_how_it_went(finished: Finished) -> None:
+    run, status, summary, _ = finished
     roles = [(process["role"], process["index"]) for process in status["processes"]]
     assert roles == [
         ("coordinator", 0), ("weights", 0), ("replay", 0), ("learner", 0),
@@ -33,7 +54,6 @@ def test_a_run_ends_by_itself_and_says_how_it_went(start: Start, tmp_path: Path)
     assert len(set(pids)) == len(pids)
     assert status["processes"][0]["pid"] == run.process.pid
 
-    summary = run.finish(240)
     assert summary["stopped_because"] == "steps"
     assert 4000 <= summary["env_steps"] <= 4000 + 3 * 64
     wanted = 64 * 1.0
@@ -43,7 +63,7 @@ def test_a_run_ends_by_itself_and_says_how_it_went(start: Start, tmp_path: Path)
     assert summary["eval_return_mean"] > 5
     assert run.leftovers() == []
 
-    folder = tmp_path / "runs" / "small"
+    folder = run.home / "small"
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert yaml.safe_load((folder / "config.yaml").read_text())["hyperparameters"]["warm_start_size"] == 500
     assert list((folder / "tensorboard").glob("events*"))
@@ -51,15 +71,15 @@ def test_a_run_ends_by_itself_and_says_how_it_went(start: Start, tmp_path: Path)
     assert saved["global_step"] == summary["updates"]
     assert (folder / "checkpoints" / "best.ckpt").exists()
 
-    listed = json.loads(squall(tmp_path / "runs", "runs", "--json").stdout)
+    listed = json.loads(squall(run.home, "runs", "--json").stdout)
     assert [(row["name"], row["state"]) for row in listed] == [("small", "finished")]
-    scores = json.loads(squall(tmp_path / "runs", "evaluate", "small", "--episodes", "3", "--json").stdout)
+    scores = json.loads(squall(run.home, "evaluate", "small", "--episodes", "3", "--json").stdout)
     assert scores["episodes"] == 3
     assert scores["return_min"] <= scores["return_mean"] <= scores["return_max"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("actors", [1, 4])
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_pong_keeps_the_ratio_and_stores_each_frame_once(start: Start, actors: int) -> None:
     shape = ("--actors", str(actors), "--envs-per-actor", "2", "--steps", "3500")
     sets = ("--set", "warm_start_size=1500", "--set", "final_eval_episodes=1", "--set", "eval_every=0")
@@ -88,26 +108,10 @@ def test_an_on_policy_run_trains_on_each_step_once(start: Start) -> None:
     assert run.leftovers() == []
 
 
-def test_a_run_writes_a_checkpoint_when_it_is_asked_to(start: Start) -> None:
-    run = start("asked", *LONG, "--actors", "1", "--set", "eval_every=0", "--set", "checkpoint_every=1000000")
-    run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
-    with SQLiteRunStore(run.home / "squall.db") as store:
-        answer = command(store, "asked", "checkpoint")
-    saved = torch.load(answer["checkpoint"], weights_only=True)
-    assert saved["global_step"] > 0
-    assert answer["weights_version"] > 0
-    assert squall(run.home, "stop", "asked").returncode == 0
-    summary = run.finish(30)
-    assert summary["updates"] >= saved["global_step"]
-    assert run.leftovers() == []
-
-
-def test_a_run_is_watched_from_elsewhere(start: Start) -> None:
-    run = start("watched", *SMALL, "--steps", "2500", "--actors", "1")
-    run.wait_for(lambda s: s["state"] == "running")
-    watched = squall(run.home, "watch", "watched", "--json", timeout=240)
-    assert watched.returncode == 0, watched.stderr
-    updates = [json.loads(line) for line in watched.stdout.splitlines()]
+def test_a_run_is_watched_from_elsewhere(finished: Finished) -> None:
+    returncode, out, err = finished.watched
+    assert returncode == 0, err
+    updates = [json.loads(line) for line in out.splitlines()]
     assert len(updates) > 2
     steps = [update["env_steps"] for update in updates if "env_steps" in update]
     assert steps == sorted(steps)
@@ -115,13 +119,17 @@ def test_a_run_is_watched_from_elsewhere(start: Start) -> None:
     events = [event["text"] for update in updates for event in update["events"]]
     assert len(events) == len(set(events))
     assert any("has all its steps" in text for text in events)
-    run.finish(10)
 
 
-def test_a_run_ends_at_its_return(start: Start) -> None:
-    """Every episode of CartPole lasts more than five steps, so the first evaluation reaches the goal."""
-    run = start("goal", *AT_ITS_RETURN)
-    summary = run.finish(120)
+@pytest.fixture(scope="module")
+def at_its_return(start_for_module: Start) -> tuple[Run, dict[str, Any]]:
+    """A run that ended at its return, and its summary: each CartPole episode lasts more than five steps."""
+    run = start_for_module("goal", *AT_ITS_RETURN)
+    return run, run.finish(120)
+
+
+def test_a_run_ends_at_its_return(at_its_return: tuple[Run, dict[str, Any]]) -> None:
+    run, summary = at_its_return
     assert summary["stopped_because"] == "return"
     assert 600 <= summary["env_steps"] < 1_000_000
     assert summary["eval_episodes"] == 3
@@ -139,11 +147,12 @@ def test_a_run_ends_at_its_return(start: Start) -> None:
     assert "run 'goal' has reached a mean return of 5 already" in refused.stderr
 
 
-@pytest.mark.slow
-def test_a_run_that_ended_at_its_return_goes_on_without_one(start: Start) -> None:
-    summary = start("goal", *AT_ITS_RETURN).finish(120)
+def test_a_run_that_ended_at_its_return_goes_on_without_one(
+    start_for_module: Start, at_its_return: tuple[Run, dict[str, Any]]
+) -> None:
+    _, summary = at_its_return
     steps = str(summary["env_steps"] + 1500)  # the empty replay is filled with 500 steps before updates continue
-    again = start("goal", "--resume", "goal", "--set", "stop_at_return=null", "--steps", steps).finish(120)
+    again = start_for_module("goal", "--resume", "goal", "--set", "stop_at_return=null", "--steps", steps).finish(120)
     assert again["stopped_because"] == "steps"
     assert again["updates"] > summary["updates"]
 

@@ -29,7 +29,7 @@ from tests.replay.sharding.local_replay import (
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 6))
 def test_the_ratio_is_that_of_one_limiter_however_pushes_overtake_each_other(
     seed: int, shards: int, workers: int

@@ -1,16 +1,20 @@
-"""Real runs that are scaled while they run: by command, automatically, and with workers that are pending or stuck."""
+"""Real runs that receive commands, and workers that are added automatically, pending, or stuck."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from typing import Any
 
 import pytest
+import torch
 
-from tests.services.running import LONG, SMALL, Start, squall
+from services.store.remote_control import command
+from services.store.sqlite import SQLiteRunStore
+from tests.services.running import LONG, SMALL, Run, Start, squall
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -19,9 +23,26 @@ def workers_of(status: dict[str, Any]) -> list[tuple[int, str]]:
     return [(p["index"], p["state"]) for p in status["processes"] if p["role"] == "worker"]
 
 
-def test_a_run_is_scaled_up_and_down_while_it_runs(start: Start) -> None:
-    run = start("scaled", *LONG, "--set", "eval_every=0", "--actors", "2")
+@pytest.fixture(scope="module")
+def live(start_for_module: Start) -> Run:
+    """A run that the first tests of this module command, one after the other; the last of them stops it."""
+    run = start_for_module(
+        "scaled", *LONG, "--set", "eval_every=0", "--set", "checkpoint_every=1000000", "--actors", "2"
+    )
     run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
+    return run
+
+
+def test_a_run_writes_a_checkpoint_when_it_is_asked_to(live: Run) -> None:
+    with SQLiteRunStore(live.home / "squall.db") as store:
+        answer = command(store, live.name, "checkpoint")
+    saved = torch.load(answer["checkpoint"], weights_only=True)
+    assert saved["global_step"] > 0
+    assert answer["weights_version"] > 0
+
+
+def test_a_run_is_scaled_up_and_down_while_it_runs(live: Run) -> None:
+    run = live
     answer = json.loads(squall(run.home, "scale", "scaled", "--actors", "4", "--json").stdout)
     assert answer == {"run": "scaled", "actors": 4, "before": 2}
     up = run.wait_for(lambda s: [index for index, state in workers_of(s) if state == "running"] == [0, 1, 2, 3])
@@ -38,11 +59,20 @@ def test_a_run_is_scaled_up_and_down_while_it_runs(start: Start) -> None:
     refused = squall(run.home, "scale", "scaled", "--actors", "0")
     assert refused.returncode == 1
     assert "actors must be auto or a whole number from 1 to" in refused.stderr
+
+
+def test_stop_ends_a_run_in_order(live: Run) -> None:
+    run = live
+    workers = len(workers_of(run.status()))
     assert squall(run.home, "stop", "scaled").returncode == 0
-    summary = run.finish(30)
-    assert summary["actors"] == 2
+    summary = run.finish(15)
+    assert summary["stopped_because"] == "stopped"
+    assert summary["actors"] == workers
     assert summary["samples_per_insert"] == pytest.approx(64, rel=0.05)
-    assert run.leftovers() == []
+    saved = torch.load(run.home / "scaled" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == summary["updates"]
+    assert run.status()["state"] == "finished"
+    assert run.leftovers(2) == []
     ended = squall(run.home, "scale", "scaled", "--actors", "3")
     assert ended.returncode == 1
     assert "finished" in ended.stderr
@@ -70,9 +100,11 @@ def test_no_step_is_lost_or_counted_twice_from_2_workers_to_5_to_1_with_a_shard_
     assert summary["samples_per_insert"] == pytest.approx(64, rel=0.05)
     assert 0 < summary["replay_size"] <= summary["env_steps"]
     status = json.loads(squall(run.home, "status", "divided", "--events", "200", "--json").stdout)
-    left = [text.split("left, with everything sent: ") for e in status["events"] if "left, with" in (text := e["text"])]
-    assert sorted(worker for worker, _ in left) == ["worker-1 ", "worker-2 ", "worker-3 ", "worker-4 "]
-    sent = [int(steps.removesuffix(" steps").replace(",", "")) for _, steps in left]
+    # On a busy machine a worker may leave with steps that were not taken within its deadline.
+    pattern = re.compile(r"(worker-\d) left, with (?:everything sent: )?([\d,]+) steps")
+    left = {match[1]: int(match[2].replace(",", "")) for e in status["events"] if (match := pattern.match(e["text"]))}
+    assert sorted(left) == ["worker-1", "worker-2", "worker-3", "worker-4"]
+    sent = list(left.values())
     assert min(sent) > 0
     total = sum(sent) + next(p["steps_sent"] for p in status["processes"] if p["name"] == "worker-0")
     # The reply to the last worker's last push, 16 rows of 4 environments, may not have arrived.
