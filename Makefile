@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN    := .venv/bin
-USER   := .venv/.squall-installed
+BASE   := .venv/.squall-installed
 DEV    := .venv/.squall-dev-installed
 DOCS   := .venv/.squall-docs-installed
 comma  := ,
@@ -17,14 +17,14 @@ pytest = $(BIN)/python -m pytest $(1) -m "$(2)" $(ARGS) || [ $$? = 5 ]
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(USER) ## install Squall into .venv, with pinned dependencies
+setup: $(BASE) ## install Squall into .venv, with pinned dependencies
 
-train: $(USER) ## train DQN on CartPole-v1; SEED=1, ARGS="--actors 4"
+train: $(BASE) ## train DQN on CartPole-v1; SEED=1, ARGS="--actors 4"
 	$(BIN)/squall train dqn CartPole-v1 $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 test: $(DEV) ## run the tests; FAST=1 skips the slow ones; ARGS="-k replay"
 	$(call pytest,-n $(JOBS) --dist loadfile,not slow and not ray and not long)
-	$(call pytest,,not long and $(if $(filter 1,$(FAST)),ray and not slow,(slow or ray)))
+	$(call pytest,$(RAY_JOBS),not long and $(if $(filter 1,$(FAST)),ray and not slow,(slow or ray)))
 
 test-long: $(DEV) ## run the tests that `make test` leaves out: they take long and rarely fail
 	$(BIN)/python -m pytest -m long $(ARGS)
@@ -81,11 +81,11 @@ endef
 		{ echo "setup: $(PYTHON) cannot create virtual environments; install its venv package (python3-venv on Debian and Ubuntu)" >&2; exit 1; }
 	@"$(PYTHON)" -m venv .venv
 
-$(USER): pyproject.toml constraints.txt | .venv/bin/python
+$(BASE): pyproject.toml constraints.txt | .venv/bin/python
 	$(call install,cluster,Squall and its dependencies into .venv,this takes one or two minutes)
 
-$(DEV): $(USER)
+$(DEV): $(BASE)
 	$(call install,cluster$(comma)dev,the tools of tests and checks into .venv,this takes half a minute)
 
-$(DOCS): $(USER)
+$(DOCS): $(BASE)
 	$(call install,cluster$(comma)docs,the tools of the documentation into .venv,this takes a few seconds)

@@ -2,7 +2,7 @@
 
     from squall import DQN, SquallClient
 
-Nothing heavy is imported with this module: PyTorch, Lightning or gRPC come with the first name that needs them.
+This module imports nothing heavy. PyTorch, Lightning, and gRPC are imported with the first name that needs them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from services.client.experience_client import ExperienceClient as ExperienceClient
     from services.client.run_client import SquallClient as SquallClient
 
-_HOMES = {
+_MODULES = {
     "EnvironmentSpec": "actors.environments",
     "DQN": "learner",
     "PERDQN": "learner",
@@ -49,13 +49,13 @@ _HOMES = {
     "SquallClient": "services.client.run_client",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'squall' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
     return value
 
 

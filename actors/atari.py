@@ -49,8 +49,8 @@ class RenderedAtari(AtariVectorEnv):
     """A native Atari vector environment with a `render` method.
 
     The native environment keeps only small gray frames. Therefore a second environment, whose observations are the
-    full color screen, runs beside it with the same seeds and the same actions. The size, color, and stacking of
-    observations do not affect the emulator, so both play the same game. Each step checks that they do.
+    full color screen, runs in parallel with the same seeds and the same actions. The size, color, and stacking of
+    observations do not affect the emulator, so both environments play the same game. Each step checks this.
     """
 
     def __init__(self, game: str, num_envs: int, *, frameskip: int, **arguments: Any) -> None:

@@ -75,7 +75,7 @@ class EnvironmentSpec:
         observation_count: n of a Discrete observation space, else None.
         arguments: keyword arguments for the environment's constructor.
         search_path: folders appended to `sys.path` before the id's module is imported.
-        description: text of both spaces.
+        description: the observation space and the action space as text.
     """
 
     id: str | None
@@ -153,7 +153,7 @@ def specify(
 ) -> EnvironmentSpec:
     """Return the specification of an environment.
 
-    An id is specified by making the environment once.
+    For an id, the environment is made once, to read its spaces.
 
     Args:
         environment: a Gymnasium id, also in the form `module:EnvId-v0`; or a specification, which is returned
@@ -284,7 +284,7 @@ def _check_render_modes(name: str, env: VectorEnv[Any, Any, Any]) -> None:
 
 
 class SingleEnvironment(gym.Env[Any, Any]):
-    """A single environment that behaves as one lane of the vector environment of the rollout workers."""
+    """A single environment, preprocessed like one lane of a rollout worker's vector environment."""
 
     def __init__(self, spec: EnvironmentSpec, seed: int | None = None) -> None:
         """Make the environment; `seed` is used by the first reset if that reset gets no seed."""

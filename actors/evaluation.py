@@ -58,7 +58,7 @@ def run_episodes(
         policy: selects the actions, in a new environment made from the policy's specification.
         episodes: number of episodes, positive.
         seed: seed of the environments and of the policy.
-        lanes: number of lanes; None selects it automatically.
+        lanes: number of lanes; None selects one for each episode, at most 8.
         greedy: whether to take the best actions instead of exploring.
         video: recorder of the episodes; recording does not change them.
 
@@ -90,12 +90,12 @@ def run_episodes(
                 if len(results[lane]) < quota[lane]:
                     results[lane].append(result)
             vector_steps += 1
-            # An episode of n steps takes n + 1 vector steps, because of the reset.
+            # An episode of n steps takes n + 1 vector steps, because the reset is a vector step too.
             if vector_steps > (LONGEST_EPISODE + 1) * quota[0]:
                 raise EnvironmentFailed(f"an episode did not end within {LONGEST_EPISODE:,} steps; set a time limit")
     finally:
         runner.close()
-    return tuple(result for of_lane in results for result in of_lane)
+    return tuple(result for lane_results in results for result in lane_results)
 
 
 class Evaluator:

@@ -171,7 +171,7 @@ def make_torso(
         ConfigurationError: hidden_sizes is empty or has a width that is not positive, or the activation is unknown.
     """
     if not hidden_sizes or min(hidden_sizes) < 1:
-        raise ConfigurationError(f"hidden_sizes must name at least one positive width, got {list(hidden_sizes)}")
+        raise ConfigurationError(f"hidden_sizes must be one or more positive widths, got {list(hidden_sizes)}")
     if activation not in ACTIVATIONS:
         raise ConfigurationError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if environment.is_image:
@@ -188,7 +188,7 @@ def _vector_torso(environment: EnvironmentSpec, hidden_sizes: Sequence[int], **o
 def in_full_precision(head: nn.Module, features: Tensor) -> Tensor:
     """Return `head(features)`, computed in float32 even inside autocast.
 
-    A head is cheap, and small differences between values matter, but bfloat16 has steps of about 0.01 near 1.0.
+    Small differences between values matter, and bfloat16 resolves only about 0.01 near 1.0. A head in float32 is cheap.
     """
     output: Tensor
     if torch.is_autocast_enabled(features.device.type):
@@ -250,7 +250,7 @@ class Critics(nn.Module):
 class ParallelLinear(nn.Module):
     """`count` linear layers, computed as one batched product.
 
-    Each layer is initialized as `nn.Linear` is.
+    Each layer is initialized like `nn.Linear`.
     """
 
     def __init__(self, count: int, inputs: int, outputs: int) -> None:
@@ -342,7 +342,7 @@ class QNetwork(nn.Module):
             actions: number of discrete actions.
             hidden_sizes: widths of the torso's dense layers, see `make_torso`.
             dueling: whether the head is dueling.
-            noise: noise of the head's layers, see `NoisyLinear`; None means that they have no noise.
+            noise: noise of the head's layers, see `NoisyLinear`; None for no noise.
             normalize: see `make_torso`.
             activation: see `make_torso`.
         """

@@ -79,7 +79,7 @@ class OnPolicyWorker(RolloutWorker):
                 episodes = []
 
     def _release(self) -> None:
-        # A server that does not answer has lost the permits with its other state; the coordinator revokes them too.
+        # The server need not answer: a dead server has lost the permits, and the coordinator revokes them as well.
         with contextlib.suppress(DeadlineExceeded):
             self._queue.revoke(self.worker, self.incarnation, seconds=_SECONDS_TO_REVOKE)
 
@@ -90,7 +90,8 @@ class OnPolicyWorker(RolloutWorker):
     def _begin_trajectories(self, builder: TrajectoryBuilder) -> bool:
         """Wait for permits and their weights, then assign the permits to lanes; return False if that failed.
 
-        A whole episode begins at a reset, so all lanes are reset, including lanes inside an episode without a permit.
+        A whole episode begins at a reset, so all lanes are reset, including lanes that are inside an episode but
+        have no permit.
         """
         started = time.monotonic()
         reply = self._queue.request_permits(self.worker, self.incarnation, self.spec.num_envs, stop=self._stop)

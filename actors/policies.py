@@ -73,7 +73,7 @@ class PolicySpec:
         hidden_sizes: widths of the torso's dense layers.
         exploration: epsilon schedule of an epsilon-greedy policy.
         dueling: whether action values are split into state value and advantages.
-        noise: noise of the head's layers, "factorised" or "independent"; None means that they have no noise.
+        noise: noise of the head's layers, "factorised" or "independent"; None for no noise.
         normalize: whether vector observations are normalized by running statistics.
         activation: activation of the dense layers, "relu" or "tanh".
         random_steps: environment steps, over all workers, during which a squashed Gaussian policy samples actions

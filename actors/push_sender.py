@@ -34,7 +34,7 @@ class PushSender:
         env_steps: environment steps of the run, from all workers, as of the last reply.
         accepted: number of accepted pushes.
         steps_submitted: steps in all pushes that `put` received.
-        steps_sent: steps in the pushes that the replay server accepted, now or before.
+        steps_sent: steps in the pushes that the replay server has accepted or has acknowledged as repeated.
         seconds_waited: seconds that `put` has blocked.
         finished: whether the run has all its steps.
     """

@@ -55,8 +55,8 @@ class RolloutSpec:
         clip_rewards: whether the learner sees rewards clipped to [-1, 1]; episode returns are never clipped.
         run_seed: the run's seed.
         trajectory_rows: rows in an on-policy trajectory; None means that a trajectory is a whole episode.
-        track_return_statistics: whether pushes carry the moments of discounted returns, by which the learner may
-            scale rewards.
+        track_return_statistics: whether pushes contain the moments of the discounted returns, which the learner needs
+            to normalize rewards.
     """
 
     policy: PolicySpec
@@ -197,7 +197,7 @@ class RolloutWorker:
         return self.report()
 
     def _release(self) -> None:
-        """Release what this worker holds on the server, after the last push."""
+        """Release this worker's resources on the server, such as permits, after the last push."""
 
     def _wait_for_weights(self) -> None:
         deadline = time.monotonic() + _SECONDS_FOR_FIRST_WEIGHTS
@@ -210,7 +210,7 @@ class RolloutWorker:
         self._waiting_for = None
 
     def _poll_weights(self) -> bool:
-        """Load newer weights if they have arrived; return whether they had."""
+        """Load newer weights if they have arrived; return whether new weights were loaded."""
         weights = self._weights.poll()
         if weights is not None:
             unpack(weights, self._policy)

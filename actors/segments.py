@@ -31,7 +31,7 @@ class SegmentBuilder:
         """
         self.layout, self.lanes, self.gamma = layout, lanes, gamma
         rows = layout.max_segment_frames
-        self._lead = layout.stack - 1  # frames before a segment's first row that its stacks need
+        self._lead = layout.stack - 1  # frames before a segment's first row, for the stacks of its first rows
         self._frames = np.zeros((rows, lanes, *layout.frame_shape), layout.frame_dtype)
         self._age = np.zeros((rows, lanes), np.uint8)
         self._action = np.zeros((rows, lanes, *layout.action_shape), layout.action_dtype)
@@ -70,8 +70,8 @@ class SegmentBuilder:
             terminated: `[B]` bool.
             truncated: `[B]` bool.
             observation: `[B, *observation_shape]`, of the next row.
-            failed: `[B]` bool, lanes whose environment failed in this step. They must be marked as truncated. Their
-                unsent steps are dropped, including this one.
+            failed: `[B]` bool, lanes whose environment failed in this step; `truncated` must be True for these lanes.
+                Their unsent steps, including this step, are dropped.
         """
         row, after_end = self._rows - 1, self._after_end
         self._action[row] = action

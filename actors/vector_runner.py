@@ -25,7 +25,7 @@ class VectorStep:
         observation: `[B, *observation_shape]`, after the step.
         failed: `[B]` bool, lanes whose step failed, so that their environment was recreated.
         failures: texts of the failures, in steps and in resets.
-        steps: number of environment steps: B without the lanes that failed or that only reset after an episode's end.
+        steps: number of environment steps: B minus the lanes that failed, or that were only reset after an episode.
         episodes: `(lane, result)` of each episode that ended.
     """
 
@@ -48,9 +48,9 @@ class VectorRunner:
         environment: specification of the environment.
         lanes: number of lanes.
         env: the vector environment.
-        returns: moments of the discounted returns `G_t = gamma G_{t-1} + r_t` over all steps, if they are tracked.
-            Rewards may be scaled by their standard deviation, as OpenAI Baselines' `VecNormalize` does. A caller that
-            sends the moments on resets them.
+        returns: moments of the discounted returns `G_t = gamma G_{t-1} + r_t` over all steps, if they are tracked. The
+            learner may divide rewards by the standard deviation of these returns, as OpenAI Baselines' `VecNormalize`
+            does. The caller reads the moments and resets this attribute.
     """
 
     def __init__(

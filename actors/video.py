@@ -65,7 +65,7 @@ class Video:
         self._rate = Fraction(_FRAMES_PER_SECOND)
         self._frames_per_lane = MAX_FRAMES
         self._current: dict[int, _EncodedEpisode] = {}  # lane -> its episode in progress
-        self._finished: list[list[_EncodedEpisode]] = []  # of each lane
+        self._finished: list[list[_EncodedEpisode]] = []  # finished episodes of each lane
 
     def __enter__(self) -> Video:
         """Create the temporary file.
@@ -123,7 +123,7 @@ class Video:
             env: the rendered environment.
             lanes: lanes to record.
             ended: lanes whose episode ended with this step.
-            failed: lanes whose environment was recreated; their current episode is dropped.
+            failed: lanes whose environment was recreated; the current episode of these lanes is dropped.
 
         Raises:
             EnvironmentFailed: the environment cannot be rendered.
@@ -175,7 +175,7 @@ class Video:
 
         with self._partial.open("wb") as file, av.open(file, "w", format="mp4") as container:
             stream, offset = None, 0
-            for episode in (episode for of_lane in self._finished for episode in of_lane):
+            for episode in (episode for episodes in self._finished for episode in episodes):
                 with av.open(episode.file, "r") as encoded:
                     source = encoded.streams.video[0]
                     stream = stream or container.add_stream_from_template(source)

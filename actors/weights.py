@@ -1,7 +1,7 @@
 """Versioned weights: the weights as one contiguous array, the weight store, and the client that fetches them.
 
-Weights are the state of a policy: its parameters and persistent buffers. They carry a hash of their layout, so that
-weights of a different network are rejected instead of loaded.
+Weights are the state of a policy: its parameters and persistent buffers. They include a hash of the tensors' names,
+shapes, and dtypes, so that weights of a different network are rejected instead of loaded.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def unpack(weights: Weights, module: nn.Module) -> None:
 
     if weights.layout != parameters_hash(module):
         raise LayoutMismatch(
-            f"the weights (layout {weights.layout}) do not fit this network (layout {parameters_hash(module)})"
+            f"the weights (hash {weights.layout}) do not fit this network (hash {parameters_hash(module)})"
         )
     offset = 0
     with torch.no_grad():
@@ -121,7 +121,7 @@ class WeightStore:
         return self._stored
 
     def report(self) -> dict[str, Any]:
-        """Return the stored version, and this process's id and node."""
+        """Return the version of the stored weights, and this process's id and node."""
         return {"version": self._version, "pid": os.getpid(), "node": socket.gethostname()}
 
 

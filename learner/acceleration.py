@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learner.algorithms.algorithm import Algorithm
 
-# M_ARENA_MAX, M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD of glibc, the last with its maximum; see mallopt(3).
+# M_ARENA_MAX, M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD of glibc, the last one at its maximum; see mallopt(3).
 _MALLOPT_SETTINGS = ((-8, 1), (-1, 2**30), (-3, 2**25))
 _PRECISION_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
 _FAST_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private functions of torch.cpu
@@ -23,8 +23,8 @@ _FAST_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # priv
 def keep_freed_memory() -> None:
     """Make glibc keep the memory that this process frees. Has no effect with other C libraries.
 
-    Each update frees and allocates the same large activations. By default glibc returns such memory to the kernel at
-    once, and the kernel must clear every page again: 2,600 page faults per update of Nature's network, a sixth of the
+    Each update frees and allocates the same large activations. By default, glibc immediately returns such memory to the
+    kernel, and the kernel must clear every page again: 2,600 page faults per update of the Nature CNN, a sixth of the
     update's time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -61,8 +61,9 @@ def trainer_precision(name: str, module: Algorithm, *, gpu: bool | None = None) 
 class BarePrecision(Precision):
     """Single precision without the hooks around `backward` and the optimizer's step.
 
-    Callbacks are not called either, and gradients are not clipped, which Lightning never does in manual optimization.
-    The learner process has no such callbacks; for small networks, the skipped calls take a twentieth of an update.
+    The corresponding hooks of callbacks are not called either. Gradients are not clipped, but Lightning never clips
+    gradients in manual optimization. The learner process has no callbacks with these hooks. For small networks, the
+    skipped calls take a twentieth of an update.
     """
 
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]

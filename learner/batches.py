@@ -89,7 +89,7 @@ class TrajectoryBatch(NamedTuple):
         discount: `[U, T]` discounts: gamma, or 0 where a step terminated.
         valid: `[U, T]` bool, see `Trajectory`.
         log_probability: `[U, T]` log-probabilities of the actions under the behavior policy.
-        version: version of the oldest weights that took these actions.
+        version: version of the oldest weights that selected these actions.
     """
 
     observation: Tensor
@@ -102,7 +102,7 @@ class TrajectoryBatch(NamedTuple):
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
-        """Return copies of trajectories, padded to the longest."""
+        """Return copies of trajectories, padded to the length of the longest one."""
         rows = max(len(trajectory.action) for trajectory in trajectories)
 
         def stacked(name: str, length: int) -> Tensor:
@@ -130,7 +130,7 @@ class TrajectoryBatch(NamedTuple):
         return self.observation[:, :-1][self.valid]
 
     def split(self) -> list[TrajectoryBatch]:
-        """Return this batch, which is the batch of one update."""
+        """Return this batch alone, because one update uses the whole batch."""
         return [self]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TrajectoryBatch:

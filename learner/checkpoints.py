@@ -39,7 +39,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # which exception depends on the bytes that are unpickled
+    except Exception as error:  # the type of the exception depends on the bytes that are unpickled
         raise ConfigurationError(f"{path} is not a Squall checkpoint: {error}") from error
     if not (isinstance(content, dict) and "algorithm" in content.get("squall", ())):
         raise ConfigurationError(f"{path} is not a Squall checkpoint")

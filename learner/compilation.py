@@ -36,7 +36,7 @@ def compile_backward(losses: LossFunction, parameters: Sequence[nn.Parameter]) -
     """Return a function that stores the gradients of a batch's loss in `parameters` and returns the detached results.
 
     The first call compiles the function, which takes 3 to 15 seconds; PyTorch caches compiled programs on disk. The
-    function uses another sequence of random numbers than the uncompiled one; the results agree up to rounding.
+    results are those of `losses` up to rounding, except that random numbers come from another sequence.
 
     Args:
         losses: function that returns tensors by name, among them the scalar `loss`. It may read tensors of the batch
@@ -51,9 +51,10 @@ def compile_backward(losses: LossFunction, parameters: Sequence[nn.Parameter]) -
     from torch._inductor.exc import CppCompileError, GPUTooOldForTriton, InvalidCxxCompiler, TritonMissing
 
     on_gpu = parameters[0].is_cuda
-    torch._dynamo.config.trace_autograd_ops = True  # otherwise `autograd.grad` splits the program
+    torch._dynamo.config.trace_autograd_ops = True  # otherwise `autograd.grad` splits the program in two
     if not on_gpu:
-        torch._inductor.config.compile_threads = 1  # worker processes, which stay alive, do not pay off for few kernels
+        # Worker processes would stay alive, and do not pay off for a few kernels.
+        torch._inductor.config.compile_threads = 1
 
     def differentiate(batch: TransitionBatch) -> tuple[list[Tensor], dict[str, Tensor]]:
         results = losses(batch)

@@ -1,6 +1,7 @@
 """Sized iterables of batches that feed a Trainer: generated in this process, or fetched from a server.
 
-They have a length because Lightning prefetches a batch from an iterable without one. A prefetched batch is stale.
+Each iterable has a length, because Lightning prefetches one more batch from an iterable without a length. That batch
+would be stale.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Experience(Generic[Item]):
         return self._length
 
     def on_publish(self, version: int) -> None:
-        """Handle the event that the learner published a version of its weights."""
+        """Handle the publication of a version of the learner's weights."""
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
         """Set the priorities of transitions, `[B]` each. Trajectories have no priorities."""
@@ -75,7 +76,7 @@ class LocalExperience(Experience[Item]):
         """Create the environments.
 
         Args:
-            policy: acting module; the learner's own, so that its weights are never stale.
+            policy: acting module of the learner, so that the weights are never stale.
             rollout: specification of the rollout.
             length: number of items in an epoch.
         """
@@ -161,7 +162,7 @@ class LocalTrajectories(LocalExperience[TrajectoryBatch]):
             queue: specification of the trajectory queue, which sets the number of trajectories in a batch.
             length: number of batches in an epoch.
         """
-        # More lanes than trajectories in a batch would step for nothing.
+        # With more lanes than trajectories in a batch, the steps of the additional lanes would not be used.
         rollout = replace(rollout, num_envs=min(rollout.num_envs, queue.units_per_batch))
         super().__init__(policy, rollout, length=length)
         self._units = queue.units_per_batch
@@ -334,7 +335,7 @@ class RemoteTrajectories(RemoteExperience[TrajectoryBatch]):
 
         Args:
             client: client of the trajectory server.
-            max_policy_lag: maximum number of versions that a trajectory may be older than the last published version.
+            max_policy_lag: maximum number of versions between a trajectory and the last published weights.
             length: number of batches in an epoch.
         """
         super().__init__(client, length=length, prefetch=0)
@@ -342,7 +343,7 @@ class RemoteTrajectories(RemoteExperience[TrajectoryBatch]):
         self._version = 0
 
     def on_publish(self, version: int) -> None:
-        """Send the version to the server, which from now on issues permits for it."""
+        """Send the version to the server, which issues permits only for this version from now on."""
         self._version = version
         self._client.publish(version)
 
@@ -355,5 +356,8 @@ class RemoteTrajectories(RemoteExperience[TrajectoryBatch]):
         self.returns = reply.returns
         batch = TrajectoryBatch.of(reply.trajectories)
         if batch.version < published - self._max_policy_lag:
-            raise StalePolicy(f"a trajectory of version {batch.version} arrived after {published} was published")
+            raise StalePolicy(
+                f"a trajectory of weights version {batch.version} arrived after version {published} was published; "
+                f"max_policy_lag is {self._max_policy_lag}"
+            )
         return batch

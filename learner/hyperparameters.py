@@ -1,7 +1,7 @@
 """Hyper-parameters: valid ranges, the constructor's full signature, presets, and argparse options.
 
-The constructors of an algorithm and of its base classes declare the hyper-parameters. Each constructor passes the
-arguments of its base classes on as `**kwargs`.
+The constructors of an algorithm and of its base classes declare the hyper-parameters. Each constructor accepts the
+arguments of its base classes as `**kwargs`, and passes them on.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _check_optimizer_options(optimizer: str, options: Mapping[str, Any] | None) 
     if "lr" in (options or {}):
         raise ConfigurationError("optimizer_options must not contain lr: the learning rate has its own hyper-parameter")
     try:
-        # Only the optimizer itself knows its options and their ranges.
+        # Only the optimizer knows which options it accepts, and the range of each.
         make_optimizer(optimizer, ([nn.Parameter(torch.zeros(1))], 1.0), options=options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"optimizer_options of {optimizer}: {error}") from error
@@ -98,7 +98,7 @@ class ConstructorSignature:
         """Return the signature of the class `owner`.
 
         Raises:
-            AttributeError: the attribute of an instance is requested, whose signature is that of `__call__`.
+            AttributeError: the attribute is requested from an instance; an instance has the signature of `__call__`.
         """
         if instance is not None:
             raise AttributeError("__signature__")
@@ -162,7 +162,7 @@ class ConfigurableModule(pl.LightningModule):
 def warn_unused(module: ConfigurableModule, reason: str, *names: str) -> None:
     """Warn if any of the named hyper-parameters, which have no effect in `module`, differs from its default.
 
-    To be called by the constructor of `module`: the warning points at the line that calls the constructor.
+    Call this function in the constructor of `module`: the warning points at the line that calls the constructor.
     """
     parameters = module.hyperparameter_types()
     changed = [name for name in names if module.hparams[name] != parameters[name].default]

@@ -120,7 +120,7 @@ class Learner:
         Raises:
             ConfigurationError: invalid hyper-parameters.
         """
-        gc.freeze()  # the garbage collector need not traverse the imported modules again during updates
+        gc.freeze()  # so that the garbage collector does not traverse the imported modules during updates
         keep_freed_memory()
         # If several threads of this process had OpenMP threads, there would be more threads than cores, and OpenMP's
         # threads would sleep between kernels. Therefore only `fit`, which Ray runs in its own thread, uses them.
@@ -203,7 +203,7 @@ class Learner:
         if self._updates % self.spec.checkpoint_every == 0:
             self._save_numbered()
         elif time.monotonic() > self._save_after:
-            # Bounds the time that a failure loses: an on-policy run may make few updates in total.
+            # Bound the training time that a failure loses, because an on-policy run may make few updates in total.
             self.save(Path(self.spec.checkpoints) / LAST)
 
     def on_step(self) -> None:
@@ -214,7 +214,7 @@ class Learner:
             self._trainer.should_stop = True
 
     def _serve(self) -> None:
-        """Retry to send weights that could not be sent, and serve the requests of other threads."""
+        """Retry sending weights that could not be sent, and serve the requests of other threads."""
         if self._unsent is not None and time.monotonic() > self._send_after:
             self._send(self._unsent)
         while not self._requests.empty():
@@ -256,7 +256,7 @@ class Learner:
             self._send_after = time.monotonic() + _PUBLISH_RETRY_SECONDS
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint atomically: the file never contains a part of a checkpoint."""
+        """Write a checkpoint atomically: `path` never contains an incomplete checkpoint."""
         assert self._trainer is not None
         temporary = path.with_suffix(".tmp")
         self._trainer.save_checkpoint(temporary)
@@ -295,7 +295,7 @@ class Learner:
 
         def save_and_publish() -> Weights:
             self.save(Path(self.spec.checkpoints) / name)
-            # Weights that are already published keep their version: a new version restarts on-policy experience.
+            # Weights that are already published keep their version: a new version would restart on-policy experience.
             if self._published_updates == self._updates:
                 return pack(self._module.policy, self._version)
             return self.publish()
@@ -307,7 +307,7 @@ class Learner:
         """Publish now, because the weight store was recreated; return the version."""
 
         def forget_and_publish() -> Weights:
-            # The handle is that of the store that has exited, and would accept calls without an error.
+            # The old handle would accept calls without an error, although its store has exited.
             self._weights.forget()
             self._publishing = None
             return self.publish()
@@ -325,7 +325,7 @@ class Learner:
         self._experience.interrupt()
 
     def report(self) -> LearnerReport:
-        """Return the status report that `squall status` shows."""
+        """Return the status report, which `squall status` displays."""
         waiting = self._experience.waiting_for if self._state == "learning" else None
         return LearnerReport(
             pid=os.getpid(),

@@ -1,7 +1,7 @@
 """Policy gradients: published formulas as pure functions of tensors.
 
 Trajectories are `[B, T]`, with time as the last dimension. `discount` is gamma, or 0 where a step terminated. `valid`
-is False in the row after an episode's end, which is not a step: the next row starts another episode.
+is False in the last row of an episode. That row is not a step, and the next row starts another episode.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def n_step_returns(reward: Tensor, discount: Tensor, valid: Tensor, value: Tenso
     match = reward.ndim == 2 and reward.shape == discount.shape == valid.shape
     if not match or value.shape != (reward.shape[0], reward.shape[1] + 1):
         raise ValueError(
-            f"reward, discount and valid must be [B, T] and value [B, T + 1], got {tuple(reward.shape)}, "
-            f"{tuple(discount.shape)}, {tuple(valid.shape)} and {tuple(value.shape)}"
+            f"reward, discount, and valid must be [B, T] and value [B, T + 1], got {tuple(reward.shape)}, "
+            f"{tuple(discount.shape)}, {tuple(valid.shape)}, and {tuple(value.shape)}"
         )
     returns = torch.empty_like(reward)
     following = value[:, -1]
@@ -83,5 +83,8 @@ def policy_gradient_loss(log_probability: Tensor, advantage: Tensor) -> Tensor:
         ValueError: the shapes differ; the tensors would otherwise broadcast silently.
     """
     if log_probability.shape != advantage.shape or log_probability.ndim != 1:
-        raise ValueError(f"both must be [N], got {tuple(log_probability.shape)} and {tuple(advantage.shape)}")
+        raise ValueError(
+            f"log_probability and advantage must both be [N], got {tuple(log_probability.shape)} and "
+            f"{tuple(advantage.shape)}"
+        )
     return -(log_probability * advantage.detach()).mean()

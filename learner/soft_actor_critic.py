@@ -83,7 +83,7 @@ def temperature_loss(log_alpha: Tensor, log_probability: Tensor, target_entropy:
 
 
 def polyak_update(target: Sequence[Tensor], online: Sequence[Tensor], rate: float) -> None:
-    """Move each target towards its online tensor, in place: `target = (1 - rate) * target + rate * online`.
+    """Move each target toward its online tensor, in place: `target = (1 - rate) * target + rate * online`.
 
     Raises:
         ValueError: the two lists differ in the number or the shapes of their tensors.
@@ -98,7 +98,9 @@ def polyak_update(target: Sequence[Tensor], online: Sequence[Tensor], rate: floa
 def _check_shapes(values: Tensor, *others: Tensor) -> None:
     wrong = [tuple(x.shape) for x in others if x.shape != values.shape[1:]]
     if values.ndim != 2 or wrong:
-        raise ValueError(f"values must be [C, B] and all else [B]; got values {tuple(values.shape)} beside {wrong}")
+        raise ValueError(
+            f"values must be [C, B] and all other tensors [B], got values {tuple(values.shape)} and others {wrong}"
+        )
 
 
 def _check_scalar(temperature: Tensor) -> None:

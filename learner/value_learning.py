@@ -44,7 +44,9 @@ def _check_shapes(q_tm1: Tensor, a_tm1: Tensor, r_t: Tensor, discount_t: Tensor,
     wrong = [tuple(x.shape) for x in (a_tm1, r_t, discount_t) if x.shape != batch]
     wrong += [tuple(x.shape) for x in q_t if x.shape != q_tm1.shape]
     if q_tm1.ndim != 2 or wrong:
-        raise ValueError(f"values must be [B, A] and all else [B]; got values {tuple(q_tm1.shape)} beside {wrong}")
+        raise ValueError(
+            f"values must be [B, A] and all other tensors [B], got values {tuple(q_tm1.shape)} and others {wrong}"
+        )
 
 
 def huber(error: Tensor) -> Tensor:

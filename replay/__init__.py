@@ -1,4 +1,4 @@
 """Experience replay: segments, replay tables, the trajectory queue, and their servers and clients.
 
-Nothing here imports PyTorch.
+No module of this package imports PyTorch.
 """

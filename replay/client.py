@@ -1,4 +1,4 @@
-"""Clients of the replay server and the trajectory server, which repeat a call while the server replies "wait"."""
+"""Clients of the replay server and the trajectory server. A client repeats a call while the server replies "wait"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from replay.types import Array
 
 _MIN_PAUSE, _MAX_PAUSE = 0.001, 0.05
 # Pauses as fractions of the average wait. Under a rate limiter, consecutive waits have similar lengths: a long first
-# pause saves calls whose reply can only be "wait", and short pauses after it keep the delay small.
+# pause saves calls whose reply can only be "wait", and the short pauses that follow keep the delay small.
 _FIRST_PAUSE, _NEXT_PAUSES = 0.7, 0.15
 _NEWEST_WEIGHT = 0.25  # weight of the newest wait in the moving average
 
@@ -45,7 +45,7 @@ class WaitingClient:
         `pending` is the reference to the first reply if the call was already made.
 
         Raises:
-            DeadlineExceeded: the server replied "wait" until the deadline; the message contains its last reason.
+            DeadlineExceeded: the server replied "wait" until the deadline; the message has the server's last reason.
             Exception: the exception that the server raised.
         """
         start, waiting_since, repeated = time.monotonic(), None, False
@@ -116,7 +116,7 @@ class ReplayClient(WaitingClient):
             k: number of batches.
             batch_size: transitions in each batch.
             stop: event that ends the wait.
-            ahead: whether to prefetch: send the next call with the same arguments to the server already now.
+            ahead: whether to prefetch: after the reply, also send the next call, with the same arguments.
 
         Raises:
             DeadlineExceeded: the rate limiter did not permit the sample before the deadline.
@@ -151,7 +151,10 @@ class ReplayClient(WaitingClient):
         self._prefetched.clear()
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
-        """Send new priorities without waiting; they are dropped if the server has died, because its table is lost."""
+        """Send new priorities without waiting for a reply.
+
+        If the server has died, the priorities are dropped, because the table is lost.
+        """
         try:
             self._actor.later("update_priorities", ids, priorities)
         except (*GONE, ValueError):
@@ -167,7 +170,7 @@ class TrajectoryClient(WaitingClient):
     def request_permits(
         self, worker: int, incarnation: int, count: int, *, stop: threading.Event | None = None
     ) -> PermitReply | None:
-        """Request up to `count` permits and wait until there are some; return None if `stop` is set first.
+        """Request up to `count` permits and wait until at least one is issued; return None if `stop` is set first.
 
         Raises:
             DeadlineExceeded: the server issued no permit before the deadline.
@@ -194,7 +197,7 @@ class TrajectoryClient(WaitingClient):
         return reply
 
     def revoke(self, worker: int, incarnation: int, *, seconds: float | None = None) -> None:
-        """Return a worker's unused permits to the server, within `seconds` (default: the deadline of each call).
+        """Make the server revoke a worker's unused permits, within `seconds` (default: the deadline of each call).
 
         Raises:
             DeadlineExceeded: the server did not answer in time.

@@ -2,15 +2,15 @@
 
     SquallError                 base class
     ├── ConfigurationError      invalid configuration value
-    ├── LayoutMismatch          experience that does not fit its table
+    ├── LayoutMismatch          experience that does not fit its table, or weights that do not fit their network
     ├── NotEnoughMemory         replay table larger than the available memory
     ├── DeadlineExceeded        wait that reached its deadline
     ├── EnvironmentFailed       environment that fails repeatedly
     ├── VideoFailed             video that could not be completed
     └── StalePolicy             trajectory from weights that are too old
 
-Each class defines the exit status of a command and the gRPC status code of a call that end with this error. No code
-decides by the name of an error's class or by the text of an error.
+Each class defines the exit status of a command and the gRPC status code of a call that end with this error. Code
+distinguishes errors by their class, never by the name of the class or by the text of the error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ConfigurationError(SquallError, ValueError):
 
 
 class LayoutMismatch(SquallError, ValueError):
-    """Experience whose shapes or dtypes differ from the table's layout."""
+    """Experience whose shapes or dtypes differ from the table's layout, or weights of a different network."""
 
     grpc_code = "INVALID_ARGUMENT"
 
@@ -67,4 +67,4 @@ class VideoFailed(SquallError):
 
 
 class StalePolicy(SquallError):
-    """A trajectory older than `max_policy_lag` allows, which must not be trained on."""
+    """A trajectory whose weights are older than `max_policy_lag` allows, so that no update may use it."""

@@ -31,7 +31,7 @@ _NAME = "squall-frames"
 _MAX_TORN_READS = 3  # after so many discarded batches in a row, the client requests one batch as a copy
 _COPIES_BEFORE_RETRY = 1_000  # if a ring cannot be mapped, the client requests so many copies before it tries again
 
-# The reader's check requires that writes become visible in program order, which x86 guarantees; see also `write`.
+# The reader's check requires that writes become visible in program order, which x86 guarantees; see `FrameRing.write`.
 _CAN_SHARE = sys.platform == "linux" and platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -124,7 +124,7 @@ class FrameReader:
         return batch if self._is_intact(indices) else None
 
     def _are_consecutive(self, indices: SampleIndices) -> bool:
-        """Return whether each next observation is one row after its observation."""
+        """Return whether each next observation follows its observation by exactly one frame."""
         next_row = (indices.row + 1) % self.handle.capacity
         age = np.minimum(indices.age.astype(np.int64) + 1, self.handle.layout.stack - 1)
         return bool((indices.bootstrap_row == next_row).all() and (indices.bootstrap_age == age).all())
@@ -191,7 +191,7 @@ def write_ring(ring: Array, counter: int, values: Array) -> None:
 
 
 def _map(descriptor: int, handle: SharedMemoryHandle, access: int) -> tuple[Array, Array]:
-    """Return the header and the frames of a mapping, which both arrays keep alive."""
+    """Map a ring and return its header and its frames; either array keeps the mapping alive."""
     layout = handle.layout
     mapped = mmap.mmap(descriptor, _HEADER_BYTES + handle.capacity * layout.frame_bytes, access=access)
     header = np.frombuffer(mapped, np.int64, 2)
@@ -206,7 +206,7 @@ def _gather(indices: SampleIndices, frames: Array, stack: int) -> Batch:
 
 
 def _stack_frames(frames: Array, rows: Array, ages: Array, stack: int) -> Array:
-    """Return for each row its stack of frames, with zero frames before the episode's first frame."""
+    """Return the stacks of frames that end at `rows` of the ring, with zero frames before an episode's first frame."""
     if stack == 1:
         return frames.take(rows, axis=0)
     back = np.arange(stack - 1, -1, -1)

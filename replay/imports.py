@@ -21,7 +21,7 @@ def no_collections() -> Iterator[None]:
     finally:
         if was_enabled:
             # `freeze` and `unfreeze` move all objects to the oldest generation. If the collector were enabled before,
-            # it would first traverse them as its youngest generation.
+            # the collector would first traverse these objects as its youngest generation.
             gc.freeze()
             gc.enable()
             gc.unfreeze()

@@ -25,7 +25,9 @@ class Permit:
 
 @dataclass(frozen=True)
 class Push:
-    """One message of experience from a worker. (worker, incarnation, sequence) identifies a repeated push.
+    """One message of experience from a worker.
+
+    A push is identified by (worker, incarnation, sequence), so a server can recognize a repeated push.
 
     Attributes:
         worker: index of the sending worker.
@@ -217,7 +219,9 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class ReserveReply:
-    """Reply to a worker's request to send a push; it may proceed unless `repeated`, `finished`, or `wait` is set.
+    """Reply to a worker's request to send a push.
+
+    The worker may send the push unless `repeated`, `finished`, or `wait` is set.
 
     Attributes:
         env_steps: environment steps of all workers that the run has accepted so far.

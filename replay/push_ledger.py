@@ -31,13 +31,13 @@ class PushLedger:
         self._waiting: dict[str, tuple[float, str]] = {}  # caller -> (time of the call, reason)
 
     def has_seen(self, push: Push) -> bool:
-        """Return whether this push, or a later one of the same worker, was accepted before; count it if so."""
+        """Return whether this push or a later push of the same worker has been accepted; if so, count a repeat."""
         seen = (push.incarnation, push.sequence) <= self._newest.get(push.worker, (-1, -1))
         self.repeated_pushes += seen
         return seen
 
     def has_accepted(self, push: Push) -> bool:
-        """Return whether exactly this push was accepted before; count it if so.
+        """Return whether exactly this push has been accepted; if so, count a repeat.
 
         A caller uses this method in place of `has_seen` if the pushes of a worker can reach it out of order. The ledger
         remembers the last 64 accepted pushes of each worker and treats an older push as accepted.

@@ -7,9 +7,9 @@ sample. The rate limiter maintains
 
 An insert may proceed if the upper bound still holds after it. A sample may proceed if the lower bound still holds after
 it and at least `minimum_size` items have been inserted; until then, inserts are not limited. Inserts wait for a learner
-that falls behind, and samples wait for workers that fall behind. Both can wait at once only if one insert and one
-sample together move `due` by more than twice the tolerance; `RateLimiter.for_calls` computes the least tolerance that
-rules this out.
+that falls behind, and samples wait for workers that fall behind. Inserts and samples can wait at the same time only if
+one insert and one sample together move `due` by more than twice the tolerance; `RateLimiter.for_calls` computes the
+least tolerance that rules this out.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ class RateLimiter:
             return f"experience: {self.inserts} of the first {self.minimum_size} items inserted"
         if math.isinf(self.samples_per_insert) or self.due - count >= -self.tolerance:
             return None
-        return f"experience: a sample of {count} would run {count - self.due:.0f} ahead of {self.inserts} inserts"
+        return (
+            f"experience: a sample of {count} would exceed the samples due after {self.inserts} inserts by "
+            f"{count - self.due:.0f}, more than the tolerance of {self.tolerance:.0f}"
+        )
 
     def record_insert(self, count: int) -> None:
         """Count an insert of `count` items that proceeded."""

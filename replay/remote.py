@@ -21,6 +21,7 @@ from replay.messages import Push
 
 NAMESPACE = "squall"
 GONE = (ActorDiedError, ActorUnavailableError, OwnerDiedError)
+"""Errors of a call to an actor that has died or cannot be reached."""
 _STOP_POLL_SECONDS = 0.2
 _RETRY_SECONDS = 0.2
 _MAX_INLINE_BYTES = 64 * 1024
@@ -36,7 +37,7 @@ class RemoteActor:
     """
 
     def __init__(self, name: str) -> None:
-        """Store the actor's name; the first call looks it up."""
+        """Store the actor's name; the first call looks the name up."""
         self.name = name
         self.on_forget: Callable[[], None] | None = None
         self._handle: Any = None
@@ -114,8 +115,8 @@ def actor_class(cls: type, *, max_concurrency: int = 1) -> Any:
 def lower_priority(handle: Any) -> Any:
     """Lower the CPU priority of an actor's process below the learner's, and return the actor's handle.
 
-    Once the actor has started, its threads get the niceness that Ray gives its workers by default, 15. The call has no
-    effect on a machine with enough cores for all processes.
+    Once the actor has started, its threads get a niceness of 15, the default of Ray's workers. On a machine with enough
+    cores for all processes, the priority makes no difference.
     """
     handle.__ray_call__.remote(_lower_thread_priorities)
     return handle

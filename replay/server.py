@@ -1,8 +1,8 @@
 """The replay server: the process with a replay table and its rate limiter.
 
 A call never blocks the server. If a call may not proceed, the server replies immediately with the reason to wait, and
-the client repeats the call until its deadline. A blocked call would occupy the actor, which then could not serve the
-calls that let the blocked one proceed.
+the client repeats the call until its deadline. A blocked call would occupy the actor, and the actor could not serve the
+calls that the blocked call waits for.
 """
 
 from __future__ import annotations
@@ -161,11 +161,11 @@ class ReplayServer:
             run_seed: seed of the run.
             incarnation: number of times this server was recreated.
             carried: totals of the run before this server. The rate limiter does not continue from these totals: the
-                table first refills to its minimum size, and no samples or inserts are due from before, so that no burst
-                follows.
+                table first refills to its minimum size. Samples and inserts that were due at the previous server are
+                not made up, so that no burst follows.
             highest_priority: highest priority seen since the start of the run.
             max_env_steps: number of accepted environment steps after which the run is finished. The server then rejects
-                pushes and serves sample calls only as far as samples are due.
+                pushes, and serves sample calls only while enough samples are due.
 
         Raises:
             NotEnoughMemory: the machine cannot hold the table.
@@ -194,7 +194,7 @@ class ReplayServer:
         return self._max_env_steps is not None and self._counters.env_steps >= self._max_env_steps
 
     def finish(self) -> None:
-        """Accept no more pushes; serve sample calls only as far as samples are due."""
+        """Accept no more pushes; serve sample calls only while enough samples are due."""
         self._max_env_steps = 0
 
     def insert(self, push: Push) -> InsertReply:
@@ -202,7 +202,7 @@ class ReplayServer:
 
         Raises:
             LayoutMismatch: a segment does not fit the layout; no segment of the push is inserted.
-            ValueError: the push is larger than `largest_push`, so that it might wait forever.
+            ValueError: the push is larger than `largest_push`, and could therefore wait forever.
         """
         caller = f"worker-{push.worker}"
         if self._finished:
@@ -236,7 +236,7 @@ class ReplayServer:
 
         Raises:
             ValueError: k or batch_size is not positive, or the call samples more than `batches_per_sample *
-                batch_size` transitions of the spec, so that it might wait forever.
+                batch_size` transitions of the spec, and could therefore wait forever.
         """
         count, largest = k * batch_size, self.spec.batches_per_sample * self.spec.batch_size
         if min(k, batch_size) < 1 or count > largest:

@@ -1,7 +1,7 @@
 """A sum tree with eight children per node, for prioritized sampling (Schaul et al. 2016, appendix B).
 
-Eight float64 siblings fill one cache line, so each level costs one cache line, and 2^20 leaves need seven levels below
-the root, where a binary tree needs twenty. `set` and `find` process many leaves together, level by level, so that the
+Eight float64 siblings fill one cache line, so each level costs one cache line. 2^20 leaves need seven levels below the
+root; in a binary tree they need twenty. `set` and `find` process many leaves together, level by level, so that the
 memory accesses of different leaves overlap. Each parent is recomputed as the sum of its children, never adjusted by a
 difference, so that no rounding error accumulates.
 """
@@ -138,8 +138,8 @@ def _find(nodes: Array, starts: Array, targets: Array) -> Array:
         start = starts[level]
         for i in range(len(targets)):
             first, target, chosen = start + indices[i] * _CHILDREN, remaining[i], 0
-            # Choose only a child with weight: by rounding, a target may reach or exceed the sum of the children. The
-            # last child with weight is chosen then, on this level and on all levels below.
+            # Choose only a child with a positive weight. By rounding, a target may reach or exceed the sum of the
+            # children; then choose the last child with a positive weight, on this level and on all levels below.
             beyond = True
             for child in range(_CHILDREN):
                 weight = nodes[first + child]

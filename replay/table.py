@@ -2,9 +2,9 @@
 
 The table has two rings: frames (the frame of each row, stored once) and transitions (one per start position, pointing
 to frames). Each ring is addressed by a counter that only increases; the slot of a counter is its remainder by the
-ring's size. So a segment may wrap around the end of a ring, and one comparison decides whether a transition is still in
-the table, because the counter identifies both the slot and the transition in it. Eviction removes the oldest segment as
-a whole, without a search.
+ring's size. Therefore a segment may wrap around the end of a ring. One comparison decides whether a transition is still
+in the table, because a counter identifies both a slot and the transition in that slot. Eviction removes the oldest
+segment as a whole, without a search.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class TableSpec:
         return total
 
     def shard(self, index: int, shards: int) -> TableSpec:
-        """Return the spec of shard `index`, if `shards` shards divide the capacity evenly."""
+        """Return the spec of shard `index` of a table whose capacity is divided evenly among `shards` shards."""
         return replace(self, capacity=self.capacity // shards + (index < self.capacity % shards))
 
     def check_memory(self, available: int | None = None) -> None:
@@ -104,7 +104,7 @@ class TableSpec:
         sizes = range(self.layout.segment_length, self.capacity)
         # Leave a tenth free, so that the proposed size still fits if other processes allocate memory meanwhile.
         fit = bisect_right(sizes, 0.9 * available, key=lambda size: replace(self, capacity=size).expected_bytes)
-        return f"a replay_size of {sizes[fit - 1]:,} would fit" if fit else "none would fit"
+        return f"a replay_size of {sizes[fit - 1]:,} would fit" if fit else "no replay_size would fit"
 
 
 @dataclass

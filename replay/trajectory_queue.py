@@ -50,9 +50,9 @@ class _OpenBatch:
 class TrajectoryQueue:
     """Bounded queue of global batches; not thread-safe.
 
-    The queue contains at most `1 + max_policy_lag` batches and issues permits only for the newest published version. So
-    the weights that train on a trajectory are at most `max_policy_lag` versions newer than the weights that produced
-    it. With a lag of 0, all units of a batch are of the version that trains on them.
+    The queue contains at most `1 + max_policy_lag` batches and issues permits only for the newest published version.
+    Therefore the weights that train on a trajectory are at most `max_policy_lag` versions newer than the weights that
+    produced the trajectory. With a lag of 0, both are the same version.
 
     Attributes:
         units_per_batch: number of trajectories in a global batch.

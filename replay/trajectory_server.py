@@ -117,7 +117,7 @@ class TrajectoryServer:
     def insert(self, push: Push) -> InsertReply:
         """Store the trajectories of a push; acknowledge and ignore a repeated push.
 
-        A trajectory whose permit is no longer valid is discarded, and its steps are counted.
+        A trajectory whose permit is no longer valid is discarded, and its steps count as discarded.
 
         Raises:
             LayoutMismatch: a trajectory does not fit the layout; no trajectory of the push is stored.

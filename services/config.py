@@ -93,7 +93,7 @@ class RunConfig(BaseModel):
 
 RUN_KEYS = tuple(name for name in RunConfig.model_fields if name not in ("hyperparameters", "algorithm", "environment"))
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-_SET_BY_RUN = ("seed",)  # arguments of an algorithm's constructor that run keys set
+_SET_BY_RUN = ("seed",)  # constructor arguments whose value comes from a run key
 KEY_ALIASES = {
     "lr": "learning_rate",
     "buffer_size": "replay_size",
@@ -206,7 +206,7 @@ def _as_configuration_error(error: ValidationError, key: str = "") -> Configurat
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that is most similar to an unknown one, or an empty text."""
+    """Return a hint that names the known name most similar to an unknown one, or an empty text."""
     similar = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {similar[0]!r}?" if similar else ""
 

@@ -102,7 +102,7 @@ class Unauthenticated(SquallError):
 
 
 class Overloaded(SquallError):
-    """Too many calls at once, or too large a message; a later call or a smaller message may succeed."""
+    """Too many concurrent calls, or too large a message; a later call or a smaller message may succeed."""
 
     grpc_code = "RESOURCE_EXHAUSTED"
 
@@ -114,7 +114,7 @@ class ServesNothing(SquallError):
 
 
 class OutOfOrder(SquallError):
-    """A message is not allowed at this point of its stream; the message of the error states which one is."""
+    """A message is not allowed at this point of its stream; the error's text states which message is allowed."""
 
     grpc_code = "FAILED_PRECONDITION"
 

@@ -60,7 +60,7 @@ def train(
     Args:
         config: the run's configuration.
         name: name of the run; None chooses a free one.
-        notes: notes for the user, reported as events.
+        notes: texts for the user, reported as events.
         store_url: URL of the run store; None takes SQUALL_STORE, or the file in SQUALL_HOME.
         make_display: takes the run's name and returns a display.
 
@@ -81,7 +81,7 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
             config.save(folder / CONFIG)
             topology = plan(config, run, folder / "checkpoints")
-        except BaseException as error:  # an interrupt too, because the registered run would be shown as lost
+        except BaseException as error:  # also an interrupt; otherwise the registered run would be shown as lost
             store.update_state(run, "failed", _first_line(error), owner=owner)
             raise
         return _supervise(config, topology, folder, store, owner, None, notes, make_display)
@@ -125,7 +125,7 @@ def resume(
     """Continue a run that ended or was lost, from its last checkpoint; return its summary.
 
     Args:
-        config: the run's configuration, in which only the run's own keys may have changed.
+        config: the run's configuration; its hyper-parameters must be those of the stored configuration.
         run: name of the run.
         notes: see `train`.
         store_url: see `train`.
@@ -147,7 +147,7 @@ def resume(
         folder = runs_dir() / run
         topology = plan(config, run, folder / "checkpoints")
         progress = Progress.resumed(folder / "checkpoints" / LAST)
-        # A run that was interrupted during its final evaluation has all its steps; resuming it repeats the evaluation.
+        # A run that was interrupted during its final evaluation has all its steps; a resume repeats the evaluation.
         if progress.counters.env_steps >= config.steps and _is_scored(folder):
             raise ConfigurationError(
                 f"run {run!r} has {progress.counters.env_steps:,} steps already; raise --steps above that"
@@ -219,7 +219,7 @@ def _end_message(run: str, why: str) -> str:
         return f"run {run} has all its steps"
     if why == "return":
         return f"run {run} has reached its return; to raise it: squall train --resume {run} --stop-at-return ..."
-    return f"run {run} {why}; to continue: squall train --resume {run}"
+    return f"run {run} was {why}; to continue: squall train --resume {run}"
 
 
 def _oversubscription(config: RunConfig) -> list[str]:
@@ -245,7 +245,7 @@ def find_checkpoint(run_or_path: str, which: str, store_url: str | None = None) 
 
     Args:
         run_or_path: name of a run, or path of a `.ckpt` file.
-        which: checkpoint of the run: `best`, or `last`. A run without a best checkpoint has its last one returned.
+        which: checkpoint of the run: `best`, which is the last one if there is no best one, or `last`.
         store_url: see `train`.
 
     Raises:

@@ -31,7 +31,7 @@ from replay.trajectory_server import QueueSpec
 from replay.types import Array
 
 TEST_EPISODES = 10
-_SUFFICIENT_RETURNS = 10_000  # number of returns whose deviation is accurate enough
+_SUFFICIENT_RETURNS = 10_000  # number of returns whose standard deviation is accurate enough
 _MIN_RELATIVE_STD = 1e-6
 
 
@@ -85,7 +85,7 @@ class Algorithm(ConfigurableModule):
             normalize_observations: whether to standardize vector observations by running statistics of the learner's
                 batches; the statistics are part of the weights.
             normalize_rewards: whether to divide rewards by the running standard deviation of the discounted return.
-            clip_rewards: whether the learner's rewards are clipped to [-1, 1]; None clips on Atari only.
+            clip_rewards: whether the learner's rewards are clipped to [-1, 1]; None clips rewards on Atari only.
 
         Raises:
             ConfigurationError: an environment that cannot be specified, or an invalid value.
@@ -138,7 +138,7 @@ class Algorithm(ConfigurableModule):
         """Check that the environment's actions are of type `kind`, whose name in Gymnasium is `space`.
 
         Raises:
-            ConfigurationError: the action space is another; the message contains it.
+            ConfigurationError: the environment has another action space; the message contains that space.
         """
         environment = self.environment
         if not isinstance(environment.actions, kind):
@@ -147,7 +147,7 @@ class Algorithm(ConfigurableModule):
             raise ConfigurationError(f"{name} needs a {space} action space; {environment.id or 'env'} has {actual}")
 
     def rollout_spec(self) -> RolloutSpec:
-        """Return how workers generate experience for this algorithm."""
+        """Return the specification of the rollout, by which workers generate experience for this algorithm."""
         raise NotImplementedError
 
     def experience_spec(self) -> ReplaySpec | QueueSpec:
@@ -169,7 +169,7 @@ class Algorithm(ConfigurableModule):
         return self.environment.frame_stack > 1 if clip is None else clip
 
     def precompute_targets(self, batch: Any) -> Any:
-        """Return k batches with tensors added that updates need and do not change.
+        """Return k batches with additional tensors, which updates read and do not change.
 
         The prefetch thread calls this method while another thread makes updates.
         """
@@ -187,7 +187,7 @@ class Algorithm(ConfigurableModule):
         self.apply_gradients()
 
     def apply_gradients(self) -> None:
-        """Make one counted optimizer step with the parameters' present gradients; see `minimize`."""
+        """Make one counted optimizer step with the current gradients of the parameters; see `minimize`."""
         optimizer: Any = self.optimizers()
         last_frame = self.hparams["learning_rate_last_frame"]
         if last_frame is not None:
@@ -205,7 +205,7 @@ class Algorithm(ConfigurableModule):
         return make_optimizer(self.hparams["optimizer"], *groups, options=self.hparams["optimizer_options"])
 
     def _scaled(self, reward: Tensor) -> Tensor:
-        """Return rewards divided by the deviation of the discounted return if `normalize_rewards` is set."""
+        """Return rewards divided by the standard deviation of the discounted return if `normalize_rewards` is set."""
         return reward / self.return_std if self.hparams["normalize_rewards"] else reward
 
     def _update_observation_statistics(self, observation: Tensor) -> None:
@@ -216,10 +216,10 @@ class Algorithm(ConfigurableModule):
                     module.observe(observation)
 
     def _update_return_statistics(self) -> None:
-        """Copy the deviation of the discounted return from the experience.
+        """Copy the standard deviation of the discounted return from the experience.
 
-        A recreated server has seen few returns: until it has seen as many as the previous server, or
-        `_SUFFICIENT_RETURNS`, the old deviation is more accurate.
+        A recreated server has received few returns. The old deviation is more accurate until the server has received as
+        many returns as the previous server, or `_SUFFICIENT_RETURNS`.
         """
         assert self.experience is not None
         returns = self.experience.returns
@@ -238,7 +238,8 @@ class Algorithm(ConfigurableModule):
         """Make one update per batch in `batch`, up to the Trainer's `max_steps`.
 
         The last update's metrics are logged every `log_every_n_steps` training steps, and on the first and last
-        training step of an epoch and of the fit: Lightning's log takes half as long as an update of a small network.
+        training step of an epoch and of the fit. They are not logged more often, because a call of Lightning's `log`
+        takes half as long as an update of a small network.
         """
         metrics: dict[str, Tensor] = {}
         if isinstance(self.experience, LocalExperience):
@@ -306,13 +307,13 @@ class Algorithm(ConfigurableModule):
         return self.experience
 
     def train_batch(self) -> Iterator[Any]:
-        """Yield batches generated in this process, without end."""
+        """Yield an endless series of batches generated in this process."""
         experience = self.train_dataloader()
         while True:
             yield experience.next()
 
     def test_dataloader(self) -> list[int]:
-        """Return one item: a test is one step that plays whole episodes."""
+        """Return one item, because a test consists of one step, which plays whole episodes."""
         return [0]
 
     def test_step(self, *_: Any) -> dict[str, float]:

@@ -136,15 +136,16 @@ class DQN(OffPolicyAlgorithm):
 
         - if each update samples its own noise, or changes the statistics that normalize observations;
         - if the target network is copied so often that most values would be stale;
-        - if updates are compiled, since values in some batches only would need a second program.
+        - if updates are compiled, because batches with and without values would need two programs.
 
-        Other code that changes the target network must increment `_target_syncs` afterwards.
+        Other code that changes the target network must then increment `_target_syncs`.
         """
         hparams, spec = self.hparams, self.policy_spec
-        often = hparams["sync_rate"] < _MIN_CALLS_PER_TARGET_SYNC * hparams["updates_per_training_step"]
-        if spec.noise is not None or spec.normalize or often or hparams["compile_updates"]:
+        syncs_often = hparams["sync_rate"] < _MIN_CALLS_PER_TARGET_SYNC * hparams["updates_per_training_step"]
+        if spec.noise is not None or spec.normalize or syncs_often or hparams["compile_updates"]:
             return batch
-        # Read before the network, and incremented after a copy: the values of a half-copied network count as stale.
+        # Read the counter before the network. It is incremented after a copy, so values of a half-copied network count
+        # as stale.
         target_syncs = self._target_syncs
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             # One batch at a time, as updates do: the results are then bitwise equal to an update's own.
@@ -154,8 +155,8 @@ class DQN(OffPolicyAlgorithm):
     def losses(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """Return the Huber loss, weighted if the batch has weights, and `td_error` `[B]`."""
         error = self.td_error(batch)
-        each = huber(error) if batch.weight is None else batch.weight * huber(error)
-        return {"loss": each.mean(), "td_error": error}
+        item_losses = huber(error) if batch.weight is None else batch.weight * huber(error)
+        return {"loss": item_losses.mean(), "td_error": error}
 
     def update(self, batch: TransitionBatch) -> dict[str, Tensor]:
         """See `Algorithm.update`."""

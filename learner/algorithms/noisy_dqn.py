@@ -6,7 +6,7 @@ This is DQN with:
 - no epsilon: the noise explores. Greedy evaluation uses the mean weights.
 
 Where it departs from the paper, and why:
-- The dense layers of the torso have no noise, only the last layers do: on small problems that explores enough.
+- Only the last layers have noise, not the dense layers of the torso: on small problems, this explores enough.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class OffPolicyAlgorithm(Algorithm):
             env: environment id or specification.
             updates_per_step: updates per environment step.
             updates_per_training_step: k, the number of updates per Lightning `training_step`.
-            segment_length: rows in a segment, the steps of one environment that a worker pushes at once; None selects
-                64 for images and otherwise 16.
+            segment_length: rows in a segment, the steps of one environment in one push of a worker; None selects 64 for
+                images and otherwise 16.
             compile_updates: whether to compile the loss and its gradients, on a GPU as a CUDA graph; see
                 `compile_backward`.
             kwargs: arguments of `Algorithm`.
@@ -52,11 +52,14 @@ class OffPolicyAlgorithm(Algorithm):
         raise NotImplementedError
 
     def prepare_batch(self, batch: TransitionBatch) -> TransitionBatch:
-        """Return a batch with the tensors added that `losses` computes from numbers that change between updates."""
+        """Return `batch` with additional tensors for `losses` that depend on numbers which change between updates.
+
+        `losses` must not read such a number itself, because each change would recompile a compiled program.
+        """
         return batch
 
     def loss(self, batch: TransitionBatch) -> Tensor:
-        """Return the scalar loss of a batch. Updates call `losses`, which is therefore the method to override."""
+        """Return the scalar loss of a batch. Subclasses override `losses`, which updates call, not this method."""
         return self.losses(self.prepare_batch(batch))["loss"]
 
     def on_fit_start(self) -> None:

@@ -30,12 +30,12 @@ class OnPolicyAlgorithm(Algorithm):
     def __init__(
         self, env: str | EnvironmentSpec | Mapping[str, Any], *, max_policy_lag: int = 0, **kwargs: Any
     ) -> None:
-        """Create the actor.
+        """Create the policy.
 
         Args:
             env: environment id or specification.
-            max_policy_lag: maximum number of versions that a trajectory's weights may be older than the weights it
-                trains. 0 is strictly on-policy; with more, workers generate trajectories during updates.
+            max_policy_lag: maximum number of versions between the weights that produced a trajectory and the weights
+                that train on it. 0 is strictly on-policy; with a positive lag, workers also act during updates.
             kwargs: arguments of `Algorithm`.
         """
         super().__init__(env, **kwargs)

@@ -7,8 +7,8 @@ This is DQN with:
   beta annealed to 1 (section 3.4).
 
 Where it departs from the paper, and why:
-- The largest weight of the batch, not of the table, normalizes the weights: it needs no search of the table, and shards
-  need not agree on it.
+- The largest weight of the batch, not of the table, normalizes the weights. This needs no search of the table, and no
+  agreement between shards.
 - The priority is the TD error before clipping, as in the paper's equations.
 """
 
@@ -82,7 +82,7 @@ class PERDQN(DQN):
 
     @property
     def beta(self) -> float:
-        """Present exponent of the importance weights: 0 corrects none of the sampling bias, 1 corrects all of it."""
+        """Current exponent of the importance weights: 0 corrects none of the sampling bias, 1 corrects all of it."""
         start: float = self.hparams["beta_start"]
         fraction: float = min(self.env_steps / self.hparams["beta_last_frame"], 1.0)
         return start + fraction * (1.0 - start)

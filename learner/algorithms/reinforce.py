@@ -6,11 +6,12 @@ This is:
 - the gradient of each action's log-probability, times the discounted rewards from that step to the episode's end.
 
 Where it departs from the papers and the reference page, and why:
-- Step t's gradient has no factor gamma**t, as in all current implementations: it would all but ignore later steps.
+- Step t's gradient has no factor gamma**t, as in all current implementations: with the factor, later steps would hardly
+  count.
 - A truncated episode does not bootstrap, the only exception in this library: there is no value function.
 - The reference page trains on a fixed number of steps, which may end within an episode. Here a batch consists of whole
-  episodes, so `batch_size` and `n_steps` are accepted, have no effect, and warn when changed. The same holds for
-  `entropy_beta`: only `VanillaPolicyGradient` has an entropy bonus.
+  episodes, so `batch_size` and `n_steps` are accepted, have no effect, and cause a warning when changed. The same holds
+  for `entropy_beta`: only `VanillaPolicyGradient` has an entropy bonus.
 - The gradient is the mean over steps, not over episodes: its size does not depend on the length of episodes.
 """
 

@@ -7,14 +7,15 @@ This is:
   (section 5).
 
 Where it departs from the papers and the reference page, and why:
-- Actor, critics, and temperature step simultaneously from the same weights, in one optimizer. The paper's sequential
-  updates differ from that in second order, and one update is one counted step.
+- Actor, critics, and temperature step simultaneously from the same weights, in one optimizer, so that one update is one
+  counted step. The paper's sequential updates differ from this only in second order.
 - The first `warm_start_size` actions are sampled uniformly from the action box, as in the authors' code.
 - Densities, and therefore the entropy target of -1 nat per dimension, refer to actions scaled to [-1, 1].
-- The log-deviation is squashed into [-5, 2] by tanh instead of clipped to [-20, 2]: a clipped one has no gradient.
+- The log standard deviation is squashed into [-5, 2] by tanh instead of clipped to [-20, 2]: a clipped value has no
+  gradient.
 - With `n_steps` > 1 the intermediate steps add no entropy to the target.
 - The reference page's version has no temperature. Its `eps_start`, `eps_end`, and `eps_last_frame` have no meaning,
-  because the policy itself explores: they are accepted, have no effect, and warn when changed.
+  because the policy itself explores: they are accepted, have no effect, and cause a warning when changed.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class SAC(OffPolicyAlgorithm):
             gamma: discount of one step.
             policy_learning_rate: learning rate of the actor and of the temperature.
             q_learning_rate: learning rate of the critics.
-            target_alpha: fraction of the way that a target network moves towards its critic in one step.
+            target_alpha: fraction of the distance that a target network moves toward its critic in one step.
             batch_size: transitions in an update.
             replay_size: capacity of the replay table, in transitions.
             warm_start_size: environment steps before the first update, with random actions.
@@ -162,13 +163,13 @@ class SAC(OffPolicyAlgorithm):
 
         Each of the three losses has gradients for its own parameters only.
         """
-        of_actor, of_critics, of_temperature = self.separate_losses(batch)
-        loss = of_actor + of_critics
-        loss = loss + of_temperature if self.log_alpha.requires_grad else loss
-        return {"loss": loss, "actor_loss": of_actor, "critic_loss": of_critics}
+        policy_loss, q_loss, alpha_loss = self.separate_losses(batch)
+        loss = policy_loss + q_loss
+        loss = loss + alpha_loss if self.log_alpha.requires_grad else loss
+        return {"loss": loss, "actor_loss": policy_loss, "critic_loss": q_loss}
 
     def soft_update_target(self, q_net: nn.Module, target_net: nn.Module) -> None:
-        """Move the target network towards `q_net`: `w_target = (1 - a) w_target + a w_q`, a = `target_alpha`."""
+        """Move the target network toward `q_net`: `w_target = (1 - a) w_target + a w_q`, a = `target_alpha`."""
         polyak_update(list(target_net.parameters()), list(q_net.parameters()), self.hparams["target_alpha"])
 
     def update(self, batch: TransitionBatch) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Presets: tuned hyper-parameters per algorithm and environment, in one YAML file per algorithm.
 
-A top-level key is an environment id, or `atari` or `mujoco` for all ids of that family without a preset of their own.
+A top-level key is an environment id, or a family, `atari` or `mujoco`, for all of its ids that have no preset.
 Its value has two parts: `run` contains keys of the run configuration, `hyperparameters` contains arguments of the
 algorithm's constructor.
 """

@@ -74,7 +74,7 @@ class ShardedReplayClient(ReplayClient):
     def _send(self, push: Push, reservation: ReserveReply, stop: threading.Event | None) -> bool | None:
         """Send a push to the shard whose turn it is, or to the next shard if that one has died.
 
-        Return whether the shard inserted the push rather than ignored it as a repeat; None if `stop` is set first.
+        Return True if the shard inserted the push, False if the shard ignored a repeat, None if `stop` is set first.
         """
         sent = argument(push)
         end, turn = time.monotonic() + self._deadline, push.worker + push.sequence
@@ -89,7 +89,7 @@ class ShardedReplayClient(ReplayClient):
                     accepted: bool | None = fetch(reference, end - time.monotonic(), stop)
                     return accepted
                 except (ActorUnavailableError, GetTimeoutError):
-                    pass  # the shard may have inserted the push, so send it to the same shard, which detects a repeat
+                    pass  # the shard may have inserted the push: send it to the same shard again, which detects repeats
                 except GONE:
                     turn += 1
             shard.forget()
@@ -117,8 +117,8 @@ class ShardedReplayClient(ReplayClient):
                 return SampleReply(batch=assemble(plan, parts, (k, batch_size)), returns=plan.returns)
             if time.monotonic() >= end:
                 raise DeadlineExceeded(f"sample waited {self._deadline:.0f} s for the shards of the replay to answer")
-            # A shard has died or is slow. The coordinator or this call notifies the router of a dead shard, so that the
-            # next plan uses only the others.
+            # A shard has died or is slow. The coordinator, or the next call with `lost`, notifies the router of a dead
+            # shard, so that the next plan uses only the other shards.
             timeout *= 2
             time.sleep(_RETRY_SECONDS)
             reply = self._call_until_served("sample", k, batch_size, True, lost, stop=stop)
@@ -130,8 +130,9 @@ class ShardedReplayClient(ReplayClient):
         """Call all shards of a plan concurrently.
 
         Returns:
-            For each shard that replied within `seconds`, its items' positions in the plan, and its batch; and the
-            (shard, incarnation) of each shard without a process.
+            A mapping and a list. The mapping contains, for each shard that replied within `seconds`, the positions of
+            the shard's items in the plan, and the shard's batch. The list contains (shard, incarnation) of each shard
+            that has no process.
         """
         for shard, incarnation in self._incarnations.items():
             if plan.incarnations.get(shard) != incarnation:
@@ -182,7 +183,7 @@ class ShardedReplayClient(ReplayClient):
         return sampled
 
     def update_priorities(self, ids: Array, priorities: Array) -> None:
-        """Send each new priority to the shard in its id, without waiting; see `ReplayClient.update_priorities`."""
+        """Send each new priority to the shard that its id names; see `ReplayClient.update_priorities`."""
         ids, priorities = ids.ravel(), priorities.ravel()
         shards = shards_of(ids)
         for shard in np.unique(shards).tolist():

@@ -10,10 +10,10 @@ from replay.remote import GONE, RemoteActor, fetch, is_ready
 
 
 class ShardReporter:
-    """Client of a replay router in another process, for reports.
+    """Client that sends the reports of a replay shard to a replay router in another process.
 
-    A call does not wait for the router. If the router dies, the reporter sends each report that the router did not
-    confirm again, to the recreated router.
+    A call does not wait for the router. If the router dies, the reporter resends each unconfirmed report to the
+    recreated router.
     """
 
     def __init__(self, actor: RemoteActor) -> None:
@@ -29,7 +29,7 @@ class ShardReporter:
         self._unsent.append((shard, shard_report, *push))
         for _ in range(2):
             try:
-                # A call to a dead actor does not fail when it is sent; only its result raises.
+                # Sending a call to a dead actor does not fail; only fetching the result raises.
                 while self._unconfirmed and is_ready(self._unconfirmed[0][1]):
                     fetch(self._unconfirmed[0][1], 1.0)
                     self._unconfirmed.popleft()

@@ -53,7 +53,7 @@ class ReplayRouter:
         self.spec, self._shards = spec, shards
         self._rng = np.random.default_rng(spawn_seed(run_seed, "replay-desk", 0, incarnation))
         self._limiter = spec.limiter()
-        self._inherited_inserts = 0  # inserts of the limiter that an earlier limiter has counted too
+        self._inherited_inserts = 0  # inserts of this limiter that an earlier limiter has counted too
         self._carried = carried or Counters()
         self._highest_priority = highest_priority
         self._max_env_steps = max_env_steps
@@ -64,7 +64,8 @@ class ReplayRouter:
         self._lost: dict[int, int] = {}  # shard -> newest incarnation that died
         self._reserved: dict[int, tuple[int, int, int]] = {}  # worker -> (incarnation, sequence, steps) of its push
         self._exited: dict[int, int] = {}  # worker -> newest incarnation that exited
-        self._exited_from = (0, -1)  # (first worker, incarnation): up to this incarnation, these workers exited
+        # (index, incarnation): the workers from this index on have exited, up to this incarnation
+        self._exited_from = (0, -1)
         self._has_all_reports = False
 
     @property
@@ -84,7 +85,7 @@ class ReplayRouter:
         return self._max_env_steps is not None and self._counters.env_steps + reserved_steps >= self._max_env_steps
 
     def finish(self) -> None:
-        """Admit no more pushes; serve sample calls only as far as samples are due."""
+        """Admit no more pushes; serve sample calls only while enough samples are due."""
         self._max_env_steps = 0
 
     # Calls of workers.
@@ -95,7 +96,7 @@ class ReplayRouter:
         The router reserves the push's steps until a shard reports the push. A repeated call reserves them only once.
 
         Raises:
-            ValueError: the push is larger than `largest_push`, so that it might wait forever.
+            ValueError: the push is larger than `largest_push`, and could therefore wait forever.
         """
         caller, push = f"worker-{worker}", (incarnation, sequence, steps)
         if self._has_enough_steps():
@@ -145,7 +146,7 @@ class ReplayRouter:
         }
 
     def _has_exited(self, worker: int, incarnation: int) -> bool:
-        """Return whether a worker has exited; the router may serve a call of the worker only after its exit."""
+        """Return whether a worker has exited. A call made before the exit may reach the router after it."""
         first, last = self._exited_from
         return incarnation <= self._exited.get(worker, -1) or (worker >= first and incarnation <= last)
 
@@ -164,7 +165,7 @@ class ReplayRouter:
                 self._ledger.accept(push)
         admitted_earlier = not self._has_all_reports
         self._update_shard(shard, shard_report)
-        if admitted_earlier:  # by a previous router, whose rate limiter is lost
+        if admitted_earlier:  # admitted by a previous router, whose rate limiter is lost
             self._carried = replace(self._carried, env_steps=self._carried.env_steps + steps)
         else:
             self._limiter.record_insert(steps)
@@ -224,9 +225,9 @@ class ReplayRouter:
         Args:
             k: number of batches.
             batch_size: transitions in each batch.
-            retry: whether the rate limiter has already counted this sample, because the shards of an earlier plan did
-                not reply.
-            lost: (shard, incarnation) of the shards that the caller found dead.
+            retry: whether the call repeats a sample that the rate limiter has already counted, because a shard of the
+                earlier plan did not reply.
+            lost: (shard, incarnation) of each shard that has no process, as the caller has observed.
 
         Raises:
             ValueError: see `ReplayServer.sample`.

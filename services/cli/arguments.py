@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from services.rpc.auth import ServerConfig
 
 Command = Callable[[argparse.Namespace, TextIO], int]
-"""Runs with the parsed arguments and standard output; returns the exit status."""
+"""Function that runs a command with the parsed arguments and standard output, and returns the exit status."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -40,7 +40,7 @@ class Commands:
         """Add a command and return its parser.
 
         Args:
-            name: the word that users type.
+            name: name of the command, as users type it.
             command: runs the command.
             summary: a few words for the list of commands.
             description: one or more sentences for the command's own help.
@@ -103,5 +103,5 @@ def count(text: str) -> int:
 
 
 def count_or_auto(text: str) -> int | str:
-    """Return a whole number, or `auto` as it is."""
+    """Return a whole number, or `auto` unchanged."""
     return text if text == "auto" else count(text)

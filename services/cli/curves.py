@@ -1,4 +1,4 @@
-"""Learning curves over environment steps: the seeds of one experiment are drawn as their mean and a band.
+"""Learning curves over environment steps: the seeds of an experiment are drawn as a line (their mean) and a band.
 
 `plot_runs` reads runs from a store, `aggregate` computes one curve from several seeds, and `draw` writes curves to a
 file. The last two need no store. matplotlib is imported only by `draw`, because its import takes 0.5 s.
@@ -251,14 +251,14 @@ def plot_runs(
     check_output(output)
     if smooth < 1:
         raise ConfigurationError(f"smooth must be at least 1 point, got {smooth}")
-    given, names = zip(*((label, name) for label, _, name in (run.rpartition("=") for run in runs)), strict=True)
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
-        raise ConfigurationError(f"run {twice[0]!r} is named twice")
+    labels, names = zip(*((label, name) for label, _, name in (run.rpartition("=") for run in runs)), strict=True)
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise ConfigurationError(f"run {repeated[0]!r} is named twice")
     records = [store.get(name) for name in names]
     groups: dict[str, dict[int, RunRecord]] = {}
-    for label, record in zip(given, records, strict=True):
-        others = [other for other, text in zip(records, given, strict=True) if not text]
+    for label, record in zip(labels, records, strict=True):
+        others = [other for other, text in zip(records, labels, strict=True) if not text]
         label = label or _label(record, others)
         same = groups.setdefault(label, {}).setdefault(record.seed, record)
         if same is not record:

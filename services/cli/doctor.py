@@ -16,7 +16,7 @@ def add_to(commands: Commands) -> None:
         _doctor,
         "check this machine and the cluster",
         "Check this machine, the store, and every node of the cluster (RAY_ADDRESS, or a local Ray) from inside a "
-        "worker: versions, processors, memory, /dev/shm, GPU, ALE, ports, clocks. The exit status is 1 if something "
+        "Ray task: versions, processors, memory, /dev/shm, GPU, ALE, ports, clocks. The exit status is 1 if something "
         "cannot work.",
     )
 

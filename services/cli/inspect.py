@@ -21,7 +21,7 @@ def add_to(commands: Commands) -> None:
         "watch",
         _watch,
         "follow a run live",
-        "Follow a run live, from any terminal. With --json, print one JSON document a line, once a second.",
+        "Follow a run live, from any terminal. With --json, print one line of JSON, once a second.",
     )
     watch.add_argument("run", help="name of the run")
 

@@ -145,7 +145,10 @@ def _processors() -> _Result:
 
 def _memory() -> _Result:
     free = available_memory()
-    advice = "each process needs 300 MB, beside the replay: use fewer --actors, a smaller replay_size, or more memory"
+    advice = (
+        "each process needs 300 MB, in addition to the replay: use fewer --actors, a smaller replay_size, or "
+        "more memory"
+    )
     verdict = OK if free >= _ENOUGH_MEMORY else WARNING if free >= _MIN_MEMORY else PROBLEM
     return verdict, f"{_gigabytes(free)} available", "" if verdict == OK else advice
 

@@ -47,6 +47,6 @@ def print_result(out: TextIO, as_json: bool, payload: Any, renderable: Any) -> i
     else:
         from rich.console import Console
 
-        width = None if out.isatty() else _PIPE_WIDTH  # a name that is cut short is of no use to the next command
+        width = None if out.isatty() else _PIPE_WIDTH  # wide, because the next command cannot use a truncated name
         Console(file=out, highlight=False, markup=False, width=width).print(renderable)
     return 0

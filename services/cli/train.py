@@ -28,7 +28,7 @@ def add_to(commands: Commands) -> None:
         type=count_or_auto,
         metavar="N",
         help="number of rollout workers; default: the preset's, or 2. auto adds workers while the learner waits for "
-        "experience. 0, with --serve, takes all experience from outside",
+        "experience. 0, with --serve, takes all experience from external simulators",
     )
     parser.add_argument(
         "--replay-shards", type=count, metavar="N", help="number of processes that share the replay; default: 1"
@@ -69,7 +69,7 @@ def add_to(commands: Commands) -> None:
         nargs="?",
         const="auto",
         metavar="HOST:PORT",
-        help="serve the policy over gRPC while it trains; default: a free port of the loopback address, or in a Ray "
+        help="serve the policy over gRPC during training; default: a free port of the loopback address, or in a Ray "
         "cluster (RAY_ADDRESS) of the node's own address, which needs a token in SQUALL_GRPC_TOKEN",
     )
     parser.add_argument(
@@ -85,7 +85,7 @@ def _train(parsed: argparse.Namespace, out: TextIO) -> int:
 
     with no_collections():
         from services import runs
-    gc.freeze()  # the modules stay for the whole run, so collections need not visit them
+    gc.freeze()  # the modules stay loaded for the whole run, so the garbage collector need not traverse them
     from services.cli.display import Display, render_summary
 
     config, notes = _configuration(parsed)

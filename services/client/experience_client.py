@@ -39,7 +39,7 @@ class Played:
 
     Attributes:
         steps: steps that the server has confirmed; steps of a session whose connection broke are not included.
-        taken: steps of the environment.
+        taken: steps taken in the environment.
         returns: returns of the finished episodes.
         sessions: number of opened sessions, which is one more than the number of broken connections.
         finished: whether the run accepts no more experience, because it has all its steps or ends.

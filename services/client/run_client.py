@@ -148,7 +148,7 @@ class SquallClient(Closeable):
         return written
 
     def stop(self, run: str) -> None:
-        """Stop a live run in order. Raises `RunIsNotLive`."""
+        """Stop a live run gracefully, with a checkpoint. Raises `RunIsNotLive`."""
         self._call(self._control.Stop, pb.StopRequest(run=run))
 
     def describe(self, run: str = "") -> Description:

@@ -93,7 +93,7 @@ def check_free(address: str) -> None:
     """Check that a server can listen on an address of this machine now; port 0 stands for any free port.
 
     Raises:
-        ConfigurationError: it cannot, with the operating system's reason, which gRPC's own error omits.
+        ConfigurationError: the server cannot listen; the message has the system's reason, which gRPC's error omits.
     """
     host, port = split_address(address)
     try:
@@ -127,7 +127,7 @@ def is_loopback(host: str) -> bool:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Rejects every call without the token, of any method, before any message of the call is read.
+    """Rejects each call without the token, of any method, before any message of the call is read.
 
     A health check without the token is answered, because the container runtime that sends it has none.
     """
@@ -135,8 +135,8 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, token: str, health: Any) -> None:
         self._token, self._health = token.encode(), health
         self._probes = 0
-        # Handlers of streamed requests, because they can answer before they read a message. Their answers look the same
-        # to the caller of a unary method.
+        # Handlers of streamed requests, because such a handler can answer before it reads a message. To the caller of a
+        # unary method, the answers look the same.
         self._rejection: Handler = grpc.stream_stream_rpc_method_handler(self._reject)
         self._probe: Handler = grpc.stream_unary_rpc_method_handler(
             self._answer_probe, response_serializer=health_pb2.HealthCheckResponse.SerializeToString

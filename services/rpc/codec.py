@@ -89,7 +89,7 @@ def encode_space(space: spaces.Space[Any]) -> pb.Space:
     """Return a Gymnasium space as a message; bounds that are equal for all elements are written once.
 
     Raises:
-        ConfigurationError: neither a Discrete that starts at 0 nor a Box with a dtype of the protocol.
+        ConfigurationError: the space is neither a Discrete that starts at 0 nor a Box with a dtype of the protocol.
     """
     if isinstance(space, spaces.Discrete) and space.start == 0:
         return pb.Space(discrete=pb.Discrete(n=int(space.n)))
@@ -149,7 +149,7 @@ def _decode_bounds(
     if len(bounds) not in (1, elements):
         raise ConfigurationError(f"{name} must have 1 or {elements} numbers, got {len(bounds)}")
     if any(math.isnan(bound) for bound in bounds):
-        raise ConfigurationError(f"{name} must hold numbers, got NaN")
+        raise ConfigurationError(f"{name} must contain numbers, got NaN")
     values: Sequence[float] = bounds
     if dtype.kind != "f":
         # The limits of int64 are not representable as doubles: the nearest double lies outside.

@@ -46,11 +46,11 @@ class RunControlService(squall_pb2_grpc.RunControlServicer, Service):
         self._commands: set[Future[dict[str, Any]]] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register the methods of this service at a server."""
+        """Register the methods of this service with a server."""
         squall_pb2_grpc.add_RunControlServicer_to_server(self, server)
 
     async def stop(self) -> None:
-        """Start no further calls of the store."""
+        """Cancel the calls of the store that have not started."""
         for executor in (self._readers, self._command_threads):
             executor.shutdown(wait=False, cancel_futures=True)
 
@@ -100,7 +100,7 @@ class RunControlService(squall_pb2_grpc.RunControlServicer, Service):
         return pb.CheckpointResponse(checkpoint=answer["checkpoint"], weights_version=answer["weights_version"])
 
     async def Stop(self, request: pb.StopRequest, context: _Context) -> pb.StopResponse:
-        """Stop a run in order."""
+        """Stop a run gracefully, with a checkpoint."""
         await self._command(request.run, "stop", {}, context)
         return pb.StopResponse()
 
@@ -119,7 +119,7 @@ class RunControlService(squall_pb2_grpc.RunControlServicer, Service):
             remote_control.command, self._store, run, kind, arguments, seconds=seconds
         )
         self._commands.add(future)
-        # Counted until its thread is free, even if the caller cancels the call before.
+        # Counted until its thread is free, even if the caller cancels the call earlier.
         future.add_done_callback(self._commands.discard)
         return await asyncio.wrap_future(future)
 

@@ -88,7 +88,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
         """
         self._run, self._rollout, self._served = run, rollout, served
         self._idle_seconds, self._weights_seconds = idle_seconds, weights_seconds
-        # The only thread that uses the policy.
+        # Only this thread uses the policy.
         self._thread = ThreadPoolExecutor(1, "policy")
         self._batcher = Batcher(self._forward, self._thread)
         self._push_pool = PushPool(make_client)
@@ -106,7 +106,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
     # Calls of the endpoint.
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register the methods of this service at a server."""
+        """Register the methods of this service with a server."""
         squall_pb2_grpc.add_ExperienceServicer_to_server(self, server)
 
     async def start(self) -> None:
@@ -174,7 +174,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
     # Sessions.
 
     async def Play(self, requests: AsyncIterator[pb.PlayRequest], context: Any) -> AsyncIterator[pb.PlayResponse]:
-        """Serve one session, from Open to Close or to the end of the call, whatever ends it."""
+        """Serve one session, from Open to Close or to the end of the call, for any reason that the call ends."""
         call = self._open(await self._next_message(requests))
         context.add_done_callback(lambda _: self._close(call))
         try:
@@ -214,7 +214,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
             raise OutOfOrder("a session begins with Open")
         opening = message.open
         if opening.run not in ("", self._run):
-            raise UnknownRun(f"this server takes experience for {self._run!r} only, not for {opening.run!r}")
+            raise UnknownRun(f"this server accepts experience for {self._run!r} only, not for {opening.run!r}")
         session = Session(self._rollout, opening)
         if self._refresh_task is not None and self._refresh_task.done():
             self._refresh_task.result()  # raises its error, because stale weights must not be used as the newest
@@ -247,7 +247,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
         elif kind == "open":
             raise OutOfOrder("a session is opened only once; use another call for another session")
         else:
-            raise ConfigurationError("a message holds an open, a reset, a step or a close, got none of them")
+            raise ConfigurationError("a message must contain an open, a reset, a step, or a close, got none of them")
         await self._start_push(call)
         if self._accepts_no_more:
             return None
@@ -280,7 +280,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
         return pb.Action(action=array, number=call.session.steps + 1, weights_version=version)
 
     def _forward(self, observations: Array, explore: bool) -> tuple[Array, int]:
-        """Return the actions before they are clipped to the environment's box: those are the actions of segments."""
+        """Return the actions before they are clipped to the environment's box, as segments contain them."""
         served = self._served
         return served.policy.act(observations, step=served.step, greedy=not explore).action, served.version
 
@@ -327,7 +327,7 @@ class ExperienceService(squall_pb2_grpc.ExperienceServicer, Service):
     async def _drain(self, call: _Call) -> None:
         try:
             with contextlib.suppress(RuntimeError):  # the threads of the pool have ended
-                # A push of its own, because together with the rest it could exceed the maximum size of a push.
+                # Push the ready content separately: together with the rest it could exceed the maximum size of a push.
                 await self._start_push(call)
                 call.session.flush()
                 await self._start_push(call, rest=True)
@@ -349,7 +349,7 @@ class NoExperience(squall_pb2_grpc.ExperienceServicer, Service):
         self._reason = reason
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register the methods of this service at a server."""
+        """Register the methods of this service with a server."""
         squall_pb2_grpc.add_ExperienceServicer_to_server(self, server)
 
     async def Play(self, requests: AsyncIterator[pb.PlayRequest], context: Any) -> AsyncIterator[pb.PlayResponse]:

@@ -1,7 +1,7 @@
 """The gateway: one gRPC port for all runs of a store.
 
-It serves RunControl from the store, and forwards Policy and Experience to the endpoint of the run. A gateway has no
-state of its own: it looks up a run's endpoint in the store, where the run's coordinator records the endpoint.
+The gateway serves RunControl from the store, and forwards Policy and Experience to the endpoint of the run. A gateway
+has no state of its own: the run's coordinator records the endpoint in the store, and the gateway looks it up there.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def serve_gateway(server_config: ServerConfig, announce: Callable[[str], None], 
 
 
 def gateway_services(store: RunStore, token: str | None) -> list[Service]:
-    """Return the services of a gateway; it sends `token` to the endpoints."""
+    """Return the services of a gateway, which sends `token` to the endpoints."""
     endpoints = EndpointPool(store, token)
     return [RunControlService(store), PolicyProxy(endpoints), ExperienceProxy(endpoints)]
 
@@ -179,7 +179,7 @@ class PolicyProxy(squall_pb2_grpc.PolicyServicer, _Proxy):
     name = "squall.v1.Policy"
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register the methods of this service at a server."""
+        """Register the methods of this service with a server."""
         squall_pb2_grpc.add_PolicyServicer_to_server(self, server)
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:
@@ -206,7 +206,7 @@ class ExperienceProxy(squall_pb2_grpc.ExperienceServicer, _Proxy):
     name = "squall.v1.Experience"
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register the methods of this service at a server."""
+        """Register the methods of this service with a server."""
         squall_pb2_grpc.add_ExperienceServicer_to_server(self, server)
 
     async def Play(self, requests: AsyncIterator[pb.PlayRequest], context: Any) -> AsyncIterator[pb.PlayResponse]:

@@ -72,7 +72,7 @@ def _wrap(handler: Any) -> Handler:
             # Closed here, so that the generator ends with the call, not when it is garbage-collected.
             async with contextlib.aclosing(inner(await decoded(raw), context)) as stream:
                 async for response in stream:
-                    await wait_at_most(IDLE_SECONDS, context.write(response), "the caller to take an answer")
+                    await wait_at_most(IDLE_SECONDS, context.write(response), "the caller to receive an answer")
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -93,7 +93,7 @@ def _decoder(deserialize: Any) -> Callable[[bytes | None], Any]:
         try:
             return deserialize(raw)
         except DecodeError as error:
-            raise ConfigurationError(f"received {len(raw)} bytes that are no {name}") from error
+            raise ConfigurationError(f"received {len(raw)} bytes that are not a valid {name}") from error
 
     return decode
 
@@ -129,7 +129,7 @@ async def wait_at_most(seconds: float, awaitable: Awaitable[_Result], name: str)
 async def abort(context: Any, error: Exception) -> None:
     """End a call with the status of an error."""
     if isinstance(error, grpc.aio.AioRpcError):
-        # The status of a server behind this one.
+        # Forward the status of a server behind this one, such as an endpoint behind a gateway.
         trailers = tuple((key, value) for key, value in error.trailing_metadata() or () if key == TRAILER)
         await context.abort(error.code(), error.details() or "", trailers)
     if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:

@@ -90,8 +90,8 @@ class _Request:
 class Batcher:
     """Combines concurrent requests into shared forward passes. All calls come from one event loop.
 
-    A request that arrives while no pass is running starts a pass at once. Requests that arrive during a pass form the
-    next one. So no request waits for a batch to fill, and the batches grow with the load.
+    A request that arrives while no pass is running starts a pass immediately. Requests that arrive during a pass form
+    the next one. Therefore no request waits for a batch to fill, and the batches grow with the load.
     """
 
     def __init__(
@@ -187,13 +187,13 @@ class PolicyService(squall_pb2_grpc.PolicyServicer, Service):
     def __init__(self, served: ServedPolicy, run: str, *, max_batch_size: int = MAX_BATCH_SIZE) -> None:
         """Serve `served` as the policy of `run`, with up to `max_batch_size` observations in a pass."""
         self.served, self._run = served, run
-        # The only thread that uses the policy.
+        # Only this thread uses the policy.
         self._executor = ThreadPoolExecutor(1, "policy")
         self.batcher = Batcher(served.act, self._executor, max_batch_size=max_batch_size)
         self._refresh_task: asyncio.Task[None] | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register the methods of this service at a server."""
+        """Register the methods of this service with a server."""
         squall_pb2_grpc.add_PolicyServicer_to_server(self, server)
 
     async def start(self) -> None:

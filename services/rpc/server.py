@@ -43,7 +43,7 @@ class Service:
     name: ClassVar[str]
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Register the methods of this service at a server."""
+        """Register the methods of this service with a server."""
         raise NotImplementedError
 
     async def start(self) -> None:

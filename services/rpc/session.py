@@ -159,7 +159,7 @@ class Session:
         with np.errstate(over="ignore"):
             frame = np.asarray(raw, self._layout.frame_dtype)
         if frame.dtype.kind == "f" and not np.isfinite(frame).all():
-            raise ConfigurationError("an observation must hold finite float32 numbers, got NaN, infinity or larger")
+            raise ConfigurationError("an observation must contain finite float32 numbers, got NaN, infinity, or larger")
         count = self._environment.observation_count
         if count is not None and not 0 <= int(frame) < count:
             raise ConfigurationError(f"an observation must lie in 0 .. {count - 1}, got {int(frame)}")
@@ -169,8 +169,8 @@ class Session:
 def _check_spaces(environment: EnvironmentSpec, frame_shape: tuple[int, ...], opening: pb.Open) -> str:
     """Return the dtype of the client's observations: that of the run, or float64 if the run's is float32.
 
-    Spaces are decoded only if their size equals that of the run's: a message of a few bytes may stand for the bounds of
-    millions of elements.
+    A space is decoded only if its size equals that of the run's space: a message of a few bytes may describe the bounds
+    of millions of elements.
     """
     own_observations, own_actions = spaces_of(environment)
     if own_observations.HasField("box"):

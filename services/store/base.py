@@ -47,7 +47,7 @@ class StoreHealth:
 
 
 class RunStore(ABC):
-    """The interface of a run store. Calls may come from any thread, and from several processes at once.
+    """The interface of a run store. Threads and processes may call a store concurrently.
 
     Every method may raise `StoreUnavailable`, within the store's timeout, and `StoreIncompatible`. Every method that
     takes a run's name raises `UnknownRun` if no run has this name. Every change is atomic.
@@ -82,15 +82,19 @@ class RunStore(ABC):
         """Add a new run.
 
         Raises:
-            RunNameInUse: a run, live or ended, has this name. If two processes register the same name at once, one of
-                them gets this error.
+            RunNameInUse: a run, live or ended, has this name. If two processes register the same name concurrently, one
+                of them gets this error.
             ConfigurationError: an invalid name, state, or time.
             NotStorable: a configuration that JSON cannot represent.
         """
 
     @abstractmethod
     def get(self, name: str) -> RunRecord:
-        """Return one run, `lost` if it has stopped reporting. Raises `UnknownRun` with the most similar names."""
+        """Return the record of a run; its state is `lost` if the run has stopped reporting.
+
+        Raises:
+            UnknownRun: no run has this name; the message lists the most similar names.
+        """
 
     @abstractmethod
     def list_runs(self) -> list[RunRecord]:
@@ -116,7 +120,7 @@ class RunStore(ABC):
 
         Raises:
             RunIsLive: the run has a coordinator, or its process on this host still exists but is stuck. If two
-                processes adopt a run at once, one of them gets this error.
+                processes adopt a run concurrently, one of them gets this error.
         """
 
     @abstractmethod
@@ -162,7 +166,11 @@ class RunStore(ABC):
 
     @abstractmethod
     def command_result(self, name: str, id: int) -> dict[str, Any] | None:
-        """Return the answer to a command, None if there is none yet. Raises `UnknownCommand`."""
+        """Return the answer to a command, or None if there is none yet.
+
+        Raises:
+            UnknownCommand: the run has no command with this id.
+        """
 
     def wait_for_acknowledgement(self, name: str, id: int, deadline_seconds: float) -> dict[str, Any]:
         """Block until a command is answered, and return the answer; the wait continues while the store is unavailable.

@@ -27,14 +27,14 @@ class BufferedWriter:
 
     No call raises `StoreUnavailable`. No call except `flush`, `finish`, and `close` takes much longer than twice
     `patience_seconds`: once for the connection, once for the answer. The writer has no thread: each call also delivers
-    waiting writes, for a quarter of a second, and not before `retry_seconds` have passed since the last failure. Of the
-    waiting snapshots only the newest is kept. At most `capacity` other writes wait; beyond that the oldest metrics are
-    dropped first, then the oldest events, and counted.
+    waiting writes, for about a quarter of a second, unless the last failure is less than `retry_seconds` ago. Of the
+    waiting snapshots, only the newest is kept. At most `capacity` other writes wait. Beyond that, the oldest metrics
+    are dropped first, then the oldest events. Dropped writes are counted.
 
-    Invalid values raise at once, as in `RunStore`. A write that the store refuses for another reason (such as a deleted
-    run) is dropped and counted, the reason is kept in `problem`, and training continues. Training must not continue if
-    another coordinator has adopted the run: then all waiting writes are dropped, nothing more is written, and
-    `check_owner` and `pending_commands` raise `RunTakenOver`.
+    An invalid value raises immediately, as in `RunStore`. A write that the store refuses for another reason (such as a
+    deleted run) is dropped and counted, the reason is kept in `problem`, and training continues. Training must not
+    continue if another coordinator has adopted the run: then all waiting writes are dropped, nothing more is written,
+    and `check_owner` and `pending_commands` raise `RunTakenOver`.
 
     Attributes:
         name: name of the run.

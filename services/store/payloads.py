@@ -14,7 +14,7 @@ _MAX_TEXT_LENGTH = 20_000
 
 
 def clean_text(text: str) -> str:
-    """Return `text` as valid UTF-8 of at most 20,000 characters; a cut text ends with the number of removed ones."""
+    """Return `text` as valid UTF-8, cut to 20,000 characters; a cut text ends with the number of removed characters."""
     if len(text) > _MAX_TEXT_LENGTH:
         text = f"{text[:_MAX_TEXT_LENGTH]}... ({len(text) - _MAX_TEXT_LENGTH} characters more)"
     return text.encode("utf-8", "replace").decode()
@@ -52,7 +52,7 @@ def _to_plain(position: str, value: Any) -> Any:
             if not isinstance(key, str):
                 raise NotStorable(f"keys of {position} must be text, got {key!r}")
         return {_to_plain(position, key): _to_plain(f"{position}[{key!r}]", item) for key, item in value.items()}
-    raise NotStorable(f"{position} must be plain numbers, text, lists or dicts, got {type(value).__name__}")
+    raise NotStorable(f"{position} must be plain numbers, text, lists, or dicts, got {type(value).__name__}")
 
 
 def payload_from_json(text: str | None) -> dict[str, Any] | None:

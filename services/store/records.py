@@ -129,7 +129,7 @@ def check_run_name(name: str) -> None:
     """Raise `ConfigurationError` unless `name` is a valid name of a run, and thus of its folder."""
     if not _is_valid_name(name):
         raise ConfigurationError(
-            "a run name has up to 100 letters, digits, dots, dashes and underscores"
+            "a run name has up to 100 letters, digits, dots, dashes, and underscores,"
             f" and starts with a letter or digit, got {name!r}"
         )
 
@@ -226,8 +226,9 @@ def check_owner(record: RunRecord, owner: ProcessIdentity | None) -> None:
     """Raise `RunTakenOver` if a stored run has another owner than `owner`; None accepts every owner."""
     if owner is not None and record.owner != owner:
         raise RunTakenOver(
-            f"run {record.name!r} was resumed by process {record.pid} on {record.host}, because the store "
-            f"received no heartbeat for {LOST_AFTER:.0f} s from this process, which ends; the run continues there"
+            f"run {record.name!r} was resumed by process {record.pid} on {record.host}, because the store received no "
+            f"heartbeat from this process for {LOST_AFTER:.0f} s; this process ends, and process {record.pid} "
+            f"continues the run"
         )
 
 

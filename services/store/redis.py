@@ -2,7 +2,7 @@
 
 Keys, all on one server and in one database (no Redis Cluster). A run's name contains no colon, so keys cannot collide:
 
-    squall:schema             "1", the version of this layout
+    squall:schema             "1", the version of this schema
     squall:runs               set: the names of all runs
     squall:run:<run>          hash: the fields of `RunRecord` as text (`config` as JSON; no `stopped_because` means
                               None), `snapshot` as JSON, and `commands`, `events`, `metrics`: the last id assigned

@@ -18,7 +18,7 @@ from services.store.redis_url import hide_password, parse_url
 SCHEMA_KEY = "squall:schema"
 SCHEMA_VERSION = 1
 _MIN_SERVER_VERSION = (6, 2)
-# An error of a script has the code of the failed command inside its text.
+# The text of a script's error contains the error code of the failed command.
 _TEMPORARY = re.compile(r"\b(OOM|MISCONF|READONLY|BUSY|LOADING|MASTERDOWN|NOREPLICAS|UNKILLABLE)\b")
 
 
@@ -62,7 +62,7 @@ class RedisConnection:
 
         Raises:
             StoreUnavailable: no answer within the timeout, or the server cannot carry out the call now.
-            StoreIncompatible: the server is no Redis, is too old, or holds other data.
+            StoreIncompatible: the server is not Redis, is too old, or contains the data of another program.
             ConfigurationError: the server refuses the password of the first connection.
         """
         if self._closed:
@@ -81,7 +81,7 @@ class RedisConnection:
             info = str(connection.read_response())
             version = re.search(r"redis_version:(\d+)\.(\d+)", info)
             if version is None or tuple(map(int, version.groups())) < _MIN_SERVER_VERSION:
-                actual = "no Redis" if version is None else f"Redis {'.'.join(version.groups())}"
+                actual = "not Redis" if version is None else f"Redis {'.'.join(version.groups())}"
                 required = ".".join(map(str, _MIN_SERVER_VERSION))
                 raise StoreIncompatible(f"run store {self.shown_url} is {actual}; Squall needs {required} or newer")
             connection.send_command("GET", SCHEMA_KEY)
@@ -110,7 +110,7 @@ class RedisConnection:
         if isinstance(error, redis.TimeoutError):
             return StoreUnavailable(f"run store {self.shown_url}: no answer within {self._timeout:g} s")
         if isinstance(error, redis.InvalidResponse):
-            return StoreIncompatible(f"the server at {self.shown_url} is no Redis")
+            return StoreIncompatible(f"the server at {self.shown_url} is not Redis")
         if isinstance(error, redis.ConnectionError) or _is_temporary(error):
             return StoreUnavailable(text)
         return StoreIncompatible(text)

@@ -77,7 +77,7 @@ class SQLiteConnection:
             raise StoreUnavailable(f"run store {self._path}: another thread has used it for {self._timeout:g} s")
         try:
             connection = self._connect()
-            # IMMEDIATE: a transaction that reads first and locks later would fail at once instead of waiting.
+            # IMMEDIATE: a transaction that reads first and locks later would fail instead of waiting for the lock.
             begin = "BEGIN IMMEDIATE" if write else "BEGIN"
             try:
                 connection.execute(begin)
@@ -101,7 +101,7 @@ class SQLiteConnection:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code of an extended code
         if code == sqlite3.SQLITE_NOTADB:
             return StoreIncompatible(
-                f"{self._path} is no SQLite file, and thus no run store; move it away or name another"
+                f"{self._path} is not an SQLite file, and thus not a run store; move it away, or name another file"
             )
         waited = f" (waited {self._timeout:g} s)" if code == sqlite3.SQLITE_BUSY else ""
         return StoreUnavailable(f"run store {self._path}: {error}{waited}")

@@ -1,4 +1,4 @@
 """Supervision of a run: the coordinator starts, watches, and recreates the run's processes, and reports its state.
 
-Start at `coordinator`. `topology` describes a run's processes, and `processes` handles the exit of one.
+Start reading at `coordinator`. `topology` describes a run's processes, and `processes` handles the exit of a process.
 """

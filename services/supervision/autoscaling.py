@@ -1,7 +1,7 @@
-"""Autoscaling for `--actors auto`: the number of rollout workers follows from how long workers and learner wait.
+"""Autoscaling for `--actors auto`: the waiting times of workers and learner determine the number of rollout workers.
 
-A number of workers that was too small or too large is remembered for `FORGET_SECONDS` and not tried again until then,
-so the number converges instead of oscillating.
+A number of workers that was too small or too large is remembered for `FORGET_SECONDS`, and is not tried again during
+this time. Therefore the number converges instead of oscillating.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Autoscaler:
             maximum: the largest number of workers allowed.
         """
         self.maximum = maximum
-        # Each is a number of workers and the time when it was judged.
+        # A number of workers that was too small or too large, and the time when this was measured.
         self._too_few: tuple[int, float] = (0, 0.0)
         self._too_many: tuple[int | None, float] = (None, 0.0)
         self._window: tuple[float, float, dict[Any, float]] | None = None

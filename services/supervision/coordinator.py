@@ -129,7 +129,7 @@ class Coordinator:
         """Run until the steps or the goal are reached, a user stops the run, or it fails; return the summary.
 
         Raises:
-            RunFailed: a process died again and again, or did not start.
+            RunFailed: a process died repeatedly, or did not start.
         """
         self._started_at = time.monotonic()
         try:
@@ -211,7 +211,7 @@ class Coordinator:
     def _start_evaluator(self) -> None:
         """Start the evaluator, once.
 
-        It starts after the learner, because on few cores it would delay the learner's start.
+        The evaluator starts after the learner, because on few cores its start would delay the learner's.
         """
         if not self._evaluator_started:
             self._evaluator_started = True
@@ -286,9 +286,9 @@ class Coordinator:
 
     # The end of the run.
 
-    def _finish(self, why: str) -> None:
-        """Collect the final totals and score the run. A run that is interrupted meanwhile remains unscored."""
-        self.stopped_because = why
+    def _finish(self, reason: str) -> None:
+        """Collect the final totals and score the run. If the run is interrupted meanwhile, it remains unscored."""
+        self.stopped_because = reason
         self._state = "scoring"
         self.replay.finish()
         self.endpoint_process.finish()
@@ -307,11 +307,11 @@ class Coordinator:
             self._poll([process])
             process.request_report()
         self._every(SNAPSHOT_SECONDS, "snapshot", self._report_snapshot)
-        why, self.stopped_because = self.stopped_because, None
+        reason, self.stopped_because = self.stopped_because, None
         self._handle_commands()
         if self.stopped_because is not None:
             raise _Interrupted
-        self.stopped_because = why
+        self.stopped_because = reason
         if time.monotonic() > end:
             raise DeadlineExceeded(f"waited {SCORING_SECONDS:.0f} s for the final evaluation")
 

@@ -1,7 +1,7 @@
-"""Evaluation of a run: periodic greedy evaluations choose the best checkpoint; final ones score the best and the last.
+"""Evaluation of a run: periodic evaluations choose the best checkpoint, final evaluations score the best and the last.
 
-A DQN's return fluctuates near the end of training, so a run reports the scores of both. The best weights are scored on
-fresh episodes, because the maximum of many noisy means is biased upwards.
+A DQN's return fluctuates toward the end of training, so a run reports the scores of both checkpoints. The best weights
+are scored on fresh episodes, because the maximum of many noisy means is biased upward.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CANDIDATE = "candidate.ckpt"
 
 
 class EvaluationScheduler:
-    """Requests a candidate checkpoint from the learner and its episodes from the evaluator, and keeps the best.
+    """Schedules evaluations: the learner writes a candidate checkpoint, the evaluator plays, and the best is kept.
 
     `tick` never blocks.
     """

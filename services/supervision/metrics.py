@@ -1,7 +1,7 @@
 """Prometheus metrics of a run, recorded through Ray, which exports them on every node with `ray[default]`.
 
 The coordinator records all metrics. Their exported names begin with `ray_squall_`, and each has the tags `run` and
-`process`. A Ray without `ray[default]` accepts and drops them.
+`process`. An installation without `ray[default]` accepts and drops the metrics.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class RunMetrics:
                 self._count(self._waits, waited, {**tags, "cause": cause}, "waits", str(process.incarnation))
 
     def _count(self, counter: Counter, total: float, tags: dict[str, str], *key: str) -> None:
-        """Raise a counter to a total that is counted elsewhere, where each incarnation of a process starts at 0."""
+        """Increase a counter to `total`, which a process may count from 0 in each incarnation."""
         full_key = (tags["process"], *key)
         increase = total - self._counted.get(full_key, 0.0)
         if increase > 0.0:

@@ -65,21 +65,21 @@ def _on_node(node: str) -> dict[str, Any]:
 def spread(worker: int, nodes: Sequence[Node], learner_node: str | None) -> str | None:
     """Return the node for a worker: the node with the largest share of free CPUs after all workers of lower index.
 
-    Ray would place processes that reserve no CPU at random, so two workers could share one of many idle nodes.
+    Ray would place processes that reserve no CPU at random, so two workers could share a node while others are idle.
     """
     cpus: dict[str, float] = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in _alive(nodes)}
     cpus = {node: count for node, count in cpus.items() if count > 0}
     if len(cpus) < 2:
         return next(iter(cpus), None) if len(_alive(nodes)) > 1 else None
     busy: dict[str, float] = {node: _LEARNER_NODE_LOAD if node == learner_node else 0.0 for node in cpus}
-    # At this level of load at most `worker` workers are placed, in whatever order. The loop below places the rest.
-    level, left = worker / sum(cpus.values()), worker + 1
+    # Up to this level of load, at most `worker` workers are placed, in any order. The loop below places the others.
+    level, remaining = worker / sum(cpus.values()), worker + 1
     for node, count in cpus.items():
         placed = max(0, math.floor(level * count - busy[node] - 1e-6))
         busy[node] += placed
-        left -= placed
+        remaining -= placed
     chosen = None
-    for _ in range(left):
+    for _ in range(remaining):
         chosen = min(sorted(cpus), key=lambda node: (busy[node] + 1.0) / cpus[node])
         busy[chosen] += 1.0
     return chosen

@@ -140,7 +140,7 @@ class Process:
         late = self.handle is not None and now - self._launched_at > PENDING_SECONDS
         self.pending = shortage() if late and self.report is None and not self.done else None
         if self.pending is not None:
-            self._report_deadline = now + START_SECONDS  # the start begins when the resources are free
+            self._report_deadline = now + START_SECONDS  # the deadline counts from when the resources are free
 
     def start(self, pause: float = 0.0) -> None:
         """Start the next incarnation after `pause` seconds, and its loop if it has one."""
@@ -199,7 +199,7 @@ class Process:
         """Request a report, unless a request is pending.
 
         Args:
-            fresh: drop a pending request and send a new one, because the pending report may be outdated.
+            fresh: whether to drop a pending request and send a new one, because the pending report may be outdated.
         """
         if self.handle is not None and (fresh or self._reporting is None) and not self.done:
             self._reporting = getattr(self.handle, self._report_method).remote()
@@ -224,7 +224,7 @@ class Process:
         if self._failed_starts >= MAX_FAILED_STARTS and not optional:
             assert self.last_exit is not None
             raise CrashLoop(
-                f"{self.name} died {self._failed_starts} times in a row before it got to work, "
+                f"{self.name} died {self._failed_starts} times in a row before it did any work, "
                 f"last: {self.last_exit.line}"
             )
         self.restarts += 1

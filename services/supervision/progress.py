@@ -70,14 +70,14 @@ class RunObserver:
         """Receive metrics, by tag, at an environment step."""
 
     def stop_wanted(self) -> str | None:
-        """Return the reason why a signal asked the run to stop, or None if no signal has arrived."""
+        """Return `interrupted` or `terminated` after a signal that stops the run, else None."""
         return None
 
     def commands(self) -> list[Command]:
         """Return the commands that arrived since the last call.
 
         Raises:
-            RunTakenOver: another coordinator has taken over the run; this one must end at once, without a checkpoint.
+            RunTakenOver: another coordinator has taken over the run; this one must end now, without a checkpoint.
         """
         return []
 

@@ -9,10 +9,10 @@ import secrets
 def set_ray_defaults() -> None:
     """Set Ray's environment variables that the user has not set. Call this before anything imports ray.
 
-    - Ray's workers get the driver's priority instead of nice 15, because the learner is one of them. The processes
-      beside the learner lower their own priority.
-    - Arguments and results of up to 1 MiB instead of 100 KB travel within the call. Batches, and weights on their way
-      to the weight store, would cost the node's raylet more through the object store.
+    - Ray's workers get the driver's priority instead of nice 15, because the learner is one of Ray's workers. The
+      coordinator lowers the priority of the run's other processes.
+    - Arguments and results of up to 1 MiB instead of 100 KB are sent within the call. Through the object store, batches
+      and published weights would cost the node's raylet more.
     - A cluster that Squall starts gets a random token. Without one, Ray leaves a token file in the home directory.
     """
     os.environ.setdefault("RAY_worker_niceness", "0")

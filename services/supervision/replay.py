@@ -78,7 +78,7 @@ class ReplayGroup:
 
         Args:
             process: one of this group's processes.
-            finished: whether workers know that the run has all its steps; the last report may be older than that.
+            finished: whether workers know that the run has all its steps; the last report of the replay may be older.
         """
         if process is not self.primary:
             if self.primary.handle is not None:
@@ -91,9 +91,9 @@ class ReplayGroup:
         self._pending_episodes = None
 
     def release(self, worker: Process) -> None:
-        """Release what is reserved for a worker that has exited, because the replay would wait for it otherwise.
+        """Release the reservations of a worker that has exited; otherwise the replay would wait for the worker.
 
-        On-policy these are the worker's permits; in a sharded replay, the steps of its next push.
+        On-policy, these are the worker's permits; in a sharded replay, the steps of the worker's next push.
         """
         if (self.shards or isinstance(self._topology.replay, QueueSpec)) and self.primary.handle is not None:
             self.primary.handle.revoke.remote(worker.index, worker.incarnation)
@@ -109,7 +109,7 @@ class ReplayGroup:
             self.primary.handle.revoke_from.remote(first, incarnation)
 
     def finish(self) -> None:
-        """Accept no more experience, once; senders learn that the run is finished."""
+        """Make the replay accept no more experience, and reply to senders that the run is finished; effective once."""
         if not self._finished and self.primary.handle is not None:
             self._finished = True
             self.primary.handle.finish.remote()

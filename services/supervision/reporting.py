@@ -65,7 +65,7 @@ class RunReporter(RunObserver):
     def __init__(
         self, run: str, folder: Path, writer: BufferedWriter, display: RunDisplay, signals: StopSignals
     ) -> None:
-        """Report nothing yet.
+        """Create a reporter, which has reported nothing yet.
 
         Args:
             run: name of the run.
@@ -83,7 +83,7 @@ class RunReporter(RunObserver):
 
     @cached_property
     def _tensorboard(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # takes 0.25 s, so the start of the run does not import it
+        from torch.utils.tensorboard import SummaryWriter  # takes 0.25 s, so it is imported after the run's start
 
         return SummaryWriter(str(self._folder / "tensorboard"))
 
@@ -127,7 +127,7 @@ class RunReporter(RunObserver):
         self._tensorboard.flush()
 
     def stop_wanted(self) -> str | None:
-        """Return the reason why a signal asked the run to stop, or None."""
+        """Return `interrupted` or `terminated` after a signal that stops the run, else None."""
         return self._signals.wanted
 
     def commands(self) -> list[Command]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-# A supervisor may send SIGTERM to a process and to its group. A SIGTERM this soon after another signal is a repeat.
+# A service manager may send SIGTERM both to a process and to its group. A SIGTERM so soon after another signal is a
+# repeat.
 _REPEAT_SECONDS = 1.0
 
 
@@ -24,7 +25,7 @@ class StopSignals:
     """
 
     def __init__(self, on_second: Callable[[], None]) -> None:
-        """Install nothing yet.
+        """Create a handler; a `with` block installs it.
 
         Args:
             on_second: called at the second signal.

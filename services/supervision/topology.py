@@ -2,7 +2,7 @@
 
 The driver owns every actor and none is detached, so the run ends with the driver. An actor's name consists of the run's
 name, for people, and a nonce of this driver. The nonce is needed because two runs of the same name may share a cluster:
-their stores may differ, and the actors of a driver that died live on for a moment.
+their stores may differ, and the actors of a driver that has died exist for a moment longer.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Topology:
         auto: whether to scale the workers automatically; `actors` is the initial number then.
         learner_gpus: GPUs of the learner; None takes one if the cluster has one.
         cpus_per_actor: CPUs that Ray reserves for each worker.
-        learner_threads: CPU threads of the learner; None takes the CPUs that workers leave.
+        learner_threads: CPU threads of the learner; None takes the CPUs that the workers do not use.
         placement: nodes of the processes, once the cluster is known.
         server_config: configuration of the run's gRPC endpoint; None for no endpoint.
         nonce: part of the actors' names, unique to this topology.
@@ -93,7 +93,7 @@ class Topology:
     nonce: str = field(default_factory=lambda: token_hex(4))
 
     def placed(self) -> Topology:
-        """Return this topology with its processes placed on the connected cluster.
+        """Return this topology with its processes placed on the nodes of the connected cluster.
 
         Raises:
             ConfigurationError: the cluster lacks the requested resources.
@@ -183,7 +183,7 @@ class Topology:
             "threads": 1,
         }
         if isinstance(self.replay, QueueSpec):
-            # The steps of a lane without a share in the batch would not be used.
+            # A worker needs no more lanes than its share of a batch; the steps of other lanes would not be used.
             share = math.ceil(self.replay.units_per_batch / workers)
             rollout = replace(self.rollout, num_envs=min(self.rollout.num_envs, share))
             return lower_priority(
@@ -296,7 +296,7 @@ def plan(config: RunConfig, run: str, checkpoints: Path) -> Topology:
     environment = specify(config.environment, config.environment_arguments)
     hyperparameters = {**config.hyperparameters, "env": environment.plain(), "seed": config.seed}
     if hyperparameters["learning_rate_schedule"] != "constant" and hyperparameters["learning_rate_last_frame"] is None:
-        # Not part of the saved configuration, so that the schedule follows when a resumed run gets more steps.
+        # Not part of the saved configuration, so that the schedule is extended when a resumed run gets more steps.
         hyperparameters["learning_rate_last_frame"] = config.steps
     try:
         module = make_algorithm(config.algorithm, hyperparameters)
@@ -373,7 +373,7 @@ def _check_replay(config: RunConfig, replay: ReplaySpec) -> None:
             f"{replay.minimum_size}; raise --steps, or lower --set warm_start_size=..."
         )
     replay.check_shards(config.replay_shards)
-    # All shards run on one node, beside the learner. Each shard checks again on that node.
+    # All shards run on the learner's node. Each shard repeats the check on that node.
     replay.table.check_memory()
 
 

@@ -86,7 +86,7 @@ class WorkerPool:
             self.starting.pop(0).start()
 
     def _rank(self, index: int) -> int:
-        """Return an index's rank among the workers, because indices have gaps while workers leave."""
+        """Return the rank of an index among the workers; the two differ while workers with lower indices leave."""
         return sum(process.index < index for process in self.workers)
 
     def _start_ranked(self, index: int, incarnation: int) -> Any:
@@ -192,13 +192,13 @@ class WorkerManager:
         """Start some of the workers that have not been started yet.
 
         Args:
-            learner_ready: whether the learner has started. Until then the workers leave one CPU to it, because its
-                start takes longest and on few cores would wait for the starts of the workers.
+            learner_ready: whether the learner has started. Until then, one CPU is left to the learner, because the
+                learner's start takes longest, and the starts of workers would delay it on few cores.
         """
         if self.worker_pool.starting:
             cpus = cluster_cpus()
             limit = max(MIN_CONCURRENT_STARTS, cpus) if learner_ready else max(1, cpus - 1)
-            # Ray limits the starts of workers that reserve a CPU. Each other start takes a CPU from running workers.
+            # Ray limits the starts of workers that reserve a CPU. Any other start takes CPU time from running workers.
             self.worker_pool.start_some(MAX_WORKERS if self._topology.cpus_per_actor else limit)
 
     def autoscale(self, learner: Any) -> None:
@@ -211,7 +211,7 @@ class WorkerManager:
         if self._autoscaler is None or None in reports or learner is None:
             return
         if not learner.updates or self.worker_pool.draining:
-            return  # the learner always waits for the first experience
+            return  # before its first update, the learner always waits for experience
         waits = {(report.worker, report.incarnation): report.seconds_waited for report in reports}
         change = self._autoscaler.update(learner.seconds_waited, waits)
         if change is not None:

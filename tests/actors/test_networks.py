@@ -124,7 +124,7 @@ def test_images_use_the_last_size_alone() -> None:
 
 @pytest.mark.parametrize("sizes", [(), (0,), (64, -1)])
 def test_sizes_are_positive(sizes: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigurationError, match="hidden_sizes must name at least one positive width"):
+    with pytest.raises(ConfigurationError, match="hidden_sizes must be one or more positive widths"):
         make_torso(spec((4,)), sizes)
 
 

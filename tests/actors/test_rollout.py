@@ -3,190 +3,38 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import ray
 
-from actors import policies, rollout
+from actors import rollout
 from actors.environments import specify
-from actors.policies import PolicySpec
-from actors.rollout import RolloutActor, RolloutSpec, RolloutWorker, WorkerReport
-from actors.weights import WeightClient, Weights, WeightStoreActor, pack
+from actors.rollout import RolloutActor, RolloutWorker
+from actors.weights import WeightClient, WeightStoreActor
 from replay.client import ReplayClient
 from replay.errors import DeadlineExceeded, EnvironmentFailed, LayoutMismatch
-from replay.messages import InsertReply, Push
 from replay.remote import RemoteActor
-from replay.server import ReplayActor, ReplayServer, ReplaySpec
-from replay.table import TableSpec
+from replay.server import ReplayActor
 from replay.types import EpisodeResult, Moments
 from tests.actors.naive import NaiveExperience, assert_are_moments_of, assert_holds, discounted_returns
-from tests.actors.toys import TEST_POLICIES, ConstantPolicy, Script, scripted
+from tests.actors.toys import Script, scripted
+from tests.actors.workers import (
+    LONG,
+    SHORT,
+    Direct,
+    Given,
+    constant_policy,
+    make_server,
+    make_spec,
+    make_worker,
+    run_vector_steps,
+    running,
+    wait_until,
+    weights_for,
+)
 
-SHORT = specify("SquallShort-v0")
-SCRIPTED = specify("SquallScripted-v0")
-LONG = Script(length=10_000)
-
-
-@pytest.fixture(autouse=True)
-def test_policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind, policy in TEST_POLICIES.items():
-        monkeypatch.setitem(policies.POLICIES, kind, policy)
-
-
-class Direct:
-    """A `ReplayClient` without Ray; records the accepted pushes."""
-
-    def __init__(self, server: ReplayServer) -> None:
-        self.server = server
-        self.waiting_for: str | None = None
-        self.pushes: list[Push] = []
-
-    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
-        while True:
-            reply = self.server.insert(push)
-            if reply.wait is None:
-                self.waiting_for = None
-                self.pushes.append(push)
-                return reply
-            self.waiting_for = reply.wait
-            if stop is not None and stop.wait(0.002):
-                return None
-
-
-class Blocked(Direct):
-    """A replay that accepts no push."""
-
-    def __init__(self) -> None:
-        self.waiting_for = None
-        self.pushes = []
-
-    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
-        self.waiting_for = "the learner: it sleeps"
-        assert stop is not None
-        stop.wait()
-        return None
-
-
-class Failing(Direct):
-    """A replay that raises at push number `at`."""
-
-    def __init__(self, server: ReplayServer, at: int) -> None:
-        super().__init__(server)
-        self.at = at
-
-    def insert(self, push: Push, *, stop: threading.Event | None = None) -> InsertReply | None:
-        if push.sequence == self.at:
-            raise LayoutMismatch("the push does not fit")
-        return super().insert(push, stop=stop)
-
-
-class Given:
-    """A weight source that returns the weights of a list, one per poll."""
-
-    def __init__(self, *weights: Weights | None) -> None:
-        self.waiting = list(weights)
-        self.version = -1
-
-    pending = False
-
-    def poll(self) -> Weights | None:
-        weights = self.waiting.pop(0) if self.waiting else None
-        if weights is not None:
-            self.version = weights.version
-        return weights
-
-
-def make_spec(
-    environment: Any = SCRIPTED,
-    kind: str = "constant",
-    *,
-    lanes: int = 2,
-    length: int = 4,
-    n_steps: int = 1,
-    clip: bool = False,
-    seed: int = 0,
-) -> RolloutSpec:
-    return RolloutSpec(
-        PolicySpec(kind, environment), lanes, length, n_steps, 0.97, clip, seed, track_return_statistics=True
-    )
-
-
-def make_server(
-    spec: RolloutSpec, capacity: int = 10_000, max_env_steps: int | None = None, **rate: float
-) -> ReplayServer:
-    limits = {"samples_per_insert": float("inf"), "minimum_size": 1, **rate}
-    replay = ReplaySpec(
-        TableSpec(spec.layout, capacity),
-        largest_push=spec.largest_push,
-        batch_size=1,
-        batches_per_sample=1,
-        **limits,  # type: ignore[arg-type]
-    )
-    return ReplayServer(replay, run_seed=0, max_env_steps=max_env_steps)
-
-
-def weights_for(spec: RolloutSpec, version: int = 0, action: int = 0) -> Weights:
-    policy = spec.policy.build()
-    if isinstance(policy, ConstantPolicy):
-        policy.action.fill_(action)  # type: ignore[operator]
-    return pack(policy, version)
-
-
-def make_worker(spec: RolloutSpec, replay: Any, *weights: Weights | None, **identity: int) -> RolloutWorker:
-    identity = {"worker": 0, "workers": 1, "incarnation": 0, **identity}
-    return RolloutWorker(spec, replay=replay, weights=Given(*(weights or (weights_for(spec),))), **identity)
-
-
-def constant_policy(worker: RolloutWorker) -> ConstantPolicy:
-    assert isinstance(worker._policy, ConstantPolicy)
-    return worker._policy
-
-
-def run_vector_steps(worker: RolloutWorker, steps: int) -> WorkerReport:
-    constant_policy(worker).after[steps] = worker.stop
-    return worker.run()
-
-
-@contextmanager
-def running(worker: RolloutWorker) -> Iterator[Callable[[], WorkerReport]]:
-    """Run a worker in a thread; yield a function that joins the thread and returns its report or raises its error."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append(worker.run())
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def end() -> WorkerReport:
-        thread.join(20)
-        assert not thread.is_alive()
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        report: WorkerReport = outcome[0]
-        return report
-
-    try:
-        yield end
-    finally:
-        worker.stop()
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+pytestmark = pytest.mark.usefixtures("toy_policies")
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -247,28 +95,6 @@ def test_the_moments_of_returns_come_with_the_pushes(clip: bool) -> None:
     assert_are_moments_of(served.returns, numbers)
     assert server.insert(replay.pushes[-1]).repeated
     assert server.sample(1, 1).returns == served.returns
-
-
-def test_pushes_are_numbered_signed_and_bounded() -> None:
-    spec = make_spec(lanes=2, length=4, n_steps=5)
-    replay = Direct(make_server(spec))
-    with scripted(default=LONG):
-        run_vector_steps(make_worker(spec, replay, worker=3, workers=5, incarnation=2), 31)
-    assert [push.sequence for push in replay.pushes] == list(range(len(replay.pushes)))
-    assert {(push.worker, push.incarnation) for push in replay.pushes} == {(3, 2)}
-    steps = [push.steps for push in replay.pushes]
-    # Of 31 rows, 24 are sent once the 4 rows after them are known; the flush sends a segment and its tail of 3.
-    assert steps == [2 * 4] * 6 + [2 * 7]
-    assert spec.largest_push == 2 * 7
-
-
-def test_stop_sends_the_rest() -> None:
-    for steps in (1, 2, 3, 4, 5):
-        spec = make_spec(lanes=2, length=4)
-        server = make_server(spec)
-        with scripted(default=LONG):
-            report = run_vector_steps(make_worker(spec, Direct(server)), steps)
-        assert report.env_steps == server.stats().counters.env_steps == 2 * steps
 
 
 def test_nothing_happens_before_the_first_weights() -> None:
@@ -344,80 +170,6 @@ def test_exploration_follows_the_servers_count() -> None:
     assert steps[-1] <= server.stats().counters.env_steps
 
 
-def test_a_server_that_says_wait_stops_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "DRAIN_SECONDS", 0.2)
-    spec = make_spec(lanes=2, length=4)
-    with scripted(default=LONG):
-        worker = make_worker(spec, Blocked())
-    # One push is at the server, two are waiting, and one is blocked in `put`; n = 1.
-    most = 4 * 2 * 4
-    with running(worker) as end:
-        wait_until(lambda: worker.report().env_steps == most)
-        time.sleep(0.3)
-        assert worker.report().env_steps == most
-        assert worker.report().waiting_for == "the learner: it sleeps"
-        worker.stop()
-        begun = time.monotonic()
-        end()
-        assert time.monotonic() - begun < 3.0
-
-
-@pytest.mark.parametrize("opens", [True, False])
-def test_a_draining_worker_sends_its_experience_until_the_deadline(
-    monkeypatch: pytest.MonkeyPatch, opens: bool
-) -> None:
-    monkeypatch.setattr(rollout, "DRAIN_SECONDS", 0.0)
-    spec = make_spec(lanes=2, length=4)
-    server = make_server(spec, samples_per_insert=1.0, minimum_size=8)
-    with scripted(default=LONG):
-        worker = make_worker(spec, Direct(server))
-    with running(worker) as end:
-        wait_until(lambda: "samples due" in str(worker.report().waiting_for))
-        wait_until(lambda: worker.report().env_steps == worker.report().steps_sent + 4 * 2 * 4)
-        worker.stop(20.0 if opens else 0.3)
-        time.sleep(0.4)
-        while opens and worker.report().status_message != "done":
-            server.sample(1, 1)
-            time.sleep(0.001)
-        report = end()
-    assert report.steps_sent == server.stats().counters.env_steps
-    assert report.steps_unsent == report.env_steps - report.steps_sent
-    assert (report.steps_unsent == 0) is opens
-
-
-def test_a_limiter_that_says_wait_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "DRAIN_SECONDS", 0.2)
-    spec = make_spec(lanes=2, length=4)
-    server = make_server(spec, samples_per_insert=1.0, minimum_size=8)
-    with scripted(default=LONG):
-        worker = make_worker(spec, Direct(server))
-    with running(worker):
-        wait_until(lambda: "samples due" in str(worker.report().waiting_for))
-        before = server.stats().counters.env_steps
-        for _ in range(16):
-            assert server.sample(1, 1).batch is not None
-        wait_until(lambda: server.stats().counters.env_steps > before)
-
-
-@pytest.mark.parametrize("at", [0, 1, 4])
-def test_what_a_push_meets_ends_the_run(at: int) -> None:
-    """Also if it is the last push, after which the loop itself does not check for errors."""
-    spec = make_spec(lanes=1, length=4)
-    with scripted(default=LONG):
-        worker = make_worker(spec, Failing(make_server(spec), at))
-    with pytest.raises(LayoutMismatch, match="the push does not fit"):
-        run_vector_steps(worker, 18)
-    assert worker.report().status_message == "rolling out"
-
-
-def test_a_finished_run_ends_the_loop() -> None:
-    spec = make_spec(lanes=2, length=4)
-    server = make_server(spec, max_env_steps=50)
-    with scripted(default=LONG), running(make_worker(spec, Direct(server))) as end:
-        end()
-    assert 50 <= server.stats().counters.env_steps < 50 + 2 * 4
-
-
 def test_failures_are_reported() -> None:
     spec = make_spec(lanes=2, length=4)
     server = make_server(spec)
@@ -443,17 +195,6 @@ def test_an_environment_that_fails_for_good_ends_the_run() -> None:
         with pytest.raises(EnvironmentFailed, match="instance 5 broke at step 1"):
             worker.run()
     assert not worker._sender._thread.is_alive()
-
-
-def test_the_last_episodes_are_sent_though_no_step_is_left() -> None:
-    spec = make_spec(lanes=1, length=64)
-    replay = Direct(make_server(spec))
-    with scripted({0: Script(length=2, reward=3.0, raises_at=frozenset({3}))}):
-        run_vector_steps(make_worker(spec, replay), 4)
-    [push] = replay.pushes
-    assert push.segments == ()
-    assert push.episodes == (EpisodeResult(6.0, 2),)
-    assert replay.server.drain_episodes() == push.episodes
 
 
 def test_every_worker_and_incarnation_has_its_own_experience() -> None:

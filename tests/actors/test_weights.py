@@ -96,7 +96,7 @@ def test_read_only_weights_are_loaded_and_not_kept() -> None:
 def test_weights_of_another_network_are_refused(other: nn.Module) -> None:
     before = {name: value.clone() for name, value in other.state_dict().items()}
     weights = pack(filled(1), 0)
-    with pytest.raises(LayoutMismatch, match=f"layout {weights.layout}.*layout {parameters_hash(other)}") as raised:
+    with pytest.raises(LayoutMismatch, match=f"hash {weights.layout}.*hash {parameters_hash(other)}") as raised:
         unpack(weights, other)
     assert isinstance(raised.value, SquallError)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())

@@ -5,6 +5,7 @@ The markers are described in `tests.docs.blocks`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from tests.docs.checks import complaints
 BLOCKS = [block for page in PAGES for block in blocks_of(str(page.relative_to(ROOT)), page.read_text())]
 RUN = [page for page in dict.fromkeys(block.page for block in BLOCKS if block.mode == "run")]
 SECONDS = 300
+
+# Neighboring Python blocks run in one process, which imports the libraries once; each has names of its own.
+EACH = "import sys\nfor text in sys.argv[1:]: exec(compile(text, '<block>', 'exec'), {'__name__': '__main__'})"
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
@@ -42,10 +46,15 @@ def test_the_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "SQUALL_HOME": str(folder / "runs"),
     }
-    for block in (block for block in BLOCKS if block.page == page and block.mode == "run"):
-        program = ["bash", "-euo", "pipefail", "-c"] if block.language in SHELL else [sys.executable, "-c"]
+    own = [block for block in BLOCKS if block.page == page and block.mode == "run"]
+    for shell, group in itertools.groupby(own, lambda block: block.language in SHELL):
+        blocks = list(group)
+        texts = [block.text for block in blocks]
+        command = (
+            ["bash", "-euo", "pipefail", "-c", "\n".join(texts)] if shell else [sys.executable, "-c", EACH, *texts]
+        )
         done = subprocess.run(
-            [*program, block.text],
+            command,
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -54,7 +63,7 @@ def test_the_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
             text=True,
             timeout=SECONDS,
         )
-        assert done.returncode == 0, f"{block} ended with {done.returncode}:\n{done.stdout[-4000:]}"
+        assert done.returncode == 0, f"{blocks[0]} or one after it ended with {done.returncode}:\n{done.stdout[-4000:]}"
 
 
 # The checks find what they are for.

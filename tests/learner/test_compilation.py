@@ -183,7 +183,7 @@ def test_running_statistics_are_updated_between_compiled_updates() -> None:
         torch.testing.assert_close(compiled.state_dict()[name], one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [NoisyDQN, NonDistributionalRainbow])
+@pytest.mark.parametrize("kind", [NoisyDQN, pytest.param(NonDistributionalRainbow, marks=pytest.mark.long)])
 def test_noise_is_drawn_anew_by_every_compiled_update(kind: type[DQN]) -> None:
     module = small(kind, CARTPOLE, learning_rate=1e-12, compile_updates=True)
     losses: list[float] = []

@@ -32,9 +32,9 @@ def test_with_one_network_double_q_learning_is_q_learning() -> None:
 
 def test_double_q_learning_refuses_what_would_broadcast() -> None:
     q, column = torch.zeros(3, 2), torch.zeros(3, 1)
-    with pytest.raises(ValueError, match="all else"):
+    with pytest.raises(ValueError, match="all other tensors"):
         double_q_learning(q, torch.zeros(3, dtype=torch.int64), column, torch.zeros(3), q, q)
-    with pytest.raises(ValueError, match="all else"):
+    with pytest.raises(ValueError, match="all other tensors"):
         double_q_learning(q, torch.zeros(3, dtype=torch.int64), torch.zeros(3), torch.zeros(3), q, torch.zeros(3, 3))
 
 

@@ -295,11 +295,11 @@ def test_over_actions_as_frequent_as_the_policy_takes_them_it_is_the_policy_grad
 
 @pytest.mark.parametrize(("left", "right"), [((5,), (5, 1)), ((5, 1), (5,)), ((5,), ()), ((5,), (1,)), ((5,), (4,))])
 def test_policy_gradient_shapes_that_differ_raise(left: tuple[int, ...], right: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"both must be \[N\], got"):
+    with pytest.raises(ValueError, match=r"must both be \[N\], got"):
         policy_gradient_loss(torch.zeros(left), torch.zeros(right))
 
 
 @pytest.mark.parametrize("shape", [(), (5, 1), (5, 3)])
 def test_policy_gradient_loss_of_another_rank_raises(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"both must be \[N\], got"):
+    with pytest.raises(ValueError, match=r"must both be \[N\], got"):
         policy_gradient_loss(torch.zeros(shape), torch.zeros(shape))

@@ -207,14 +207,14 @@ SHAPES = {
 )
 def test_shapes_that_do_not_agree_raise(formula: Callable[..., Tensor], name: str, shape: tuple[int, ...]) -> None:
     shapes = {**SHAPES[formula], name: shape}
-    with pytest.raises(ValueError, match=r"values must be \[C, B\] and all else \[B\]; got values"):
+    with pytest.raises(ValueError, match=r"values must be \[C, B\] and all other tensors \[B\], got values"):
         formula(**{key: torch.zeros(of) for key, of in shapes.items()})
 
 
 @pytest.mark.parametrize("formula", SHAPES)
 def test_a_batch_in_columns_raises(formula: Callable[..., Tensor]) -> None:
     columns = {(5,): (5, 1), (2, 5): (2, 5, 1), (): ()}
-    with pytest.raises(ValueError, match=r"values must be \[C, B\] and all else \[B\]; got values \(2, 5, 1\)"):
+    with pytest.raises(ValueError, match=r"must be \[C, B\] and all other tensors \[B\], got values \(2, 5, 1\)"):
         formula(**{key: torch.zeros(columns[of]) for key, of in SHAPES[formula].items()})
 
 

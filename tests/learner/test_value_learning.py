@@ -90,7 +90,7 @@ GOOD = {"q_tm1": (5, 3), "a_tm1": (5,), "r_t": (5,), "discount_t": (5,), "q_t": 
 def test_shapes_that_do_not_agree_raise(name: str, shape: tuple[int, ...]) -> None:
     shapes = {**GOOD, name: shape}
     tensors = {key: torch.zeros(of, dtype=torch.int64 if key == "a_tm1" else None) for key, of in shapes.items()}
-    with pytest.raises(ValueError, match=r"values must be \[B, A\] and all else \[B\]"):
+    with pytest.raises(ValueError, match=r"values must be \[B, A\] and all other tensors \[B\]"):
         q_learning(**tensors)
 
 
@@ -103,7 +103,7 @@ def test_values_of_another_rank_raise(shape: tuple[int, ...]) -> None:
 
 def test_the_complaint_names_the_shapes() -> None:
     flat = torch.zeros(5)
-    with pytest.raises(ValueError, match=r"got values \(5, 3\) beside \[\(5, 1\)\]"):
+    with pytest.raises(ValueError, match=r"got values \(5, 3\) and others \[\(5, 1\)\]"):
         q_learning(torch.zeros(5, 3), flat.long(), torch.zeros(5, 1), flat, torch.zeros(5, 3))
 
 

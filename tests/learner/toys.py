@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from actors.environments import ContinuousActions, DiscreteActions, EnvironmentSpec, specify
 from learner import DQN, SAC
-from learner.algorithms import Algorithm
+from learner.algorithms import ALGORITHMS, Algorithm
 from learner.algorithms.off_policy import OffPolicyAlgorithm
 from learner.batches import TransitionBatch
+from learner.experience import LocalTransitions
 from replay.messages import Push, SampleReply, TakeReply
 from replay.server import ReplayServer
 from replay.trajectory_server import TrajectoryServer
@@ -25,6 +26,7 @@ from replay.types import Layout, Segment, Trajectory
 
 CARTPOLE = EnvironmentSpec("CartPole-v1", (4,), "float32", 1, DiscreteActions(2))
 PENDULUM = EnvironmentSpec("Pendulum-v1", (3,), "float32", 1, ContinuousActions((1,), (-2.0,), (2.0,)))
+EVERY_ALGORITHM = list(ALGORITHMS.values())
 
 
 class Chain(gym.Env[Any, Any]):
@@ -139,6 +141,13 @@ def small(cls: type[Kind], env: Any, **options: Any) -> Kind:
     """Return an algorithm that starts to learn after a few steps."""
     off_policy = {"batch_size": 8, "replay_size": 1_000, "warm_start_size": 16, "segment_length": 4}
     return cls(env, **{"hidden_sizes": [8], **(off_policy if issubclass(cls, OffPolicyAlgorithm) else {}), **options})
+
+
+def local_transitions(env: str = "SquallTally-v0", **options: Any) -> LocalTransitions:
+    """Return the experience that a small DQN generates in this process."""
+    experience = small_dqn(env, **options).train_dataloader()
+    assert isinstance(experience, LocalTransitions)
+    return experience
 
 
 def quiet_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:

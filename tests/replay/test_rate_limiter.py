@@ -55,7 +55,9 @@ def test_the_reasons_name_who_is_waited_for_and_the_figures() -> None:
     assert limiter.insert_waits_for(2) == (
         "the learner: an insert of 2 would leave 10 samples due, more than the tolerance of 8"
     )
-    assert limiter.sample_waits_for(15) == "experience: a sample of 15 would run 9 ahead of 13 inserts"
+    assert limiter.sample_waits_for(15) == (
+        "experience: a sample of 15 would exceed the samples due after 13 inserts by 9, more than the tolerance of 8"
+    )
     assert limiter.insert_waits_for(1) is None
     assert limiter.sample_waits_for(14) is None
 

@@ -169,7 +169,9 @@ def test_both_sides_hear_whom_they_wait_for() -> None:
     )
     for _ in range(2):
         assert server.sample(4, 4).batch is not None
-    assert server.sample(1, 4).wait == "experience: a sample of 4 would run 20 ahead of 16 inserts"
+    assert server.sample(1, 4).wait == (
+        "experience: a sample of 4 would exceed the samples due after 16 inserts by 20, more than the tolerance of 16"
+    )
     stats = server.stats()
     assert (stats.size, stats.counters) == (16, Counters(env_steps=16, samples=32, counted_inserts=8))
 

@@ -91,7 +91,7 @@ def test_the_size_that_the_refusal_proposes_fits_and_is_not_timid(
 
 
 def test_a_machine_that_holds_no_table_at_all_hears_so() -> None:
-    with pytest.raises(NotEnoughMemory, match=r"but 0\.00 GiB are available here; none would fit"):
+    with pytest.raises(NotEnoughMemory, match=r"but 0\.00 GiB are available here; no replay_size would fit"):
         TableSpec(ATARI, 1000).check_memory(0)
 
 

@@ -112,7 +112,7 @@ def test_no_step_is_lost_or_counted_twice_from_2_workers_to_5_to_1_with_a_shard_
     assert run.leftovers() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_auto_adds_workers_while_the_learner_waits(start: Start) -> None:
     run = start("auto", *LONG, "--set", "eval_every=0", "--set", "updates_per_step=0.01", "--actors", "auto")
     # The snapshot may be older than the events.
@@ -130,7 +130,7 @@ def test_auto_adds_workers_while_the_learner_waits(start: Start) -> None:
     assert run.leftovers() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_without_room_in_the_cluster_is_pending_and_the_run_goes_on(start: Start) -> None:
     every_cpu = str(os.cpu_count())
     run = start("full", *LONG, "--set", "eval_every=0", "--actors", "2", "--cpus-per-actor", every_cpu)

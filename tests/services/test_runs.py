@@ -21,9 +21,10 @@ AT_ITS_RETURN = (
 
 
 class Finished(NamedTuple):
-    """A run that has ended, with what others saw of it while it was running."""
+    """A run that has ended, with what others saw of it while it was running, beside another one at the same time."""
 
     run: Run
+    other: dict[str, Any]
     status: dict[str, Any]
     summary: dict[str, Any]
     watched: tuple[int, str, str]
@@ -32,6 +33,7 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(start_for_module: Start) -> Finished:
     run = start_for_module("small", *SMALL, "--steps", "4000", "--actors", "3")
+    other = start_for_module("other", *SMALL, "--steps", "1500", "--actors", "1", "--seed", "1")
     status = run.wait_for(lambda s: s["state"] == "running")
     with Popen(
         [*SQUALL, "watch", "small", "--json"], env=environment(run.home), stdout=PIPE, stderr=PIPE, text=True
@@ -39,11 +41,12 @@ def finished(start_for_module: Start) -> Finished:
         status = run.wait_for(lambda s: s["state"] == "running" and s["updates"] > 0)
         summary = run.finish(240)
         out, err = watch.communicate(timeout=60)
-    return Finished(run, status, summary, (watch.returncode, out, err))
+        other_summary = other.finish(240)
+    return Finished(run, other_summary, status, summary, (watch.returncode, out, err))
 
 
 def test_a_run_ends_by_itself_and_says_how_it_went(finished: Finished) -> None:
-    run, status, summary, _ = finished
+    run, _, status, summary, _ = finished
     roles = [(process["role"], process["index"]) for process in status["processes"]]
     assert roles == [
         ("coordinator", 0), ("weights", 0), ("replay", 0), ("learner", 0),
@@ -72,14 +75,14 @@ def test_a_run_ends_by_itself_and_says_how_it_went(finished: Finished) -> None:
     assert (folder / "checkpoints" / "best.ckpt").exists()
 
     listed = json.loads(squall(run.home, "runs", "--json").stdout)
-    assert [(row["name"], row["state"]) for row in listed] == [("small", "finished")]
+    assert {(row["name"], row["state"]) for row in listed} == {("small", "finished"), ("other", "finished")}
     scores = json.loads(squall(run.home, "evaluate", "small", "--episodes", "3", "--json").stdout)
     assert scores["episodes"] == 3
     assert scores["return_min"] <= scores["return_mean"] <= scores["return_max"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.long), 4])
+@pytest.mark.long
+@pytest.mark.parametrize("actors", [1, 4])
 def test_pong_keeps_the_ratio_and_stores_each_frame_once(start: Start, actors: int) -> None:
     shape = ("--actors", str(actors), "--envs-per-actor", "2", "--steps", "3500")
     sets = ("--set", "warm_start_size=1500", "--set", "final_eval_episodes=1", "--set", "eval_every=0")
@@ -106,6 +109,13 @@ def test_an_on_policy_run_trains_on_each_step_once(start: Start) -> None:
     assert status["replay"]["discarded_steps"] == 0
     assert sum(json.loads(line)["mean"] > 0 for line in map(json.dumps, status["evaluations"])) == 1
     assert run.leftovers() == []
+
+
+def test_two_runs_at_once_do_not_meet(finished: Finished) -> None:
+    assert finished.other["run"] == "other"
+    assert 1500 <= finished.other["env_steps"] <= 1500 + 64
+    assert finished.other["seed"] == 1
+    assert finished.summary["seed"] == 0
 
 
 def test_a_run_is_watched_from_elsewhere(finished: Finished) -> None:
@@ -155,12 +165,6 @@ def test_a_run_that_ended_at_its_return_goes_on_without_one(
     again = start_for_module("goal", "--resume", "goal", "--set", "stop_at_return=null", "--steps", steps).finish(120)
     assert again["stopped_because"] == "steps"
     assert again["updates"] > summary["updates"]
-
-
-def test_two_runs_at_once_do_not_meet(start: Start) -> None:
-    first, second = start("one", *SMALL, "--steps", "1500"), start("two", *SMALL, "--steps", "1500", "--seed", "1")
-    assert {first.finish(300)["run"], second.finish(300)["run"]} == {"one", "two"}
-    assert first.leftovers() == second.leftovers() == []
 
 
 def test_a_users_own_environment_runs_in_the_workers(

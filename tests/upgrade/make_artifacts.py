@@ -79,58 +79,58 @@ EXIT_STATUSES = (
 )
 
 
-def main(home: Path) -> None:
-    """Make all artifacts; `home` is a new folder, which is removed at the end."""
+def main(old_runs: Path) -> None:
+    """Make all artifacts; `old_runs` is a new folder, which is removed at the end."""
     shutil.rmtree(ARTIFACTS, ignore_errors=True)
-    home.mkdir(parents=True)
+    old_runs.mkdir(parents=True)
     try:
-        make_runs(home / "runs")
-        make_redis(home / "redis")
-        write_answers(home / "runs")
+        make_runs(old_runs / "runs")
+        make_redis(old_runs / "redis")
+        write_answers(old_runs / "runs")
         make_checkpoints()
-        write_descriptions(home / "nothing")
+        write_descriptions(old_runs / "nothing")
     finally:
-        shutil.rmtree(home)
+        shutil.rmtree(old_runs)
 
 
-def make_runs(home: Path) -> None:
+def make_runs(old_runs: Path) -> None:
     """Keep a store in a file, with a finished and a stopped run of DQN and one of SAC and A2C each, and the folders."""
-    summary = train_and_stop(home)
+    summary = train_and_stop(old_runs)
     write("answers/train.json", summary)
-    board = EventAccumulator(str(home / "stopped" / "tensorboard")).Reload()
+    board = EventAccumulator(str(old_runs / "stopped" / "tensorboard")).Reload()
     write("answers/metrics.json", sorted(board.Tags()["scalars"]))
     for name, arguments in (("sac", SAC), ("a2c", A2C)):
-        Run(home, name, *arguments, "--name", name).finish(120)
-    assert not list(home.glob("squall.db-*")), "somebody still has the store open"
+        Run(old_runs, name, *arguments, "--name", name).finish(120)
+    assert not list(old_runs.glob("squall.db-*")), "somebody still has the store open"
     kept = ARTIFACTS / "home"
     kept.mkdir(parents=True)
-    shutil.copy(home / "squall.db", kept)
+    shutil.copy(old_runs / "squall.db", kept)
     for name in ("finished", "stopped", "sac", "a2c"):
         (kept / name / "checkpoints").mkdir(parents=True)
         for file in FILES_OF_A_RUN:
-            if (home / name / file).exists():
-                shutil.copy(home / name / file, kept / name / file)
+            if (old_runs / name / file).exists():
+                shutil.copy(old_runs / name / file, kept / name / file)
 
 
-def make_redis(home: Path) -> None:
+def make_redis(old_runs: Path) -> None:
     """Keep a Redis server's dump, with a finished and a stopped run."""
-    home.mkdir(parents=True)
-    with RedisServer(home) as server:
-        train_and_stop(home / "runs", server.url)
+    old_runs.mkdir(parents=True)
+    with RedisServer(old_runs) as server:
+        train_and_stop(old_runs / "runs", server.url)
         for name, arguments in questions().items():
-            write(f"answers/redis/{name}.json", ask(home / "elsewhere", *arguments, "--store", server.url))
+            write(f"answers/redis/{name}.json", ask(old_runs / "elsewhere", *arguments, "--store", server.url))
         server.command("SAVE")
-    shutil.copy(home / "dump.rdb", ARTIFACTS / "dump.rdb")
+    shutil.copy(old_runs / "dump.rdb", ARTIFACTS / "dump.rdb")
 
 
-def train_and_stop(home: Path, store: str = "") -> dict[str, Any]:
+def train_and_stop(old_runs: Path, store: str = "") -> dict[str, Any]:
     """Run `finished` to its end and stop `stopped` on its way; return the summary of the first."""
-    summary = Run(home, "finished", *DQN, "--steps", "1000", "--name", "finished", store=store).finish(120)
-    run = Run(home, "stopped", *DQN, "--steps", "1000000", "--name", "stopped", store=store)
+    summary = Run(old_runs, "finished", *DQN, "--steps", "1000", "--name", "finished", store=store).finish(120)
+    run = Run(old_runs, "stopped", *DQN, "--steps", "1000000", "--name", "stopped", store=store)
     run.wait_for(lambda status: status["state"] == "running" and status["env_steps"] > 1500)
     flag = ("--store", store) if store else ()
-    ask(home, "scale", "stopped", "--actors", "2", *flag)
-    ask(home, "stop", "stopped", *flag)
+    ask(old_runs, "scale", "stopped", "--actors", "2", *flag)
+    ask(old_runs, "stop", "stopped", *flag)
     run.finish(120)
     return summary
 
@@ -146,15 +146,15 @@ def questions() -> dict[str, tuple[str, ...]]:
     }
 
 
-def write_answers(home: Path) -> None:
-    """Write what commands answer about the runs in `home`, and with which status they refuse."""
+def write_answers(old_runs: Path) -> None:
+    """Write what commands answer about the runs in `old_runs`, and with which status they refuse."""
     for name, arguments in questions().items():
-        write(f"answers/sqlite/{name}.json", ask(home, *arguments))
-    write("answers/evaluate.json", ask(home, "evaluate", "finished", "--episodes", "3"))
+        write(f"answers/sqlite/{name}.json", ask(old_runs, *arguments))
+    write("answers/evaluate.json", ask(old_runs, "evaluate", "finished", "--episodes", "3"))
     for name in ("finished", "stopped", "sac", "a2c"):
-        config = str(home / name / "config.yaml")
-        write(f"answers/config-{name}.json", ask(home, "train", "--config", config, "--show-config"))
-    statuses = [{"arguments": words, "status": run(home, *words).returncode} for words in EXIT_STATUSES]
+        config = str(old_runs / name / "config.yaml")
+        write(f"answers/config-{name}.json", ask(old_runs, "train", "--config", config, "--show-config"))
+    statuses = [{"arguments": words, "status": run(old_runs, *words).returncode} for words in EXIT_STATUSES]
     write("answers/exit-statuses.json", statuses)
 
 
@@ -220,24 +220,26 @@ def learn_on(algorithm: Algorithm, path: Path) -> Trainer:
     return trainer
 
 
-def write_descriptions(home: Path) -> None:
+def write_descriptions(old_runs: Path) -> None:
     """Write the help of every command, and the description of the gRPC messages and services."""
     for command in ("", *COMMANDS):
-        text = run(home, *filter(None, [command]), "--help").stdout
+        text = run(old_runs, *filter(None, [command]), "--help").stdout
         write_text(f"help/{command or 'squall'}.txt", text)
     (ARTIFACTS / "squall.proto.bin").write_bytes(DESCRIPTOR.serialized_pb)
 
 
-def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(old_runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, in the folder of its runs."""
-    home.mkdir(parents=True, exist_ok=True)
-    command, variables = [*SQUALL, *arguments], {**environment(home), "COLUMNS": "120"}
-    return subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    old_runs.mkdir(parents=True, exist_ok=True)
+    command, variables = [*SQUALL, *arguments], {**environment(old_runs), "COLUMNS": "120"}
+    return subprocess.run(
+        command, cwd=old_runs, env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
-def ask(home: Path, *arguments: str) -> Any:
+def ask(old_runs: Path, *arguments: str) -> Any:
     """Return the JSON that a command prints."""
-    done = run(home, *arguments, "--json")
+    done = run(old_runs, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

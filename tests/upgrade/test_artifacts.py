@@ -32,7 +32,7 @@ def read(file: str) -> Any:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def old_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a copy of the old runs' folder, which commands take for their own."""
     shutil.copytree(ARTIFACTS / "home", tmp_path / "runs")
     monkeypatch.setenv("SQUALL_HOME", str(tmp_path / "runs"))
@@ -123,7 +123,7 @@ def test_networks_for_images_have_the_names_and_shapes_of_then() -> None:
 
 
 @pytest.mark.parametrize("question", [name for name in questions() if name != "plot"])
-def test_an_old_file_answers_as_it_did(question: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_old_file_answers_as_it_did(question: str, old_runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert ask(capfd, *questions()[question]) == read(f"answers/sqlite/{question}.json")
 
 
@@ -134,23 +134,23 @@ def test_an_old_redis_server_answers_as_it_did(redis_store: str, capfd: pytest.C
 
 
 @pytest.mark.parametrize("store", ["sqlite", "redis"])
-def test_old_runs_are_plotted(store: str, home: Path, redis_store: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_old_runs_are_plotted(store: str, old_runs: Path, redis_store: str, capfd: pytest.CaptureFixture[str]) -> None:
     flag = ("--store", redis_store) if store == "redis" else ()
     answer, before = ask(capfd, *questions()["plot"], *flag), read(f"answers/{store}/plot.json")
     assert Path(answer.pop("output")).name == Path(before.pop("output")).name
     assert answer == before
 
 
-def test_an_old_run_is_evaluated_as_it_was(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_old_run_is_evaluated_as_it_was(old_runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     figures, before = ask(capfd, "evaluate", "finished", "--episodes", "3"), read("answers/evaluate.json")
-    assert Path(figures.pop("checkpoint")) == home / "finished" / "checkpoints" / "best.ckpt"
+    assert Path(figures.pop("checkpoint")) == old_runs / "finished" / "checkpoints" / "best.ckpt"
     del before["checkpoint"]
     assert figures == pytest.approx(before)
 
 
 @pytest.mark.parametrize("run", ["finished", "stopped", "sac", "a2c"])
-def test_an_old_configuration_resolves_as_it_did(run: str, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    file = home / run / "config.yaml"
+def test_an_old_configuration_resolves_as_it_did(run: str, old_runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = old_runs / run / "config.yaml"
     config, before = ask(capfd, "train", "--config", str(file), "--show-config"), read(f"answers/config-{run}.json")
     assert before == yaml.safe_load(file.read_text())
     own, own_before = config.pop("hyperparameters"), before.pop("hyperparameters")
@@ -160,7 +160,7 @@ def test_an_old_configuration_resolves_as_it_did(run: str, home: Path, capfd: py
 
 @pytest.mark.parametrize("case", read("answers/exit-statuses.json"), ids=lambda case: " ".join(case["arguments"]))
 def test_a_refusal_has_the_exit_status_it_had(
-    case: dict[str, Any], home: Path, capfd: pytest.CaptureFixture[str]
+    case: dict[str, Any], old_runs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     try:
         status: Any = main(case["arguments"])
@@ -172,11 +172,11 @@ def test_a_refusal_has_the_exit_status_it_had(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_an_old_stopped_run_is_resumed(home: Path) -> None:
-    before = json.loads((home / "stopped" / "summary.json").read_text())
-    checkpoint = home / "stopped" / "checkpoints" / "last.ckpt"
+def test_an_old_stopped_run_is_resumed(old_runs: Path) -> None:
+    before = json.loads((old_runs / "stopped" / "summary.json").read_text())
+    checkpoint = old_runs / "stopped" / "checkpoints" / "last.ckpt"
     old = torch.load(checkpoint, weights_only=True)
-    run = Run(home, "stopped", "--resume", "stopped", "--steps", str(before["env_steps"] + 2000))
+    run = Run(old_runs, "stopped", "--resume", "stopped", "--steps", str(before["env_steps"] + 2000))
     try:
         summary = run.finish(300)
         status = run.status()
@@ -192,9 +192,9 @@ def test_an_old_stopped_run_is_resumed(home: Path) -> None:
     for part in ("state_dict", "squall", "hyper_parameters"):
         assert new[part].keys() >= old[part].keys(), part
     assert new["squall"]["run"].keys() >= old["squall"]["run"].keys()
-    board = EventAccumulator(str(home / "stopped" / "tensorboard")).Reload()
+    board = EventAccumulator(str(old_runs / "stopped" / "tensorboard")).Reload()
     assert set(read("answers/metrics.json")) <= set(board.Tags()["scalars"])
-    assert [row["name"] for row in json.loads(squall(home, "runs", "--json").stdout)] == [
+    assert [row["name"] for row in json.loads(squall(old_runs, "runs", "--json").stdout)] == [
         row["name"] for row in read("answers/sqlite/runs.json")
     ]
 

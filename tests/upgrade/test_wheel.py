@@ -57,12 +57,12 @@ def installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*command: object, cwd: Path, home: Path | None = None) -> str:
+def run(*command: object, cwd: Path, old_runs: Path | None = None) -> str:
     """Run a command that knows nothing of this checkout, and return what it prints."""
     hidden = ("RAY_", "SQUALL_", "PYTHON")
     variables = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-    if home is not None:
-        variables["SQUALL_HOME"] = str(home)
+    if old_runs is not None:
+        variables["SQUALL_HOME"] = str(old_runs)
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,

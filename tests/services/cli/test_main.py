@@ -63,7 +63,7 @@ SMALL_REPLAY = ("--set", "replay_size=500", "--set", "warm_start_size=100")
         (["dqn", "CartPole-v1", "--set", "batch_size=0"], "batch_size must be positive, got 0"),
         (["dqn", "CartPole-v1", "--set", "gamma=1.5"], "gamma must lie in [0, 1], got 1.5"),
         (["dqn", "CartPole-v1", "--set", "eps_end=-1"], "eps_end must lie in [0, 1], got -1.0"),
-        (["dqn", "CartPole-v1", "--set", "hidden_sizes=[]"], "hidden_sizes must name at least one positive width"),
+        (["dqn", "CartPole-v1", "--set", "hidden_sizes=[]"], "hidden_sizes must be one or more positive widths"),
         (["dqn", "CartPole-v1", "--set", "precision=half"], "precision must be one of"),
         (["dqn", "CartPole-v1", "--actors", "0"], "actors must be positive, got 0: without rollout workers"),
         (["dqn", "CartPole-v1", "--actors", "-2"], "actors: input should be greater than or equal to 0, got -2"),

@@ -29,7 +29,7 @@ from services.rpc.experience import ExperienceService
 from services.rpc.policy import ServedPolicy
 from services.rpc.server import ServerThread
 from services.supervision.topology import FIRST_SESSION_WORKER
-from tests.actors.test_rollout import Direct, Given, make_server, make_spec, weights_for
+from tests.actors.workers import Direct, Given, make_server, make_spec, weights_for
 
 ROOT = Path(__file__).parents[3]
 SHORT = specify("SquallShort-v0")

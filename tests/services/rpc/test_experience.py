@@ -25,8 +25,8 @@ from services.rpc import squall_pb2 as pb
 from services.rpc import squall_pb2_grpc
 from services.rpc.experience import ExperienceService, NoExperience
 from services.supervision.topology import FIRST_SESSION_WORKER, plan
-from tests.actors.test_rollout import Direct, Given, make_server, make_spec, make_worker, weights_for
 from tests.actors.toys import RandomPolicy
+from tests.actors.workers import Direct, Given, make_server, make_spec, make_worker, weights_for
 from tests.replay.naive import assert_same_bits, read_everything
 from tests.services.rpc.experience_run import (
     CARTPOLE,

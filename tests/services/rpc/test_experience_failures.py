@@ -27,7 +27,7 @@ from services.rpc.gateway import gateway_services
 from services.rpc.server import ServerThread
 from services.store.records import this_process
 from services.store.sqlite import SQLiteRunStore
-from tests.actors.test_rollout import make_server, make_spec
+from tests.actors.workers import make_server, make_spec
 from tests.services.rpc.experience_run import (
     CARTPOLE,
     CLOSE,

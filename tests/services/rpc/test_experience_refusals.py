@@ -21,7 +21,7 @@ from services.rpc.codec import encode_array
 from services.rpc.experience import NoExperience
 from services.rpc.server import ServerThread
 from services.runs import check
-from tests.actors.test_rollout import make_spec
+from tests.actors.workers import make_spec
 from tests.services.rpc.experience_run import (
     CARTPOLE,
     CLOSE,

@@ -16,7 +16,7 @@ from services.client.experience_client import ExperienceClient
 from services.errors import NotReady
 from services.rpc.auth import ServerConfig
 from services.rpc.endpoint import Endpoint
-from tests.actors.test_rollout import Given, make_server, make_spec
+from tests.actors.workers import Given, make_server, make_spec
 from tests.services.rpc.experience_run import (
     CARTPOLE,
     TWO,

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from tests.actors.test_rollout import make_spec
+from tests.actors.workers import make_spec
 from tests.services.rpc.experience_run import CARTPOLE, serve_run
 from tests.services.running import Run
 
@@ -102,7 +102,7 @@ def test_it_plays_until_the_run_has_its_steps(example: Path) -> None:
 def run(tmp_path: Path) -> Iterator[Run]:
     run = Run(
         tmp_path / "runs", "outside", "dqn", "CartPole-v1", "--actors", "0", "--serve", "--name", "outside",
-        "--steps", "40000", "--stop-at-return", "400", "--set", "eval_every=1500", "--set", "final_eval_episodes=20",
+        "--steps", "40000", "--stop-at-return", "200", "--set", "eval_every=1500", "--set", "final_eval_episodes=20",
     )  # fmt: skip
     yield run
     run.kill_everything()
@@ -132,5 +132,5 @@ def test_a_run_without_actors_learns_from_it(run: Run, example: Path) -> None:
             player.wait(10)
     assert summary["actors"] == 0
     # A random policy reaches 22. The best of a few evaluations overestimates the policy, so the final score is lower.
-    assert summary["eval_return_mean"] >= 200, f"{summary}\n{(example / 'play.err').read_text()}"
+    assert summary["eval_return_mean"] >= 100, f"{summary}\n{(example / 'play.err').read_text()}"
     assert run.leftovers() == []

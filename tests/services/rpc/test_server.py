@@ -357,7 +357,7 @@ def test_random_and_truncated_bytes_are_an_error_each_and_the_server_goes_on(add
 
 def test_bytes_that_are_no_message_are_named(address: str) -> None:
     code, text = outcome(address, "/squall.v1.Policy/Act", b"\xff\xff\xff")
-    assert (code, text) == (grpc.StatusCode.INVALID_ARGUMENT, "received 3 bytes that are no ActRequest")
+    assert (code, text) == (grpc.StatusCode.INVALID_ARGUMENT, "received 3 bytes that are not a valid ActRequest")
 
 
 def test_a_message_of_100_mb_is_refused_and_the_server_goes_on(address: str) -> None:

@@ -179,7 +179,7 @@ def test_a_writer_whose_run_was_adopted_meanwhile_drops_what_it_has_and_says_so(
     adopted = store.adopt("pong-1", *this_process())
     store.send_command("pong-1", "stop", {})
     for call in (writer.pending_commands, writer.check_owner):
-        with pytest.raises(RunTakenOver, match="the run continues there"):
+        with pytest.raises(RunTakenOver, match="continues the run"):
             call()
     write_everything(writer, 2)
     assert (writer.waiting, writer.dropped) == (0, {"snapshot": 2, "event": 2, "metrics": 2, "state": 1})

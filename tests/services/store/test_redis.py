@@ -137,8 +137,8 @@ def test_an_address_that_cannot_be_is_refused(tmp_path: Path, url: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "kind", "words"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", StoreIncompatible, "no Redis"),
-        (b"$5\r\nhello\r\n", StoreIncompatible, "is no Redis"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", StoreIncompatible, "not Redis"),
+        (b"$5\r\nhello\r\n", StoreIncompatible, "is not Redis"),
         (b"$19\r\nredis_version:5.0.7\r\n", StoreIncompatible, r"is Redis 5\.0; Squall needs 6\.2 or newer"),
         (b"-LOADING Redis is loading the dataset in memory\r\n", StoreUnavailable, "loading the dataset"),
         (b"-ERR max number of clients reached\r\n", StoreUnavailable, "max number of clients"),

@@ -74,7 +74,7 @@ def test_another_programs_file_is_refused_and_left_alone(tmp_path: Path) -> None
 def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "squall.db"
     path.write_text("a text file\n" * 1000)
-    with open_store(None, tmp_path) as store, pytest.raises(StoreIncompatible, match="is no SQLite file"):
+    with open_store(None, tmp_path) as store, pytest.raises(StoreIncompatible, match="is not an SQLite file"):
         store.list_runs()
     assert path.read_text() == "a text file\n" * 1000
 

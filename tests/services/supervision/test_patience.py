@@ -96,5 +96,5 @@ def test_an_optional_process_is_restarted_for_ever_after_longer_and_longer_pause
     assert pauses == [0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
     clock.now += processes.START_SECONDS + 1.0
     assert process.poll() is not None
-    with pytest.raises(CrashLoop, match="odd died 10 times in a row before it got to work"):
+    with pytest.raises(CrashLoop, match="odd died 10 times in a row before it did any work"):
         process.restart()

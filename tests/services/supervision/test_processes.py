@@ -172,7 +172,7 @@ def test_five_failed_starts_are_a_crash_loop(started: list[Process]) -> None:
         assert "no such device" in reason.line + reason.details
         process.restart()
     poll_until(process, lambda: False)
-    with pytest.raises(CrashLoop, match="odd died 5 times in a row before it got to work"):
+    with pytest.raises(CrashLoop, match="odd died 5 times in a row before it did any work"):
         process.restart()
 
 
