@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import io
-import subprocess
 import tokenize
 from pathlib import Path
 
@@ -100,11 +99,9 @@ RETIRED_DEFINITIONS = {
 
 
 def python_files() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    generated = ("services/rpc/squall_pb2", "tests/test_words.py")
-    return [ROOT / name for name in listed.stdout.split() if not name.startswith(generated) and (ROOT / name).is_file()]
+    folders = [ROOT / name for name in ("replay", "actors", "learner", "services", "docs", "tests")]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    return [path for path in files if "squall_pb2" not in path.name and path != Path(__file__)] + [ROOT / "squall.py"]
 
 
 def names_in(source: str) -> set[str]:

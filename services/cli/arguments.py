@@ -72,7 +72,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         default="127.0.0.1:50051",
         metavar="HOST:PORT",
         help="address to listen on; default: 127.0.0.1:50051. An address other than loopback needs a token. Port 0 "
-        "takes a free port",
+        "selects a free port",
     )
     parser.add_argument(
         "--token-file",
@@ -80,7 +80,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file with the token that callers must send; default: SQUALL_GRPC_TOKEN",
     )
-    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain; turns TLS on")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain; enables TLS")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key of the certificate")
 
 

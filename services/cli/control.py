@@ -15,14 +15,14 @@ def add_to(commands: Commands) -> None:
         "scale",
         _scale,
         "change the number of rollout workers",
-        "Change the number of a live run's rollout workers. A worker that leaves sends its unsent experience first.",
+        "Change the number of a live run's rollout workers. Before a worker leaves, it sends its unsent experience.",
     )
     scale.add_argument("run", help="name of the run")
     scale.add_argument(
         "--actors", type=count_or_auto, required=True, metavar="N", help="number of rollout workers, or auto"
     )
 
-    stop = commands.add("stop", _stop, "end a run", "Write a checkpoint and end the run.")
+    stop = commands.add("stop", _stop, "end a run", "Write a checkpoint, and end the run.")
     stop.add_argument("run", help="name of the run")
 
 

@@ -15,9 +15,9 @@ def add_to(commands: Commands) -> None:
         "doctor",
         _doctor,
         "check this machine and the cluster",
-        "Check this machine, the store, and every node of the cluster (RAY_ADDRESS, or a local Ray) from inside a "
-        "Ray task: versions, processors, memory, /dev/shm, GPU, ALE, ports, clocks. The exit status is 1 if something "
-        "cannot work.",
+        "Check this machine, the run store, and every node of the cluster (RAY_ADDRESS, or a local Ray): installation, "
+        "versions, processors, memory, /dev/shm, GPU, ALE, ports, and clocks. The exit status is 1 if a problem "
+        "prevents Squall from working.",
     )
 
 

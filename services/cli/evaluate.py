@@ -21,16 +21,14 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="checkpoint of the run; default: best"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the episodes; another seed plays other episodes"
-    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the episodes; default: 0")
     parser.add_argument(
         "--video",
         type=Path,
         metavar="FILE.mp4",
         help="record the episodes to one H.264 file, one after the other; an existing file is replaced. A file holds "
-        "at most 20,000 frames, divided evenly among the environments that play at once (8, or one for each episode). "
-        "Later frames are played and scored but not recorded, and a message reports their number",
+        "at most 20,000 frames, divided evenly among the environments that play at the same time (8, or fewer if there "
+        "are fewer episodes). Later frames are played and scored but not recorded, and a message reports their number",
     )
 
 

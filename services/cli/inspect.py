@@ -20,8 +20,8 @@ def add_to(commands: Commands) -> None:
     watch = commands.add(
         "watch",
         _watch,
-        "follow a run live",
-        "Follow a run live, from any terminal. With --json, print one line of JSON, once a second.",
+        "show a live run continuously",
+        "Show a live run continuously, from any terminal. With --json, print one line of JSON per second.",
     )
     watch.add_argument("run", help="name of the run")
 

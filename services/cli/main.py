@@ -22,20 +22,20 @@ Train reinforcement-learning agents with many rollout workers, a replay server, 
   squall train --resume dqn-CartPole-v1-1            continue a run that ended or was lost
   squall runs                                        list runs
   squall status dqn-CartPole-v1-1                    show a run, process by process
-  squall watch dqn-CartPole-v1-1                     show it live
+  squall watch dqn-CartPole-v1-1                     show a live run continuously
   squall scale dqn-CartPole-v1-1 --actors 8          change the number of rollout workers while it runs
-  squall stop dqn-CartPole-v1-1                      write a checkpoint and end the run
+  squall stop dqn-CartPole-v1-1                      write a checkpoint, and end the run
   squall evaluate dqn-CartPole-v1-1                  play greedy episodes with its best weights
-  squall evaluate dqn-CartPole-v1-1 --video play.mp4 record them
+  squall evaluate dqn-CartPole-v1-1 --video play.mp4 record the episodes as a video
   squall plot dqn-CartPole-v1-1                      draw its learning curve
   squall serve dqn-CartPole-v1-1                     serve its policy over gRPC
   squall gateway --address 127.0.0.1:50051           serve all runs of a store on one gRPC port
   squall doctor                                      check this machine, the store, and the cluster
   squall submit -- train dqn CartPole-v1             run a command on a cluster, and follow its log
 
-Runs are kept in SQUALL_HOME (default: ./runs). To share a list of runs between machines, name a Redis server with
---store or SQUALL_STORE. With --json a command prints one JSON document on standard output and nothing else; progress
-goes to standard error."""
+Runs are stored in SQUALL_HOME (default: ./runs). To see runs from several machines, set --store or SQUALL_STORE to the
+URL of a Redis server. With --json a command prints one JSON document on standard output and nothing else. Progress is
+printed on standard error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,8 +17,8 @@ def add_to(commands: Commands) -> None:
         "plot",
         _plot,
         "draw learning curves",
-        "Draw learning curves over environment steps. Runs that differ only in their seed make one curve: the line is "
-        "the mean over the seeds, the band goes from the lowest to the highest seed.",
+        "Draw learning curves over environment steps. Runs that differ only in their seed are drawn as one curve: the "
+        "line is the mean over the seeds, and the band spans the range from the lowest to the highest seed.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="name of a run; 'LABEL=RUN' sets the curve's label")
     parser.add_argument(
@@ -39,7 +39,7 @@ def add_to(commands: Commands) -> None:
         type=count,
         default=1,
         metavar="N",
-        help="average each run's last N points; default: 1, which changes nothing",
+        help="replace each point of a run by the mean of its last N points; default: 1, which changes nothing",
     )
 
 

@@ -16,8 +16,8 @@ def add_to(commands: Commands) -> None:
         "serve",
         _serve,
         "serve a policy over gRPC",
-        "Serve the policy of a checkpoint over gRPC until interrupted. A live run serves its newest weights with "
-        "`squall train --serve`.",
+        "Serve the policy of a checkpoint over gRPC until interrupted. To serve the newest weights of a live run, "
+        "start the run with `squall train --serve`.",
     )
     serve.add_argument("run", help="name of a run, or path of a .ckpt file")
     serve.add_argument(
@@ -29,8 +29,8 @@ def add_to(commands: Commands) -> None:
         "gateway",
         _gateway,
         "serve all runs on one gRPC port",
-        "Serve all runs of a store on one gRPC port: list, watch, scale, and stop runs, and reach the policies and "
-        "experience sessions of those that train with --serve.",
+        "Serve all runs of a store on one gRPC port: list, watch, scale, and stop runs, and use the policies and "
+        "experience sessions of runs that were started with --serve.",
     )
     add_server_arguments(gateway)
 

@@ -17,21 +17,28 @@ def add_to(commands: Commands) -> None:
         "submit",
         _submit,
         "run a command on a cluster",
-        "Upload a folder to a cluster's job server, run a squall command in it there, and follow the log. The exit "
-        "status is the command's. The token comes from RAY_AUTH_MODE and RAY_AUTH_TOKEN, or from .env in this folder.",
+        "Upload a folder to a cluster's job server, run a squall command in this folder on the cluster, and follow the "
+        "log. The exit status is that of the command. The token comes from RAY_AUTH_MODE and RAY_AUTH_TOKEN, or from "
+        ".env in the current folder.",
     )
     parser.add_argument(
         "--address", metavar="URL", help="job server; default: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265"
     )
     parser.add_argument(
-        "--working-dir", type=Path, default=Path(), metavar="DIR", help="folder to upload; default: this folder"
+        "--working-dir", type=Path, default=Path(), metavar="DIR", help="folder to upload; default: the current folder"
     )
     parser.add_argument("--env-file", type=Path, metavar="FILE", help="file with the token; default: .env")
     parser.add_argument(
-        "--follow", action=argparse.BooleanOptionalAction, default=True, help="follow the log until the job ends"
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="follow the log until the job ends; default: --follow",
     )
     parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="-- ...", help="command, such as: -- train dqn CartPole-v1"
+        "arguments",
+        nargs=argparse.REMAINDER,
+        metavar="-- ...",
+        help="squall command, such as: -- train dqn CartPole-v1",
     )
 
 

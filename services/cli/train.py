@@ -28,49 +28,59 @@ def add_to(commands: Commands) -> None:
         type=count_or_auto,
         metavar="N",
         help="number of rollout workers; default: the preset's, or 2. auto adds workers while the learner waits for "
-        "experience. 0, with --serve, takes all experience from external simulators",
+        "experience, and removes workers that mostly wait. With 0, which needs --serve, all experience comes from "
+        "external simulators",
     )
     parser.add_argument(
-        "--replay-shards", type=count, metavar="N", help="number of processes that share the replay; default: 1"
+        "--replay-shards", type=count, metavar="N", help="number of processes that divide the replay; default: 1"
     )
     parser.add_argument(
         "--learner-gpus",
         type=count_or_auto,
         metavar="N",
-        help="GPUs for the learner: 0, 1, or auto; default: auto, which takes one if there is one",
+        help="GPUs of the learner: 0, 1, or auto; default: auto, which uses one GPU if there is one",
     )
     parser.add_argument(
         "--cpus-per-actor",
         type=float,
         metavar="X",
-        help="CPUs that Ray reserves for each worker, so that an autoscaled cluster grows; default: 0",
+        help="CPUs that Ray reserves for each worker; with more than 0 an autoscaled cluster grows; default: 0",
     )
     parser.add_argument(
         "--envs-per-actor", type=count, metavar="N", dest="num_envs", help="environments in each worker (num_envs)"
     )
     parser.add_argument(
-        "--steps", type=count, metavar="N", help="environment steps of all workers together, such as 1e6"
+        "--steps", type=count, metavar="N", help="environment steps of the run, over all workers, such as 1e6"
     )
     parser.add_argument(
         "--stop-at-return",
         type=float,
         metavar="X",
-        help="end the run, scored, as soon as a periodic evaluation's mean return is at least X",
+        help="end and score the run as soon as the mean return of a periodic evaluation is at least X",
     )
-    parser.add_argument("--seed", type=count, metavar="N", help="seed of everything random in the run; default: 0")
-    parser.add_argument("--name", help="name of the run; default: a free one, such as dqn-CartPole-v1-3")
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file of run keys, such as a run's own config.yaml"
+        "--seed", type=count, metavar="N", help="seed from which all other seeds are derived; default: 0"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set any key; may be repeated")
+    parser.add_argument("--name", help="name of the run; default: an unused name, such as dqn-CartPole-v1-3")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file with the configuration, such as the config.yaml of a run"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set any key of the configuration; may be repeated",
+    )
     parser.add_argument("--resume", metavar="RUN", help="continue a run from its last checkpoint")
     parser.add_argument(
         "--serve",
         nargs="?",
         const="auto",
         metavar="HOST:PORT",
-        help="serve the policy over gRPC during training; default: a free port of the loopback address, or in a Ray "
-        "cluster (RAY_ADDRESS) of the node's own address, which needs a token in SQUALL_GRPC_TOKEN",
+        help="serve the policy and accept experience over gRPC during the run; default: a free port of the loopback "
+        "address. In a Ray cluster (RAY_ADDRESS) the default is a free port of the node's own address, which needs a "
+        "token in SQUALL_GRPC_TOKEN",
     )
     parser.add_argument(
         "--show-config", action="store_true", help="check the configuration, print all its keys, and exit"
