@@ -67,7 +67,7 @@ clean: ## remove caches and build output, but not .venv and runs
 define install
 	@echo "setup: installing $(2); $(3)"
 	@begun=$$(date +%s) && \
-		$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-input -c constraints.txt -e '.[$(1)]' && \
+		$(BIN)/python -m pip --disable-pip-version-check install -qq --no-input -c constraints.txt -e '.[$(1)]' && \
 		echo "setup: done in $$(($$(date +%s) - begun)) s"
 	@touch $@
 endef
