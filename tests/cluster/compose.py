@@ -68,6 +68,17 @@ class Cluster:
                 return
             time.sleep(5)
 
+    def wait_for_nodes(self, count: int, seconds: float = 120) -> None:
+        """Block until the head has `count` live Ray nodes: a container is healthy a moment before its node is known."""
+        code = (
+            "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR');"
+            "print('nodes', sum(node['Alive'] for node in ray.nodes()))"
+        )
+        end = time.monotonic() + seconds
+        while f"nodes {count}" not in (seen := self.exec("ray-head", "python", "-c", code, check=False).stdout):
+            assert time.monotonic() < end, f"waited {seconds:.0f} s for {count} nodes: {seen}"
+            time.sleep(1)
+
     def with_ports(self, *command: str) -> list[str]:
         """Return the command that runs this command where the published ports are reachable."""
         return [self.engine, "enter", *command] if self.engine else [*command]

@@ -95,6 +95,7 @@ def test_published_ports_are_on_loopback_and_nothing_runs_as_root(cluster: Clust
 
 
 def test_a_submitted_run_goes_on_when_a_worker_and_redis_are_killed(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.wait_for_nodes(3)
     job = _submit(
         cluster,
         tmp_path,
