@@ -42,7 +42,8 @@ class Progress:
     def plain(self) -> dict[str, Any]:
         """Return the progress as plain values, under the keys of checkpoints."""
         values = asdict(self)
-        return {**values, _RESUME_COUNT_KEY: values.pop("resume_count")}
+        values[_RESUME_COUNT_KEY] = values.pop("resume_count")
+        return values
 
     @classmethod
     def resumed(cls, checkpoint: Path) -> Progress:
